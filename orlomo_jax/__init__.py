@@ -1,0 +1,1 @@
+"""OrLoMo: ordered local momentum for asynchronous distributed training, in JAX."""

@@ -1,0 +1,1 @@
+"""Server rules: what the server does with a worker's report, as optax transformations."""
