@@ -1,0 +1,77 @@
+"""AL-SGD: asynchronous local SGD (Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orlomo_jax.rules import base
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int
+
+
+class ALSGDState(NamedTuple):
+    """State of :func:`al_sgd`.
+
+    Attributes:
+        step: t, the number of reports received, int32[].
+    """
+
+    step: Int[Array, ""]
+
+
+def al_sgd(
+    num_workers: int,
+    learning_rate: float | optax.Schedule = 1.0,
+    delay_weight: base.DelayWeight | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Asynchronous local SGD: w_{t+1} = w_t − η_t Δw (Algorithm 1, line 7).
+
+    With one local step (S = 1) this is ASGD; it is also the base case of buffered asynchronous
+    aggregation with a buffer of one. It may be chained and wrapped as ``orlomo`` may.
+
+    Args:
+        num_workers: K ≥ 1; only Eq. (6) uses it.
+        learning_rate: Finite float ≥ 0, or a schedule of the server's step.
+        delay_weight: Function of the delay; None is Eq. (6).
+
+    Returns:
+        A transformation of a :class:`~orlomo_jax.LocalUpdate` (its ``momentum`` is not read) to
+        updates like params; ``update`` needs the keyword ``dispatched_at``.
+
+    Raises:
+        ValueError: If a concrete hyperparameter is out of range, or a report has another structure
+            or other shapes than the ``params`` given with it.
+        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+            integer scalar, or a leaf of params is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import LocalUpdate, al_sgd
+        >>> rule = al_sgd(num_workers=4)
+        >>> state = rule.init(jnp.zeros(2))
+        >>> rule.update(LocalUpdate(jnp.ones(2)), state, dispatched_at=0)[0]
+        Array([-0.25, -0.25], dtype=float32)
+
+    References:
+        `arXiv:2601.12322 <https://arxiv.org/abs/2601.12322>`_, Algorithm 1.
+    """
+    rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
+
+    def init(params: base.Params) -> ALSGDState:
+        jax.eval_shape(base.zeros, params)  # refuses leaves that are not floating
+        return ALSGDState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state: ALSGDState, params=None, *, dispatched_at, **extra_args):
+        del extra_args
+        report = base.check_report(updates, params, rule="al_sgd", momentum=False)
+        index = base.check_dispatched_at(dispatched_at, state.step)
+        eta = jax.lax.optimization_barrier(rate(state.step, state.step - index))
+        new_updates = base.combine([(-eta, report.delta)], like=report.delta)  # Alg. 1, l. 7
+        return new_updates, ALSGDState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)

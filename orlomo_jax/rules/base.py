@@ -1,0 +1,332 @@
+"""What the server rules share: the report, the order of groups, the global learning rate."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Scalar
+
+    Params: TypeAlias = PyTree[Array]
+    DelayWeight: TypeAlias = Callable[[Int[Array, ""]], Float[ArrayLike, ""]]
+
+
+class LocalUpdate(NamedTuple):
+    """What a worker sends after its local round.
+
+    Attributes:
+        delta: Δw = w̃_0 − w̃_S, the dispatched parameters minus the local ones; a tree like params.
+        momentum: Δu = ũ_S, the local momentum after the round; a tree like params, or None where
+            the rule needs none (AL-SGD, local OrMo-DA).
+    """
+
+    delta: Params
+    momentum: Params | None = None
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one ordered server step; each float[] in the coefficient dtype.
+
+    With n = ⌈t/K⌉ − ⌈i/K⌉, η = η_t, and o = 1 when group ⌈t/K⌉ opens at step t, else 0:
+
+    Attributes:
+        opens: o.
+        decay: β where the group opens, else 1; what u is multiplied by.
+        weight: β^n η, the weight of the report in u.
+        rate: η, the weight of the report in w.
+        correction: η Σ_{j=1..n−o} β^j, what the report has missed of its momentum's past descent,
+            reckoned beside the *new* u (see :func:`ordered_coefficients`).
+    """
+
+    opens: Scalar
+    decay: Scalar
+    weight: Scalar
+    rate: Scalar
+    correction: Scalar
+
+
+def delay_adaptive(num_workers: int) -> DelayWeight:
+    """Return the delay-adaptive weight of Eq. (6): 1/K up to a delay of 2K, then 1/delay.
+
+    Args:
+        num_workers: K ≥ 1.
+
+    Returns:
+        A function of the delay τ (an int[], or an array of them) to float weights.
+
+    Raises:
+        ValueError: If ``num_workers`` is below 1.
+
+    Example:
+        >>> weight = delay_adaptive(4)
+        >>> [round(float(weight(delay)), 4) for delay in (0, 8, 9, 100)]
+        [0.25, 0.25, 0.1111, 0.01]
+    """
+    num_workers = check_num_workers(num_workers)
+
+    def weight(delay):
+        delay = jnp.asarray(delay)
+        return 1.0 / jnp.where(delay > 2 * num_workers, delay, num_workers).astype(float)
+
+    return weight
+
+
+def global_learning_rate(
+    num_workers: int,
+    learning_rate: float | optax.Schedule = 1.0,
+    delay_weight: DelayWeight | None = None,
+) -> Callable[[ArrayLike, ArrayLike], Scalar]:
+    """Return η(t, τ) = learning_rate(t) · delay_weight(τ), as every asynchronous rule uses it.
+
+    Args:
+        num_workers: K ≥ 1.
+        learning_rate: A finite float ≥ 0, or a schedule of the server's step t.
+        delay_weight: A function of the delay τ; None is ``delay_adaptive(num_workers)``.
+
+    Returns:
+        A function of (step, delay) to float[], in float32 or wider.
+
+    Example:
+        >>> rate = global_learning_rate(2, learning_rate=3.0, delay_weight=lambda delay: 0.5)
+        >>> float(rate(0, 1))
+        1.5
+    """
+    num_workers = check_num_workers(num_workers)
+    if not callable(learning_rate):
+        check_learning_rate("learning_rate", learning_rate)
+    if delay_weight is None:
+        delay_weight = delay_adaptive(num_workers)
+    elif not callable(delay_weight):
+        raise TypeError(
+            "`delay_weight` must be a function of the delay or None, "
+            f"got delay_weight={delay_weight!r}"
+        )
+
+    def rate(step, delay):
+        at_step = learning_rate(step) if callable(learning_rate) else learning_rate
+        return jnp.asarray(at_step, float) * jnp.asarray(delay_weight(delay), float)
+
+    return rate
+
+
+def group(index: ArrayLike, num_workers: int) -> Array:
+    """Return ⌈index/K⌉, the group of the local momentum with that global iteration index."""
+    return -(-jnp.asarray(index) // num_workers)
+
+
+def opens_group(step: ArrayLike, num_workers: int) -> Array:
+    """Return whether ⌈t/K⌉ > ⌈(t−1)/K⌉: whether step t opens a group (Alg. 2 and 3, l. 6)."""
+    return (jnp.asarray(step) - 1) % num_workers == 0
+
+
+def geometric_sum(decay: ArrayLike, count: ArrayLike) -> Scalar:
+    """Return Σ_{j=1..n} β^j = β(1−β^n)/(1−β), without division or cancellation.
+
+    By binary doubling: with m running through the leading bits of n,
+    S(2m) = S(m)(1 + β^m) and S(m+1) = S(m) + β^{m+1}. Every term is positive, so the relative
+    error stays at rounding for β up to the last float below 1, and dyadic β give exact sums.
+
+    Args:
+        decay: β in [0, 1), float[].
+        count: n, int[]; −1 continues the recurrence one term down, to S(−1) = −β^0 = −1.
+
+    Returns:
+        float[] in the dtype of ``decay``.
+
+    Example:
+        >>> float(geometric_sum(0.5, 3))
+        0.875
+    """
+    decay, count = jnp.asarray(decay, float), jnp.asarray(count, jnp.int32)
+    leading = jnp.maximum(count, 0) >> jnp.arange(31, -1, -1)
+    powers = jnp.power(decay, leading.astype(decay.dtype))
+    total = jnp.zeros_like(decay)
+    for bit in range(1, 32):
+        odd = leading[bit] & 1
+        total = total * (1 + powers[bit - 1]) + jnp.where(odd, powers[bit], 0)
+    return jnp.where(count < 0, -1, total)
+
+
+def ordered_coefficients(
+    step: ArrayLike, dispatched_at: ArrayLike, num_workers: int, momentum: ArrayLike, rate: Scalar
+) -> Coefficients:
+    """Return the scalars of Algorithms 2 and 3 at step t for a report of index i.
+
+    The paper states w_{t+1} through the old u_t. Here it is stated through the new one,
+    w_{t+1} = w_t − o·u_{t+1} − ηΔw − η Σ_{j=1..n−o} β^j Δu: the same by
+    o·β·u_t = o·(u_{t+1} − β^n ηΔu), and a compiler can then write u in place, in one pass.
+
+    The barrier keeps the scalars out of the loop over the parameters, where each would be
+    recomputed for every element.
+    """
+    momentum = jnp.asarray(momentum, float)
+    opens = opens_group(step, num_workers)
+    late = group(step, num_workers) - group(dispatched_at, num_workers)  # n
+    coefficients = Coefficients(
+        opens=opens.astype(momentum.dtype),
+        decay=jnp.where(opens, momentum, 1),
+        weight=jnp.power(momentum, late.astype(momentum.dtype)) * rate,
+        rate=jnp.asarray(rate, momentum.dtype),
+        correction=geometric_sum(momentum, late - opens) * rate,
+    )
+    return jax.lax.optimization_barrier(coefficients)
+
+
+def combine(terms: Sequence[tuple[Scalar, Params]], like: Params) -> Params:
+    """Return Σ coefficient · tree, leaf by leaf, in the dtypes of ``like``.
+
+    A leaf's arithmetic is in float32 or wider and rounds once to the leaf's own dtype, so that a
+    bfloat16 tree loses nothing between the terms.
+    """
+    coefficients = [coefficient for coefficient, _ in terms]
+
+    def leaf(reference, *leaves):
+        dtype = jnp.result_type(jnp.float32, *leaves)
+        scalar_dtype = jnp.finfo(dtype).dtype  # a complex leaf's scalars are real
+        total = sum(
+            jnp.asarray(c, scalar_dtype) * x.astype(dtype)
+            for c, x in zip(coefficients, leaves, strict=True)
+        )
+        return jnp.asarray(total, reference.dtype)
+
+    return jax.tree.map(leaf, like, *(tree for _, tree in terms))
+
+
+def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
+    """Return zeros like ``params``, in ``accumulator_dtype`` where that is wider.
+
+    Raises:
+        TypeError: If a leaf of ``params`` is not floating or complex; the message names its path.
+    """
+
+    def leaf(path, x):
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"`params` must have floating leaves, got {dtype} at params{jax.tree_util.keystr(path)}"
+            )
+        if accumulator_dtype is not None:
+            dtype = jnp.promote_types(dtype, accumulator_dtype)
+        return jnp.zeros_like(x, dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
+    """Return ``report`` if it is a LocalUpdate of trees like ``like``, else raise.
+
+    Args:
+        report: What ``rule.update`` was given as updates.
+        like: A tree like params (dtypes do not count), or None where none is known.
+        rule: The rule's name, for the message.
+        momentum: Whether the rule needs ``LocalUpdate.momentum``.
+    """
+    if not isinstance(report, LocalUpdate):
+        raise TypeError(
+            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. Transformations "
+            "that flatten, mask, partition or accumulate cannot be wrapped round it: put them after "
+            "it in an optax.chain."
+        )
+    if momentum and report.momentum is None:
+        raise ValueError(
+            f"`{rule}` needs the local momentum, got LocalUpdate.momentum=None: let the workers run "
+            "momentum SGD (local_momentum_sgd with momentum=0.9, say)"
+        )
+    if like is not None:
+        check_like("LocalUpdate.delta", report.delta, like)
+    if momentum:
+        check_like(
+            "LocalUpdate.momentum", report.momentum, report.delta if like is None else like
+        )
+    return report
+
+
+def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -> None:
+    """Raise ValueError unless ``tree`` has the structure and leaf shapes (and dtypes) of ``like``."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(f"`{name}` must have the structure {expected}, got {structure}")
+    leaves = jax.tree.leaves(tree)
+    for leaf, reference in zip(leaves, jax.tree.leaves(like), strict=True):
+        same = np.shape(leaf) == np.shape(reference)
+        if not same or (dtypes and jnp.result_type(leaf) != jnp.result_type(reference)):
+            break
+    else:
+        return
+    # Something is wrong: walk again with paths, which the common case need not pay for.
+    for (path, leaf), reference in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
+    ):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) != np.shape(reference):
+            raise ValueError(
+                f"`{where}` must have shape {np.shape(reference)}, got {np.shape(leaf)}"
+            )
+        if dtypes and jnp.result_type(leaf) != jnp.result_type(reference):
+            raise ValueError(
+                f"`{where}` must be {jnp.result_type(reference)}, got {jnp.result_type(leaf)}"
+            )
+
+
+def check_num_workers(num_workers: Any) -> int:
+    """Return K as an int; raise unless it is an integer ≥ 1."""
+    return check_count("num_workers", num_workers)
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` as an int; raise unless it is an integer ≥ ``minimum``."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be an integer, got {name}={value!r}")
+    if count < minimum:
+        raise ValueError(f"`{name}` must be ≥ {minimum}, got {name}={count}")
+    return count
+
+
+def check_momentum(momentum: Any) -> Any:
+    """Return β; raise unless it is in [0, 1), where it is concrete."""
+    _check_concrete("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    return momentum
+
+
+def check_learning_rate(name: str, value: Any) -> Any:
+    """Return the rate; raise unless it is finite and ≥ 0, where it is concrete."""
+    _check_concrete(name, value, lambda x: 0 <= x < float("inf"), "finite and ≥ 0")
+    return value
+
+
+def check_dispatched_at(dispatched_at: Any, step: ArrayLike) -> Array:
+    """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, where they are concrete."""
+    index = jnp.asarray(dispatched_at)
+    if index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            "`dispatched_at` must be an integer scalar, the step of the parameters that the worker "
+            f"was sent; got dispatched_at={dispatched_at!r}"
+        )
+    if not any(isinstance(x, jax.core.Tracer) for x in (index, step)):
+        if not 0 <= int(index) <= int(step):
+            raise ValueError(
+                f"`dispatched_at` must be in [0, step={int(step)}], got dispatched_at={int(index)}"
+            )
+    return index.astype(jnp.int32)
+
+
+def _check_concrete(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number {wanted}, got {name}={value!r}") from None
+    if not valid(number):
+        raise ValueError(f"`{name}` must be {wanted}, got {name}={value}")

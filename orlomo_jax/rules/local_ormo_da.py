@@ -1,0 +1,100 @@
+"""Local OrMo-DA: ordered momentum of parameter changes (Algorithm 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from orlomo_jax.rules import base
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+
+class LocalOrMoDAState(NamedTuple):
+    """State of :func:`local_ormo_da`.
+
+    Attributes:
+        step: t, the number of reports received, int32[].
+        momentum: u_t, a tree like params.
+    """
+
+    step: Int[Array, ""]
+    momentum: base.Params
+
+
+def local_ormo_da(
+    num_workers: int,
+    momentum: float | Float[Array, ""] = 0.9,
+    learning_rate: float | optax.Schedule = 1.0,
+    delay_weight: base.DelayWeight | None = None,
+    *,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ordered momentum on the server alone; the workers run plain SGD (Algorithm 3).
+
+    With n = ⌈t/K⌉ − ⌈i/K⌉ and the opening of groups as in :func:`~orlomo_jax.orlomo`,
+
+    - u_{t+1} = u_{t+½} + β^n η_t Δw,
+    - w_{t+1} = w_{t+½} − (1−β^{n+1})/(1−β) η_t Δw.
+
+    With one local step (S = 1) this is OrMo-DA. It may be chained and wrapped as ``orlomo`` may.
+
+    Args:
+        num_workers: K ≥ 1.
+        momentum: β in [0, 1). The Python constant 0 emits AL-SGD's computation (Remark 1).
+        learning_rate: Finite float ≥ 0, or a schedule of the server's step.
+        delay_weight: Function of the delay; None is Eq. (6).
+        accumulator_dtype: dtype of the momentum where wider than the leaf's.
+
+    Returns:
+        A transformation of a :class:`~orlomo_jax.LocalUpdate` (its ``momentum`` is not read) to
+        updates like params; ``update`` needs the keyword ``dispatched_at``.
+
+    Raises:
+        ValueError: If a concrete hyperparameter is out of range, or a report has another structure
+            or other shapes than params.
+        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+            integer scalar, or a leaf of params is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import LocalUpdate, local_ormo_da
+        >>> rule = local_ormo_da(num_workers=1, momentum=0.5)
+        >>> state = rule.init(jnp.zeros(2))
+        >>> for step in range(2):
+        ...     updates, state = rule.update(LocalUpdate(jnp.ones(2)), state, dispatched_at=step)
+        >>> updates
+        Array([-1.5, -1.5], dtype=float32)
+
+    References:
+        `arXiv:2601.12322 <https://arxiv.org/abs/2601.12322>`_, Algorithm 3.
+    """
+    num_workers = base.check_num_workers(num_workers)
+    base.check_momentum(momentum)
+    rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
+    without_momentum = isinstance(momentum, int | float) and momentum == 0
+
+    def init(params: base.Params) -> LocalOrMoDAState:
+        return LocalOrMoDAState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
+
+    def update(updates, state: LocalOrMoDAState, params=None, *, dispatched_at, **extra_args):
+        del params, extra_args
+        report = base.check_report(updates, state.momentum, rule="local_ormo_da", momentum=False)
+        index = base.check_dispatched_at(dispatched_at, state.step)
+        c = base.ordered_coefficients(
+            state.step, index, num_workers, momentum, rate(state.step, state.step - index)
+        )
+        new_momentum = base.combine(  # Alg. 3: the momentum half of OrLoMo's with Δw for Δu
+            [(c.decay, state.momentum), (c.weight, report.delta)], like=state.momentum
+        )
+        if without_momentum:
+            descent = [(-c.rate, report.delta)]
+        else:  # (1−β^{n+1})/(1−β) = 1 + Σ_{j=1..n} β^j
+            descent = [(-(c.rate + c.correction), report.delta), (-c.opens, new_momentum)]
+        new_updates = base.combine(descent, like=report.delta)
+        return new_updates, LocalOrMoDAState(optax.safe_increment(state.step), new_momentum)
+
+    return optax.GradientTransformationExtraArgs(init, update)

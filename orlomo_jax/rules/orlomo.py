@@ -1,0 +1,118 @@
+"""OrLoMo: ordered local momentum (Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from orlomo_jax.rules import base
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+
+class OrLoMoState(NamedTuple):
+    """State of :func:`orlomo`.
+
+    Attributes:
+        step: t, the number of reports received, int32[].
+        momentum: u_t, a tree like params.
+    """
+
+    step: Int[Array, ""]
+    momentum: base.Params
+
+
+def orlomo(
+    num_workers: int,
+    momentum: float | Float[Array, ""] = 0.9,
+    learning_rate: float | optax.Schedule = 1.0,
+    delay_weight: base.DelayWeight | None = None,
+    *,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ordered local momentum: merge local momentums in the order of their global iteration index.
+
+    At server step t comes a report of index i = ``dispatched_at``, with n = ⌈t/K⌉ − ⌈i/K⌉
+    (Algorithm 2, lines 6–13). Where ⌈t/K⌉ > ⌈(t−1)/K⌉ a new group opens:
+    w_{t+½} = w_t − βu_t, u_{t+½} = βu_t; else both stay. Then
+
+    - u_{t+1} = u_{t+½} + β^n η_t Δu,
+    - w_{t+1} = w_{t+½} − η_t Δw − β(1−β^n)/(1−β) η_t Δu,
+
+    where η_t = ``learning_rate(t) · delay_weight(t − i)``.
+
+    **In a chain.** Before it, transformations that scale the whole report by one factor
+    (``optax.clip_by_global_norm``, ``optax.scale``): they keep the identity
+    Δh/(1−β) = βΔu/(1−β) + Δw that the proofs rest on; elementwise ones break it. After it, any
+    transformation of params-shaped updates (``optax.masked(optax.set_to_zero(), mask)``, say).
+    Wrappers that need updates and params of one structure fail with an error: ``optax.masked`` or
+    ``optax.partition`` round the rule, ``optax.apply_if_finite``, ``optax.MultiSteps``,
+    ``optax.flatten``. ``optax.inject_hyperparams(orlomo, static_args=("num_workers",
+    "delay_weight", "accumulator_dtype"), hyperparam_dtype=jnp.float32)`` works.
+
+    Args:
+        num_workers: K ≥ 1, which is also the size of a group.
+        momentum: β in [0, 1). The Python constant 0 emits AL-SGD's computation (Remark 1).
+        learning_rate: Finite float ≥ 0, or a schedule of the server's step.
+        delay_weight: Function of the delay int32[] to a weight; None is Eq. (6),
+            :func:`~orlomo_jax.delay_adaptive`. For a constant rate: ``lambda delay: 1.0``.
+        accumulator_dtype: dtype of the momentum where wider than the leaf's (float32 for bfloat16
+            params); None keeps each leaf's.
+
+    Returns:
+        A transformation of a :class:`~orlomo_jax.LocalUpdate` to updates like params. Its
+        ``update`` needs the keyword ``dispatched_at`` (int[], the step of the parameters from which
+        the report was computed) and ignores ``params`` and unknown extra arguments.
+
+    Raises:
+        ValueError: If a concrete hyperparameter is out of range, or a report has no momentum or
+            another structure or other shapes than params.
+        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+            integer scalar, or a leaf of params is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from orlomo_jax import LocalUpdate, orlomo
+        >>> rule = orlomo(num_workers=2, momentum=0.5, delay_weight=lambda delay: 1.0)
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> state = rule.init(params)
+        >>> report = LocalUpdate(delta={"w": jnp.ones(2)}, momentum={"w": jnp.ones(2)})
+        >>> for index in (0, 0):  # the first reports of both workers, in any order
+        ...     updates, state = rule.update(report, state, params, dispatched_at=index)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params["w"], state.momentum["w"]  # the second came one group late: β·Δu is made up for
+        (Array([-2., -1.], dtype=float32), Array([1., 1.], dtype=float32))
+
+    References:
+        Ordered Local Momentum for Asynchronous Distributed Learning under Arbitrary Delays,
+        `arXiv:2601.12322 <https://arxiv.org/abs/2601.12322>`_, Algorithm 2.
+    """
+    num_workers = base.check_num_workers(num_workers)
+    base.check_momentum(momentum)
+    rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
+    without_momentum = isinstance(momentum, int | float) and momentum == 0
+
+    def init(params: base.Params) -> OrLoMoState:
+        return OrLoMoState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
+
+    def update(updates, state: OrLoMoState, params=None, *, dispatched_at, **extra_args):
+        del params, extra_args
+        report = base.check_report(updates, state.momentum, rule="orlomo", momentum=True)
+        index = base.check_dispatched_at(dispatched_at, state.step)
+        c = base.ordered_coefficients(
+            state.step, index, num_workers, momentum, rate(state.step, state.step - index)
+        )
+        new_momentum = base.combine(  # Alg. 2, l. 7 and 12
+            [(c.decay, state.momentum), (c.weight, report.momentum)], like=state.momentum
+        )
+        descent = [(-c.rate, report.delta)]  # Alg. 2, l. 13
+        if not without_momentum:  # Alg. 2, l. 7 and 13
+            descent += [(-c.opens, new_momentum), (-c.correction, report.momentum)]
+        new_updates = base.combine(descent, like=report.delta)
+        return new_updates, OrLoMoState(optax.safe_increment(state.step), new_momentum)
+
+    return optax.GradientTransformationExtraArgs(init, update)

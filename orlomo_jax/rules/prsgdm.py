@@ -1,0 +1,106 @@
+"""PRSGDm: parallel restarted SGD with momentum (Yu, Jin and Yang 2019), synchronous."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orlomo_jax.rules import base
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int
+
+
+class PRSGDmState(NamedTuple):
+    """State of :func:`prsgdm`.
+
+    Attributes:
+        step: The number of reports received, int32[]; a round is K of them.
+        momentum: u, the average of the workers' momentum buffers at the end of the last round; a
+            tree like params. The workers of the next round start from it.
+        pending: The sums of the reports of the round under way; trees like params.
+    """
+
+    step: Int[Array, ""]
+    momentum: base.Params
+    pending: base.LocalUpdate
+
+
+def prsgdm(
+    num_workers: int, *, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Average parameters and momentum buffers over a synchronous round of K reports.
+
+    All K workers start a round from the same (w, u), run S steps of momentum SGD, and
+
+    - w ← w − (1/K) Σ_k Δw^k,
+    - u ← (1/K) Σ_k ũ_S^k.
+
+    Every report goes through ``update``: the first K−1 of a round return zero updates, the K-th the
+    averaged one. The server must not dispatch before ``step % K == 0``
+    (:class:`~orlomo_jax.ParameterServer` sees to that), so that ``dispatched_at`` is K⌊t/K⌋.
+    It may be chained and wrapped as ``orlomo`` may.
+
+    Args:
+        num_workers: K ≥ 1.
+        accumulator_dtype: dtype of the momentum and the sums where wider than the leaf's.
+
+    Returns:
+        A transformation of a :class:`~orlomo_jax.LocalUpdate` to updates like params; ``update``
+        needs the keyword ``dispatched_at``.
+
+    Raises:
+        ValueError: If ``num_workers`` is below 1, or a report has no momentum or another structure
+            or other shapes than params.
+        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+            integer scalar, or a leaf of params is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import LocalUpdate, prsgdm
+        >>> rule = prsgdm(num_workers=2)
+        >>> state = rule.init(jnp.zeros(1))
+        >>> for change in (1.0, 3.0):
+        ...     report = LocalUpdate(jnp.full(1, change), jnp.full(1, 2 * change))
+        ...     updates, state = rule.update(report, state, dispatched_at=0)
+        ...     print(updates, state.momentum)
+        [0.] [0.]
+        [-2.] [4.]
+
+    References:
+        Yu, Jin and Yang, `On the linear speedup analysis of communication efficient momentum SGD
+        for distributed non-convex optimization <https://arxiv.org/abs/1905.03817>`_, 2019.
+    """
+    num_workers = base.check_num_workers(num_workers)
+
+    def init(params: base.Params) -> PRSGDmState:
+        zeros = base.zeros(params, accumulator_dtype)
+        return PRSGDmState(
+            step=jnp.zeros([], jnp.int32),
+            momentum=zeros,
+            pending=base.LocalUpdate(*jax.tree.map(jnp.copy, (zeros, zeros))),
+        )
+
+    def update(updates, state: PRSGDmState, params=None, *, dispatched_at, **extra_args):
+        del params, extra_args
+        report = base.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
+        base.check_dispatched_at(dispatched_at, state.step)
+        last = (state.step + 1) % num_workers == 0
+        total = base.combine([(1.0, state.pending), (1.0, report)], like=state.pending)
+        mean = base.combine([(1 / num_workers, total)], like=total)
+        new_updates = jax.tree.map(
+            lambda m, d: jnp.where(last, -m, 0).astype(d.dtype), mean.delta, report.delta
+        )
+        new_state = PRSGDmState(
+            step=optax.safe_increment(state.step),
+            momentum=jax.tree.map(
+                lambda m, u: jnp.where(last, m, u), mean.momentum, state.momentum
+            ),
+            pending=jax.tree.map(lambda x: jnp.where(last, 0, x).astype(x.dtype), total),
+        )
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
