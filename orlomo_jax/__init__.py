@@ -13,6 +13,7 @@ from orlomo_jax.rules import (
     orlomo,
     prsgdm,
 )
+from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
 
 __all__ = [
     "ALSGDState",
@@ -20,9 +21,12 @@ __all__ = [
     "LocalUpdate",
     "OrLoMoState",
     "PRSGDmState",
+    "RoundResult",
     "al_sgd",
+    "all_finite",
     "delay_adaptive",
     "global_learning_rate",
+    "local_momentum_sgd",
     "local_ormo_da",
     "orlomo",
     "prsgdm",

@@ -209,9 +209,8 @@ def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
     def leaf(path, x):
         dtype = jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"`params` must have floating leaves, got {dtype} at params{jax.tree_util.keystr(path)}"
-            )
+            where = f"params{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`params` must have floating leaves, got {dtype} at {where}")
         if accumulator_dtype is not None:
             dtype = jnp.promote_types(dtype, accumulator_dtype)
         return jnp.zeros_like(x, dtype=dtype)
@@ -230,49 +229,37 @@ def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool)
     """
     if not isinstance(report, LocalUpdate):
         raise TypeError(
-            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. Transformations "
-            "that flatten, mask, partition or accumulate cannot be wrapped round it: put them after "
-            "it in an optax.chain."
+            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. What flattens, "
+            "masks, partitions or accumulates updates cannot be wrapped round it: put it after the "
+            "rule in an optax.chain"
         )
     if momentum and report.momentum is None:
         raise ValueError(
-            f"`{rule}` needs the local momentum, got LocalUpdate.momentum=None: let the workers run "
-            "momentum SGD (local_momentum_sgd with momentum=0.9, say)"
+            f"`{rule}` needs the local momentum, got LocalUpdate.momentum=None: let the workers "
+            "run momentum SGD (local_momentum_sgd with momentum=0.9, say)"
         )
     if like is not None:
         check_like("LocalUpdate.delta", report.delta, like)
     if momentum:
-        check_like(
-            "LocalUpdate.momentum", report.momentum, report.delta if like is None else like
-        )
+        check_like("LocalUpdate.momentum", report.momentum, report.delta if like is None else like)
     return report
 
 
 def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -> None:
-    """Raise ValueError unless ``tree`` has the structure and leaf shapes (and dtypes) of ``like``."""
+    """Raise ValueError unless ``tree`` has the structure, shapes (and dtypes) of ``like``."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if structure != expected:
         raise ValueError(f"`{name}` must have the structure {expected}, got {structure}")
-    leaves = jax.tree.leaves(tree)
-    for leaf, reference in zip(leaves, jax.tree.leaves(like), strict=True):
-        same = np.shape(leaf) == np.shape(reference)
-        if not same or (dtypes and jnp.result_type(leaf) != jnp.result_type(reference)):
-            break
-    else:
-        return
-    # Something is wrong: walk again with paths, which the common case need not pay for.
     for (path, leaf), reference in zip(
         jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
     ):
         where = f"{name}{jax.tree_util.keystr(path)}"
         if np.shape(leaf) != np.shape(reference):
-            raise ValueError(
-                f"`{where}` must have shape {np.shape(reference)}, got {np.shape(leaf)}"
-            )
+            wanted = np.shape(reference)
+            raise ValueError(f"`{where}` must have shape {wanted}, got shape {np.shape(leaf)}")
         if dtypes and jnp.result_type(leaf) != jnp.result_type(reference):
-            raise ValueError(
-                f"`{where}` must be {jnp.result_type(reference)}, got {jnp.result_type(leaf)}"
-            )
+            wanted = jnp.result_type(reference)
+            raise ValueError(f"`{where}` must be {wanted}, got {jnp.result_type(leaf)}")
 
 
 def check_num_workers(num_workers: Any) -> int:
