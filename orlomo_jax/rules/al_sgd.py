@@ -63,7 +63,7 @@ def al_sgd(
     rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
 
     def init(params: base.Params) -> ALSGDState:
-        jax.eval_shape(base.zeros, params)  # refuses leaves that are not floating
+        base.check_floating("params", params)
         return ALSGDState(jnp.zeros([], jnp.int32))
 
     def update(updates, state: ALSGDState, params=None, *, dispatched_at, **extra_args):

@@ -191,10 +191,10 @@ def combine(terms: Sequence[tuple[Scalar, Params]], like: Params) -> Params:
         dtype = jnp.result_type(jnp.float32, *leaves)
         scalar_dtype = jnp.finfo(dtype).dtype  # a complex leaf's scalars are real
         total = sum(
-            jnp.asarray(c, scalar_dtype) * x.astype(dtype)
+            jnp.asarray(c, scalar_dtype) * jnp.asarray(x, dtype)
             for c, x in zip(coefficients, leaves, strict=True)
         )
-        return jnp.asarray(total, reference.dtype)
+        return jnp.asarray(total, jnp.result_type(reference))
 
     return jax.tree.map(leaf, like, *(tree for _, tree in terms))
 
@@ -205,17 +205,24 @@ def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
     Raises:
         TypeError: If a leaf of ``params`` is not floating or complex; the message names its path.
     """
+    check_floating("params", params)
 
-    def leaf(path, x):
+    def leaf(x):
         dtype = jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            where = f"params{jax.tree_util.keystr(path)}"
-            raise TypeError(f"`params` must have floating leaves, got {dtype} at {where}")
         if accumulator_dtype is not None:
             dtype = jnp.promote_types(dtype, accumulator_dtype)
         return jnp.zeros_like(x, dtype=dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree.map(leaf, params)
+
+
+def check_floating(name: str, tree: Params) -> None:
+    """Raise TypeError unless every leaf is floating or complex; the message names the path."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`{name}` must have floating leaves, got {dtype} at {where}")
 
 
 def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
@@ -312,7 +319,7 @@ def _check_concrete(name: str, value: Any, valid: Callable[[float], bool], wante
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        number = float(value)
+        number = float(operator.truediv(value, 1))  # unlike float(value), refuses strings
     except (TypeError, ValueError):
         raise TypeError(f"`{name}` must be a number {wanted}, got {name}={value!r}") from None
     if not valid(number):

@@ -21,12 +21,13 @@ class PRSGDmState(NamedTuple):
         step: The number of reports received, int32[]; a round is K of them.
         momentum: u, the average of the workers' momentum buffers at the end of the last round; a
             tree like params. The workers of the next round start from it.
-        pending: The sums of the reports of the round under way; trees like params.
+        pending: (Σ Δw, Σ ũ_S) over the reports of the round so far; a pair of trees like params.
+            The first report of the next round starts it anew.
     """
 
     step: Int[Array, ""]
     momentum: base.Params
-    pending: base.LocalUpdate
+    pending: tuple[base.Params, base.Params]
 
 
 def prsgdm(
@@ -81,26 +82,25 @@ def prsgdm(
         return PRSGDmState(
             step=jnp.zeros([], jnp.int32),
             momentum=zeros,
-            pending=base.LocalUpdate(*jax.tree.map(jnp.copy, (zeros, zeros))),
+            pending=jax.tree.map(jnp.copy, (zeros, zeros)),
         )
 
     def update(updates, state: PRSGDmState, params=None, *, dispatched_at, **extra_args):
         del params, extra_args
         report = base.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
         base.check_dispatched_at(dispatched_at, state.step)
+        first = state.step % num_workers == 0
         last = (state.step + 1) % num_workers == 0
-        total = base.combine([(1.0, state.pending), (1.0, report)], like=state.pending)
-        mean = base.combine([(1 / num_workers, total)], like=total)
-        new_updates = jax.tree.map(
-            lambda m, d: jnp.where(last, -m, 0).astype(d.dtype), mean.delta, report.delta
+        keep, share = jax.lax.optimization_barrier(
+            (jnp.where(first, 0.0, 1.0), jnp.where(last, 1 / num_workers, 0.0))
         )
-        new_state = PRSGDmState(
-            step=optax.safe_increment(state.step),
-            momentum=jax.tree.map(
-                lambda m, u: jnp.where(last, m, u), mean.momentum, state.momentum
-            ),
-            pending=jax.tree.map(lambda x: jnp.where(last, 0, x).astype(x.dtype), total),
+        pending = base.combine([(keep, state.pending), (1.0, tuple(report))], like=state.pending)
+        momentum = jax.tree.map(
+            lambda mean, u: jnp.where(last, mean, u),
+            base.combine([(share, pending[1])], like=state.momentum),
+            state.momentum,
         )
-        return new_updates, new_state
+        new_updates = base.combine([(-share, pending[0])], like=report.delta)
+        return new_updates, PRSGDmState(optax.safe_increment(state.step), momentum, pending)
 
     return optax.GradientTransformationExtraArgs(init, update)
