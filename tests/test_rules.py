@@ -122,7 +122,7 @@ def test_delay_adaptive_is_eq_6():
 class TestDegenerations:
     """β = 0, S = 1, K = 1: the methods that the paper contains as special cases."""
 
-    reports = [helpers.report(seed) for seed in range(12)]
+    reports = tuple(helpers.report(seed) for seed in range(12))
     indices = helpers.random_order(np.random.default_rng(1), 3, 12).tolist()
 
     @pytest.mark.parametrize("make", [orlomo, local_ormo_da])
@@ -255,5 +255,7 @@ def test_missing_local_momentum(name):
 
 def test_missing_index():
     rule = orlomo(2)
-    with pytest.raises(TypeError, match="dispatched_at"):
+    with pytest.raises(
+        TypeError, match=r"`dispatched_at` must be an integer scalar.*got dispatched_at=None"
+    ):
         rule.update(helpers.report(), rule.init(helpers.tree()), None)

@@ -66,12 +66,12 @@ def al_sgd(
         base.check_floating("params", params)
         return ALSGDState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state: ALSGDState, params=None, *, dispatched_at, **extra_args):
+    def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del extra_args
         report = base.check_report(updates, params, rule="al_sgd", momentum=False)
         index = base.check_dispatched_at(dispatched_at, state.step)
         eta = jax.lax.optimization_barrier(rate(state.step, state.step - index))
         new_updates = base.combine([(-eta, report.delta)], like=report.delta)  # Alg. 1, l. 7
-        return new_updates, ALSGDState(optax.safe_increment(state.step))
+        return new_updates, ALSGDState(base.increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)

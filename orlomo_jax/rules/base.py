@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -10,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import core as jax_core
+
+from orlomo_jax.checks import check_count, check_nonnegative, check_number
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Scalar
@@ -126,6 +128,11 @@ def opens_group(step: ArrayLike, num_workers: int) -> Array:
     return (jnp.asarray(step) - 1) % num_workers == 0
 
 
+def increment(step: Array) -> Array:
+    """Return t + 1, int32[]; stays at the largest int32."""
+    return jnp.asarray(optax.safe_increment(step))
+
+
 def geometric_sum(decay: ArrayLike, count: ArrayLike) -> Scalar:
     """Return Σ_{j=1..n} β^j = β(1−β^n)/(1−β), without division or cancellation.
 
@@ -179,7 +186,7 @@ def ordered_coefficients(
     return jax.lax.optimization_barrier(coefficients)
 
 
-def combine(terms: Sequence[tuple[Scalar, Params]], like: Params) -> Params:
+def combine(terms: Sequence[tuple[Scalar | float, Params]], like: Params) -> Params:
     """Return Σ coefficient · tree, leaf by leaf, in the dtypes of ``like``.
 
     A leaf's arithmetic is in float32 or wider and rounds once to the leaf's own dtype, so that a
@@ -271,56 +278,32 @@ def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -
 
 def check_num_workers(num_workers: Any) -> int:
     """Return K as an int; raise unless it is an integer ≥ 1."""
-    return check_count("num_workers", num_workers)
+    return check_count("num_workers", num_workers, 1)
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Return ``value`` as an int; raise unless it is an integer ≥ ``minimum``."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` must be an integer, got {name}={value!r}")
-    if count < minimum:
-        raise ValueError(f"`{name}` must be ≥ {minimum}, got {name}={count}")
-    return count
+def check_momentum(momentum: Any) -> None:
+    """Raise unless β is in [0, 1), where it is concrete."""
+    if not isinstance(momentum, jax_core.Tracer):
+        check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
-def check_momentum(momentum: Any) -> Any:
-    """Return β; raise unless it is in [0, 1), where it is concrete."""
-    _check_concrete("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-    return momentum
+def check_learning_rate(name: str, value: Any) -> None:
+    """Raise unless the rate is finite and ≥ 0, where it is concrete."""
+    if not isinstance(value, jax_core.Tracer):
+        check_nonnegative(name, value)
 
 
-def check_learning_rate(name: str, value: Any) -> Any:
-    """Return the rate; raise unless it is finite and ≥ 0, where it is concrete."""
-    _check_concrete(name, value, lambda x: 0 <= x < float("inf"), "finite and ≥ 0")
-    return value
-
-
-def check_dispatched_at(dispatched_at: Any, step: ArrayLike) -> Array:
+def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
     """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, where they are concrete."""
-    index = jnp.asarray(dispatched_at)
+    index = jnp.asarray(float("nan") if dispatched_at is None else dispatched_at)
     if index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
             "`dispatched_at` must be an integer scalar, the step of the parameters that the worker "
             f"was sent; got dispatched_at={dispatched_at!r}"
         )
-    if not any(isinstance(x, jax.core.Tracer) for x in (index, step)):
+    if not any(isinstance(x, jax_core.Tracer) for x in (index, step)):
         if not 0 <= int(index) <= int(step):
             raise ValueError(
                 f"`dispatched_at` must be in [0, step={int(step)}], got dispatched_at={int(index)}"
             )
     return index.astype(jnp.int32)
-
-
-def _check_concrete(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    try:
-        number = float(operator.truediv(value, 1))  # unlike float(value), refuses strings
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a number {wanted}, got {name}={value!r}") from None
-    if not valid(number):
-        raise ValueError(f"`{name}` must be {wanted}, got {name}={value}")

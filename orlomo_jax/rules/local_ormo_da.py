@@ -80,7 +80,7 @@ def local_ormo_da(
     def init(params: base.Params) -> LocalOrMoDAState:
         return LocalOrMoDAState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
 
-    def update(updates, state: LocalOrMoDAState, params=None, *, dispatched_at, **extra_args):
+    def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
         report = base.check_report(updates, state.momentum, rule="local_ormo_da", momentum=False)
         index = base.check_dispatched_at(dispatched_at, state.step)
@@ -95,6 +95,6 @@ def local_ormo_da(
         else:  # (1−β^{n+1})/(1−β) = 1 + Σ_{j=1..n} β^j
             descent = [(-(c.rate + c.correction), report.delta), (-c.opens, new_momentum)]
         new_updates = base.combine(descent, like=report.delta)
-        return new_updates, LocalOrMoDAState(optax.safe_increment(state.step), new_momentum)
+        return new_updates, LocalOrMoDAState(base.increment(state.step), new_momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -99,7 +99,7 @@ def orlomo(
     def init(params: base.Params) -> OrLoMoState:
         return OrLoMoState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
 
-    def update(updates, state: OrLoMoState, params=None, *, dispatched_at, **extra_args):
+    def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
         report = base.check_report(updates, state.momentum, rule="orlomo", momentum=True)
         index = base.check_dispatched_at(dispatched_at, state.step)
@@ -113,6 +113,6 @@ def orlomo(
         if not without_momentum:  # Alg. 2, l. 7 and 13
             descent += [(-c.opens, new_momentum), (-c.correction, report.momentum)]
         new_updates = base.combine(descent, like=report.delta)
-        return new_updates, OrLoMoState(optax.safe_increment(state.step), new_momentum)
+        return new_updates, OrLoMoState(base.increment(state.step), new_momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)

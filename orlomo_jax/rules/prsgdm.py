@@ -85,7 +85,7 @@ def prsgdm(
             pending=jax.tree.map(jnp.copy, (zeros, zeros)),
         )
 
-    def update(updates, state: PRSGDmState, params=None, *, dispatched_at, **extra_args):
+    def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
         report = base.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
         base.check_dispatched_at(dispatched_at, state.step)
@@ -101,6 +101,6 @@ def prsgdm(
             state.momentum,
         )
         new_updates = base.combine([(-share, pending[0])], like=report.delta)
-        return new_updates, PRSGDmState(optax.safe_increment(state.step), momentum, pending)
+        return new_updates, PRSGDmState(base.increment(state.step), momentum, pending)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,56 @@
+"""Checks of arguments: errors that say what, why, and the user's own name and value."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def check_count(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+    """Return ``value`` as an int; raise unless it is an integer in [low, high], no boolean.
+
+    Example:
+        >>> check_count("num_workers", 0, low=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: `num_workers` must be ≥ 1, got num_workers=0
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be an integer, got {name}={value!r}")
+    if count < low or (high is not None and count > high):
+        wanted = f"≥ {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"`{name}` must be {wanted}, got {name}={count}")
+    return count
+
+
+def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
+    """Return ``value`` as a float; raise unless it is a number, no boolean, and ``valid``.
+
+    Example:
+        >>> check_number("momentum", 1.2, lambda x: 0 <= x < 1, "in [0, 1)")
+        Traceback (most recent call last):
+        ...
+        ValueError: `momentum` must be in [0, 1), got momentum=1.2
+    """
+    try:
+        number = float(operator.truediv(value, 1))  # unlike float(value), refuses strings
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be a number {wanted}, got {name}={value!r}")
+    if not valid(number):
+        raise ValueError(f"`{name}` must be {wanted}, got {name}={value}")
+    return number
+
+
+def check_nonnegative(name: str, value: Any) -> float:
+    """Return ``value`` as a float; raise unless it is finite and ≥ 0."""
+    return check_number(name, value, lambda x: 0 <= x < math.inf, "finite and ≥ 0")
