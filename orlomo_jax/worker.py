@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.checks import check_count
 from orlomo_jax.rules import base
 
 if TYPE_CHECKING:
@@ -88,8 +89,10 @@ def local_momentum_sgd(
         >>> result.update.momentum, result.update.delta  # ũ: 1, 1.5
         (Array([1.5], dtype=float32), Array([2.5], dtype=float32))
     """
-    num_local_steps = base.check_count("num_local_steps", num_local_steps)
-    decay = None if momentum is None else base.check_momentum(momentum)
+    num_local_steps = check_count("num_local_steps", num_local_steps, 1)
+    if momentum is not None:
+        base.check_momentum(momentum)
+    decay = momentum  # `momentum` is the starting buffer below
     base.check_learning_rate("weight_decay", weight_decay)
     transform = optax.identity() if gradient_transform is None else gradient_transform
 
