@@ -1,0 +1,121 @@
+"""What server and workers say to each other, and what a report's payload must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from orlomo_jax.rules import LocalUpdate, base
+from orlomo_jax.worker import RoundResult, all_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Scalar
+
+
+class Report(NamedTuple):
+    """What a worker sends after a round.
+
+    Attributes:
+        worker: k in [K].
+        round: The task's round.
+        dispatched_at: The task's step, i = ite(t, k).
+        update: Δw and Δu, trees like params.
+        model_state: The worker's model state after the round, or None.
+        loss: float[S], for the records; not read by the server.
+        finite: Whether update and model state are free of NaN and Inf; None asks the server to
+            look. NumPy leaves are always looked at.
+    """
+
+    worker: int
+    round: int
+    dispatched_at: int
+    update: LocalUpdate
+    model_state: PyTree[ArrayLike] = None
+    loss: Float[ArrayLike, " S"] | None = None
+    finite: Bool[ArrayLike, ""] | None = None
+
+
+class Task(NamedTuple):
+    """What the server sends to a worker.
+
+    Attributes:
+        worker: k in [K].
+        round: How many tasks this worker was sent before.
+        dispatched_at: The step t of ``params``; K⌊t/K⌋ for a synchronous method.
+        params: w_t. Shared with the server and other tasks: do not donate it.
+        model_state: The server's model state, or None.
+        momentum: The buffer to start from (PRSGDm), else None.
+        local_learning_rate: γ at the server's step, float32[].
+    """
+
+    worker: int
+    round: int
+    dispatched_at: int
+    params: base.Params
+    model_state: PyTree[Array]
+    momentum: base.Params | None
+    local_learning_rate: Scalar
+
+    def report(self, result: RoundResult) -> Report:
+        """Return the report of this task's round."""
+        return Report(*self[:3], result.update, result.model_state, result.loss, result.finite)
+
+
+class ReportRejected(ValueError):
+    """A report that the server did not apply; nothing has changed."""
+
+
+def check_payload(
+    report: Report, params: base.Params, model_state: PyTree[Array], *, momentum: bool
+) -> None:
+    """Raise unless the report's trees are like the server's and hold no NaN and no Inf.
+
+    Args:
+        report: The report.
+        params: The server's parameters.
+        model_state: The server's model state.
+        momentum: Whether the method's workers report their local momentum.
+
+    Raises:
+        TypeError: If ``report.update`` is no LocalUpdate.
+        ValueError: If a tree has another structure, a leaf another shape or dtype, or a value is
+            not finite; the message names the leaf by its path.
+    """
+    if not isinstance(report.update, LocalUpdate):
+        kind = type(report.update).__name__
+        raise TypeError(f"`update` must be a LocalUpdate, got {kind}")
+    if momentum != (report.update.momentum is not None):
+        wanted = "have a local momentum" if momentum else "have no local momentum"
+        raise ValueError(
+            f"`update` must {wanted}, got update.momentum={type(report.update.momentum).__name__}: "
+            "make the round by method.local_round"
+        )
+    expected = {"update.delta": params, "model_state": model_state}
+    got = {"update.delta": report.update.delta, "model_state": report.model_state}
+    if momentum:
+        expected["update.momentum"], got["update.momentum"] = params, report.update.momentum
+    for name, like in expected.items():
+        if _signature(got[name]) != _signature(like):
+            base.check_like(name, got[name], like, dtypes=True)  # slower, but says where
+    _check_finite(report)
+
+
+def _signature(tree: PyTree[ArrayLike]) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(np.shape(x), getattr(x, "dtype", None)) for x in leaves]
+
+
+def _check_finite(report: Report) -> None:
+    payload = (report.update, report.model_state)
+    leaves = jax.tree.leaves(payload)
+    finite = all_finite(payload) if report.finite is None else report.finite
+    if bool(finite) and all(np.isfinite(x).all() for x in leaves if isinstance(x, np.ndarray)):
+        return
+    for name, tree in (("update", report.update), ("model_state", report.model_state)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not np.isfinite(np.asarray(leaf)).all():
+                where = f"{name}{jax.tree_util.keystr(path)}"
+                raise ValueError(f"`{where}` must be finite, got a NaN or an Inf")
+    raise ValueError("`finite` must be true, got finite=False: a loss was NaN or Inf")

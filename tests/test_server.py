@@ -1,0 +1,362 @@
+"""The parameter server: its bookkeeping, its merging, and that bad input changes nothing."""
+
+import gc
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from orlomo_jax import (
+    LocalUpdate,
+    ParameterServer,
+    Report,
+    ReportRejected,
+    make_method,
+)
+from tests import helpers
+
+K = 3
+STATE = {"mean": jnp.zeros(2), "variance": jnp.ones(2)}
+
+
+cached_method = lru_cache(make_method)  # one compiled server step for each
+
+
+def make_server(name="orlomo", model_state=None, rate=0.1, **options) -> ParameterServer:
+    method = cached_method(name, K, 0.5, **options)
+    return ParameterServer(method, helpers.tree(), K, model_state, local_learning_rate=rate)
+
+
+def make_report(task, seed=0, model_state=None, name="orlomo", **changes) -> Report:
+    update = helpers.report(seed)
+    if name in ("al_sgd", "local_ormo_da"):
+        update = update._replace(momentum=None)
+    return Report(*task[:3], update, model_state)._replace(**changes)
+
+
+@pytest.mark.parametrize("name", helpers.RULES)
+def test_server_is_the_rule_with_the_right_indices(name):
+    server = make_server(name)
+    tasks = {worker: server.dispatch(worker) for worker in range(K)}
+    order, indices, reports = [2, 0, 1, 1, 2, 0, 0, 1, 2], [], []
+    for t, worker in enumerate(order):
+        assert server.step == t
+        task = tasks.pop(worker)
+        report = make_report(task, t, name=name)
+        indices.append(task.dispatched_at)
+        reports.append(report.update)
+        for waiting in server.receive(report):
+            tasks[waiting] = server.dispatch(waiting)
+    synchronous = name == "prsgdm"
+    assert indices == ([0, 0, 0, 3, 3, 3, 6, 6, 6] if synchronous else [0, 0, 0, 3, 1, 2, 6, 4, 5])
+    params, state = helpers.run_rule(
+        make_method(name, K, 0.5).rule, helpers.tree(), reports, indices
+    )
+    helpers.assert_trees_close(server.params, params, rtol=1e-5, atol=1e-6)
+    helpers.assert_trees_close(server.state, state, rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_carry_version_round_and_local_learning_rate():
+    server = make_server(rate=optax.piecewise_constant_schedule(1.0, {2: 0.1}))
+    rates, task = [], server.dispatch(0)
+    for t in range(4):
+        assert (task.worker, task.round, task.dispatched_at) == (0, t, t)
+        helpers.assert_trees_equal(task.params, server.params)
+        assert task.momentum is None
+        rates.append(float(task.local_learning_rate))
+        assert server.receive(make_report(task, t)) == (0,)
+        task = server.dispatch(0)
+    np.testing.assert_allclose(rates, [1.0, 1.0, 0.1, 0.1])
+
+
+def test_what_was_handed_out_stays_readable():
+    """Donation spares the arrays that a task or a caller holds, and the caller's own."""
+    mine = helpers.tree()
+    method = make_method("orlomo", K, 0.5)
+    server = ParameterServer(method, mine, K, local_learning_rate=0.1)
+    first, second = server.dispatch(0), server.dispatch(1)
+    server.receive(make_report(first, 0))
+    server.receive(make_report(second, 1))
+    params, state = server.params, server.state
+    copy = jax.tree.map(np.array, (params, state))
+    task = server.dispatch(0)
+    server.receive(make_report(task, 2))
+    gc.collect()
+    helpers.assert_trees_equal(jax.tree.map(np.asarray, (params, state)), copy)
+    helpers.assert_trees_equal(mine, helpers.tree())
+    helpers.assert_trees_equal(first.params, helpers.tree())
+
+
+def test_unshared_arrays_are_donated():
+    """Within a synchronous round nobody holds the newest arrays: they are reused."""
+    server = make_server("prsgdm")
+    tasks = [server.dispatch(worker) for worker in range(K)]
+    server.receive(make_report(tasks[0]))
+    inner = jax.tree.leaves(server._params)[0]
+    server.receive(make_report(tasks[1]))
+    assert inner.is_deleted()
+    asynchronous = make_server()
+    tasks = [asynchronous.dispatch(worker) for worker in range(K)]
+    momentum = jax.tree.leaves(asynchronous._state.momentum)[0]
+    asynchronous.receive(make_report(tasks[0]))
+    assert momentum.is_deleted()
+
+
+def test_params_are_copied_from_numpy():
+    mine = np.ones(4, np.float32)
+    server = ParameterServer(make_method("al_sgd", 1), mine, 1, local_learning_rate=0.1)
+    mine[:] = 7
+    np.testing.assert_array_equal(server.params, 1)
+
+
+def test_synchronous_dispatch_is_withheld():
+    server = make_server("prsgdm")
+    tasks = [server.dispatch(worker) for worker in range(K)]
+    assert server.receive(make_report(tasks[1], 1)) == ()
+    with pytest.raises(ValueError, match=r"worker 1 has reported in this round: .* at step 3"):
+        server.dispatch(1)
+    assert server.receive(make_report(tasks[0], 2)) == ()
+    helpers.assert_trees_equal(server.params, helpers.tree())
+    assert server.receive(make_report(tasks[2], 3)) == (0, 1, 2)
+    task = server.dispatch(1)
+    assert task.dispatched_at == 3
+    average = jax.tree.map(lambda *x: sum(x) / K, *(helpers.report(s).momentum for s in (1, 2, 3)))
+    helpers.assert_trees_close(task.momentum, average, rtol=1e-5, atol=1e-6)
+
+
+def test_released_worker_gets_the_newest_parameters_and_its_old_report_is_refused():
+    server = make_server()
+    tasks = [server.dispatch(worker) for worker in range(K)]
+    server.receive(make_report(tasks[0], 0))
+    assert server.release(2) == tasks[2]
+    with pytest.raises(ReportRejected, match="worker 2 holds no task"):
+        server.receive(make_report(tasks[2], 1))
+    task = server.dispatch(2)
+    assert (task.round, task.dispatched_at) == (1, 1)
+    with pytest.raises(ReportRejected, match="holds round=1, dispatched_at=1"):
+        server.receive(make_report(tasks[2], 1))
+    assert server.receive(make_report(task, 1)) == (2,)
+
+
+def test_released_worker_rejoins_a_synchronous_round():
+    """It is sent what the round started from, model state included."""
+    server = make_server("prsgdm", STATE)
+    tasks = [server.dispatch(worker) for worker in range(K)]
+    end = {"mean": jnp.ones(2), "variance": jnp.ones(2)}
+    server.receive(make_report(tasks[0], 0, end))
+    server.release(1)
+    task = server.dispatch(1)
+    assert (task.round, task.dispatched_at) == (1, 0)
+    helpers.assert_trees_equal(task[3:6], tasks[1][3:6])
+
+
+class TestModelState:
+    def end(self, value):
+        return {"mean": jnp.full(2, value), "variance": jnp.full(2, value)}
+
+    def test_merges_by_the_global_learning_rate(self):
+        server = make_server(model_state=STATE, learning_rate=0.6, delay_weight=lambda d: 1.0)
+        server.receive(make_report(server.dispatch(0), 0, self.end(2.0)))
+        np.testing.assert_allclose(server.model_state["mean"], 0.6 * 2, rtol=1e-6)
+        np.testing.assert_allclose(server.model_state["variance"], 0.4 + 0.6 * 2, rtol=1e-6)
+
+    def test_synchronous_average_comes_with_the_last_report(self):
+        server = make_server("prsgdm", STATE)
+        tasks = [server.dispatch(worker) for worker in range(K)]
+        for task, value in zip(tasks, (1.0, 2.0, 6.0), strict=True):
+            helpers.assert_trees_equal(server.model_state, STATE)
+            server.receive(make_report(task, 0, self.end(value)))
+        np.testing.assert_allclose(server.model_state["variance"], 3.0, rtol=1e-6)
+
+    def test_a_hundredfold_drop_of_variance_stays_positive(self):
+        """Every round ends at 0.01, whatever it started from; worker 2 is late."""
+        server = make_server(model_state=self.end(1.0))
+        tasks = {k: server.dispatch(k) for k in range(K)}
+        by_difference, started = 1.0, dict.fromkeys(range(K), 1.0)  # s − η(s_start − s_end)
+        lowest = by_difference
+        for t in range(60):
+            task = tasks[t % K if t > 20 else t % 2]
+            eta = float(server.method.merge_weight(t, t - task.dispatched_at))
+            by_difference -= eta * (started[task.worker] - 0.01)
+            lowest, started[task.worker] = min(lowest, by_difference), by_difference
+            server.receive(make_report(task, t, self.end(0.01)))
+            tasks[task.worker] = server.dispatch(task.worker)
+            assert float(server.model_state["variance"].min()) > 0
+        assert lowest < 0  # why differences are not what is merged
+        np.testing.assert_allclose(server.model_state["variance"], 0.01, rtol=0.1)
+
+    def test_weight_outside_the_unit_interval(self):
+        server = make_server(model_state=STATE, learning_rate=6.0)
+        task = server.dispatch(0)
+        before = snapshot(server)
+        with pytest.raises(ReportRejected, match=r"must be in \[0, 1\].* 2.0 at step=0, delay=0"):
+            server.receive(make_report(task, 0, STATE))
+        assert_unchanged(server, before)
+
+    def test_integer_leaves_are_refused_by_path(self):
+        with pytest.raises(TypeError, match=r"int32 at model_state\['count'\]"):
+            make_server(model_state={"mean": jnp.zeros(2), "count": jnp.zeros((), jnp.int32)})
+
+    def test_needs_a_weight(self):
+        method = make_method("orlomo", K)._replace(merge_weight=None)
+        with pytest.raises(ValueError, match="merge_weight"):
+            ParameterServer(method, helpers.tree(), K, STATE, local_learning_rate=0.1)
+
+
+def snapshot(server):
+    trees = (server.params, server.state, server.model_state)
+    return server.step, jax.tree.map(np.array, trees), [server.held(k) for k in range(K)]
+
+
+def assert_unchanged(server, before):
+    step, trees, held = snapshot(server)
+    assert step == before[0]
+    helpers.assert_trees_equal(trees, before[1])
+    assert [task and task[:3] for task in held] == [task and task[:3] for task in before[2]]
+
+
+def poisoned(tree, value):
+    leaves, structure = jax.tree.flatten(tree)
+    leaves[1] = leaves[1].at[0].set(value)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def poisoned_numpy():
+    update = LocalUpdate(poisoned(helpers.tree(), jnp.inf), helpers.tree())
+    return jax.tree.map(np.asarray, update)
+
+
+def with_delta(delta):
+    return lambda task: make_report(task, 1, STATE, update=LocalUpdate(delta, helpers.tree()))
+
+
+BAD_REPORTS = {
+    "not a report": (lambda task: task, "`report` must be a Report, got Task"),
+    "unknown worker": (
+        lambda t: make_report(t, 1, STATE, worker=K),
+        r"`worker` must be in \[0, 2\]",
+    ),
+    "negative worker": (lambda t: make_report(t, 1, STATE, worker=-1), "got worker=-1"),
+    "worker of a wrong type": (lambda t: make_report(t, 1, STATE, worker="0"), "worker='0'"),
+    "idle worker": (lambda t: make_report(t, 1, STATE, worker=2), "worker 2 holds no task"),
+    "future index": (
+        lambda t: make_report(t, 1, STATE, dispatched_at=9),
+        "dispatched_at=9, a wrong",
+    ),
+    "stale index": (
+        lambda t: make_report(t, 1, STATE, dispatched_at=0),
+        "worker 0 holds round=1, dispatched_at=1; got a report of round=1, dispatched_at=0",
+    ),
+    "duplicate": (
+        lambda t: make_report(t, 1, STATE, dispatched_at=0, round=0),
+        "round=0, dispatched_at=0, a duplicate or stale one",
+    ),
+    "no update": (lambda t: make_report(t, 1, STATE, update=(1, 2)), "must be a LocalUpdate"),
+    "no momentum": (
+        lambda t: make_report(t, 1, STATE, update=LocalUpdate(helpers.tree())),
+        "`update` must have a local momentum",
+    ),
+    "structure": (with_delta({"other": jnp.ones(2)}), "`update.delta` must have the structure"),
+    "shape": (
+        with_delta(jax.tree.map(lambda x: x[None], helpers.tree())),
+        r"`update.delta\['layer'\]\[0\]` must have shape \(3, 2\), got shape \(1, 3, 2\)",
+    ),
+    "dtype": (
+        with_delta(jax.tree.map(lambda x: x.astype(jnp.float16), helpers.tree())),
+        r"`update.delta\['layer'\]\[0\]` must be float32, got float16",
+    ),
+    "nan": (
+        with_delta(poisoned(helpers.tree(), jnp.nan)),
+        r"`update.delta\['layer'\]\[1\]\[0\]` must be finite",
+    ),
+    "inf of numpy, called finite": (
+        lambda t: make_report(
+            t,
+            1,
+            STATE,
+            update=jax.tree.map(
+                np.asarray, LocalUpdate(poisoned(helpers.tree(), jnp.inf), helpers.tree())
+            ),
+            finite=True,
+        ),
+        "must be finite",
+    ),
+    "flag": (lambda t: make_report(t, 1, STATE, finite=jnp.array(False)), "finite=False"),
+    "no model state": (lambda t: make_report(t, 1, None), "`model_state` must have the structure"),
+    "nan in model state": (
+        lambda t: make_report(t, 1, {**STATE, "mean": jnp.full(2, jnp.nan)}),
+        r"`model_state\['mean'\]` must be finite",
+    ),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_REPORTS.values(), ids=BAD_REPORTS.keys())
+def test_a_bad_report_changes_nothing(bad, message):
+    server = make_server(model_state=STATE)
+    server.receive(make_report(server.dispatch(0), 0, STATE))
+    task = server.dispatch(0)
+    server.dispatch(1)
+    before = snapshot(server)
+    with pytest.raises(ReportRejected, match=message):
+        server.receive(bad(task))
+    assert_unchanged(server, before)
+    server.receive(make_report(task, 1, STATE))
+    assert server.step == 2
+
+
+def test_plain_sgd_methods_refuse_momentum():
+    server = make_server("al_sgd")
+    with pytest.raises(ReportRejected, match="`update` must have no local momentum"):
+        server.receive(make_report(server.dispatch(0)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.dispatch(0), "worker 0 is busy with the task dispatched at step 0"),
+        (lambda s: s.dispatch(K), r"`worker` must be in \[0, 2\], got worker=3"),
+        (lambda s: s.dispatch(-1), "worker=-1"),
+        (lambda s: s.release(1), "worker 1 holds no task"),
+        (lambda s: s.release(7), "worker=7"),
+    ],
+)
+def test_bad_dispatch_changes_nothing(call, message):
+    server = make_server()
+    server.dispatch(0)
+    before = snapshot(server)
+    with pytest.raises(ValueError, match=message):
+        call(server)
+    assert_unchanged(server, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"num_workers": 4},
+            ValueError,
+            "`num_workers` must be the method's, 3, got num_workers=4",
+        ),
+        ({"num_workers": 0}, ValueError, "num_workers=0"),
+        ({"local_learning_rate": -1.0}, ValueError, "local_learning_rate=-1.0"),
+        ({"local_learning_rate": float("nan")}, ValueError, "local_learning_rate=nan"),
+        ({"params": {"a": jnp.arange(2)}}, TypeError, r"int32 at params\['a'\]"),
+    ],
+)
+def test_bad_construction(options, error, message):
+    arguments = {"params": helpers.tree(), "num_workers": K, "local_learning_rate": 0.1} | options
+    with pytest.raises(error, match=message):
+        ParameterServer(make_method("orlomo", K), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_other_dtypes(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        method = make_method("orlomo", K, 0.5)
+        server = ParameterServer(method, helpers.tree(0, dtype), K, local_learning_rate=0.1)
+        task = server.dispatch(0)
+        server.receive(Report(*task[:3], helpers.report(0, dtype)))
+        assert {x.dtype for x in jax.tree.leaves(server.params)} == {jnp.dtype(dtype)}
