@@ -1,5 +1,15 @@
 """OrLoMo: ordered local momentum for asynchronous distributed training, in JAX."""
 
+from orlomo_jax.arrivals import (
+    ComputeTimes,
+    given,
+    heterogeneous,
+    homogeneous,
+    one_slow_worker,
+    simulate_arrivals,
+)
+from orlomo_jax.methods import METHOD_NAMES, Method, make_method
+from orlomo_jax.reports import Report, ReportRejected, Task
 from orlomo_jax.rules import (
     ALSGDState,
     LocalOrMoDAState,
@@ -13,21 +23,44 @@ from orlomo_jax.rules import (
     orlomo,
     prsgdm,
 )
+from orlomo_jax.server import ParameterServer
+from orlomo_jax.simulator import Evaluation, History, SimulationResult, StepRecord, simulate
+from orlomo_jax.trace import ArrivalTrace, Event
 from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
 
 __all__ = [
+    "METHOD_NAMES",
     "ALSGDState",
+    "ArrivalTrace",
+    "ComputeTimes",
+    "Evaluation",
+    "Event",
+    "History",
     "LocalOrMoDAState",
     "LocalUpdate",
+    "Method",
     "OrLoMoState",
     "PRSGDmState",
+    "ParameterServer",
+    "Report",
+    "ReportRejected",
     "RoundResult",
+    "SimulationResult",
+    "StepRecord",
+    "Task",
     "al_sgd",
     "all_finite",
     "delay_adaptive",
+    "given",
     "global_learning_rate",
+    "heterogeneous",
+    "homogeneous",
     "local_momentum_sgd",
     "local_ormo_da",
+    "make_method",
+    "one_slow_worker",
     "orlomo",
     "prsgdm",
+    "simulate",
+    "simulate_arrivals",
 ]

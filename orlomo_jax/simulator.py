@@ -1,0 +1,292 @@
+"""K delayed workers on one device, exactly: a virtual clock drives the parameter server."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from orlomo_jax.checks import check_count
+from orlomo_jax.methods import Method
+from orlomo_jax.reports import Task
+from orlomo_jax.rules import base
+from orlomo_jax.server import ParameterServer
+from orlomo_jax.trace import ArrivalTrace, Event
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Scalar
+
+    BatchFn = Callable[[Array, Int[Array, ""], Int[Array, ""]], PyTree[Array]]
+    Evaluate = Callable[[base.Params, PyTree[Array]], dict[str, Scalar]]
+
+_LOOK_EVERY = 256
+"""Steps between two looks at the device's first non-finite step: a rare, cheap wait."""
+
+
+class StepRecord(NamedTuple):
+    """One global iteration, as ``on_step`` sees it.
+
+    Attributes:
+        step: How many reports are applied, this one included; in [1, T].
+        time: Virtual seconds at its arrival.
+        worker: Who reported.
+        delay: τ_t.
+        loss: The mean loss of its local steps, float[], on the device: ``float(record.loss)``
+            waits for it, so do that rarely.
+        metrics: The evaluation after this step, or None.
+    """
+
+    step: int
+    time: float
+    worker: int
+    delay: int
+    loss: Float[Array, ""]
+    metrics: dict[str, float] | None
+
+
+class Evaluation(NamedTuple):
+    """Metrics of the server's parameters after ``step`` reports, at virtual ``time`` (seconds)."""
+
+    step: int
+    time: float
+    metrics: dict[str, float]
+
+
+class History(NamedTuple):
+    """What happened, step by step, up to the end or to the first non-finite report.
+
+    Attributes:
+        step: int32[n], 1 … n.
+        time: float64[n], virtual seconds.
+        worker: int32[n].
+        delay: int32[n].
+        loss: float[n], the mean loss of the report's local steps.
+        evaluations: In order of step.
+    """
+
+    step: np.ndarray
+    time: np.ndarray
+    worker: np.ndarray
+    delay: np.ndarray
+    loss: np.ndarray
+    evaluations: tuple[Evaluation, ...]
+
+
+class SimulationResult(NamedTuple):
+    """What :func:`simulate` returns.
+
+    Attributes:
+        params: The final parameters; not finite where the run diverged.
+        model_state: The final merged model state.
+        state: The rule's final state (u_T among it).
+        history: See :class:`History`.
+        trace: The arrival order that was run.
+        status: ``"finished"`` or ``"diverged"``.
+        diverged_at: The index t of the first report with a NaN or an Inf; None where finished.
+    """
+
+    params: base.Params
+    model_state: PyTree[Array]
+    state: Any
+    history: History
+    trace: ArrivalTrace
+    status: Literal["finished", "diverged"]
+    diverged_at: int | None
+
+
+def simulate(
+    method: Method,
+    round_fn: Callable,
+    batch_fn: BatchFn,
+    params: base.Params,
+    trace: ArrivalTrace,
+    *,
+    key: Array,
+    model_state: PyTree[ArrayLike] = None,
+    local_learning_rate: float | optax.Schedule,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> SimulationResult:
+    """Train with K delayed workers whose reports arrive in the order of ``trace``.
+
+    The mathematics is exact whatever the delays: each report is computed from the very parameters
+    that its worker was sent. The same seed and trace give the same parameters to the bit (same
+    program, jaxlib, flags and device).
+
+    Randomness: ``data_key, noise_key = jax.random.split(key)``. ``batch_fn`` gets ``data_key``; a
+    round's own key is ``fold_in(fold_in(noise_key, worker), round)``. Both depend on worker and
+    round alone, never on the arrival order.
+
+    Args:
+        method: A :class:`~orlomo_jax.Method`.
+        round_fn: ``method.local_round(loss_fn, num_local_steps)``.
+        batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able.
+        params: w_0.
+        trace: Who reports when; T steps. A synchronous method needs a synchronous trace.
+        key: A ``jax.random.key``.
+        model_state: See :class:`~orlomo_jax.ParameterServer`.
+        local_learning_rate: γ, a float or a schedule of the server's step.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself.
+        evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
+        on_step: Called with a :class:`StepRecord` after each step.
+
+    Returns:
+        A :class:`SimulationResult`.
+
+    Raises:
+        ValueError: If method and trace do not fit together, or a hyperparameter is out of range.
+        TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import ArrivalTrace, make_method, simulate
+        >>> def loss_fn(params, model_state, batch, key):
+        ...     return jnp.mean((params - batch) ** 2), (model_state, {})
+        >>> def batch_fn(key, worker, round):
+        ...     return jnp.ones((4, 1))
+        >>> method = make_method("orlomo", num_workers=2)
+        >>> result = simulate(
+        ...     method,
+        ...     method.local_round(loss_fn, num_local_steps=4),
+        ...     batch_fn,
+        ...     jnp.zeros(1),
+        ...     ArrivalTrace.from_workers([0, 1, 1] * 10, num_workers=2),
+        ...     key=jax.random.key(0),
+        ...     local_learning_rate=0.01,
+        ... )
+        >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
+        ('finished', True)
+    """
+    _check_fit(method, trace, key, evaluate_every)
+    data_key, noise_key = jax.random.split(key)
+    server = ParameterServer(
+        method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
+    )
+    run_round = _fused_round(round_fn, batch_fn)
+    evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
+    events: defaultdict[int, list[Event]] = defaultdict(list)
+    for event in trace.events:
+        events[event.step].append(event)
+    late = _late_joiners(trace)
+    tasks = {k: server.dispatch(k) for k in range(trace.num_workers) if k not in late}
+    first_bad = jnp.int32(-1)
+    losses, evaluations, new_losses = [], [], []
+
+    for t, (worker, time, delay) in enumerate(
+        zip(trace.workers.tolist(), trace.times.tolist(), trace.delays.tolist(), strict=True)
+    ):
+        _apply_events(events.pop(t, []), server, tasks)
+        task = tasks.pop(worker)
+        result, loss, first_bad = run_round(
+            task.params,
+            task.model_state,
+            task.momentum,
+            task.local_learning_rate,
+            data_key,
+            noise_key,
+            np.int32(worker),
+            np.int32(task.round),
+            np.int32(t),
+            first_bad,
+        )
+        # The device remembers the first non-finite round: to look here would stall each step.
+        for waiting in server.receive(task.report(result)._replace(finite=True)):
+            tasks[waiting] = server.dispatch(waiting)
+        new_losses.append(loss)
+        step, metrics = t + 1, None
+        evaluates = evaluate is not None and (step % evaluate_every == 0 or step == trace.num_steps)
+        if evaluates or step % _LOOK_EVERY == 0 or step == trace.num_steps:
+            losses += jax.device_get(new_losses)
+            new_losses = []
+            if int(first_bad) >= 0:
+                break
+        if evaluates:
+            assert evaluate is not None
+            values = evaluate(server.params, server.model_state)
+            metrics = {name: float(value) for name, value in values.items()}
+            evaluations.append(Evaluation(step, time, metrics))
+        if on_step is not None:
+            on_step(StepRecord(step, time, worker, delay, loss, metrics))
+
+    bad = int(first_bad)
+    kept = bad + 1 if bad >= 0 else trace.num_steps
+    history = History(
+        step=np.arange(1, kept + 1, dtype=np.int32),
+        time=trace.times[:kept],
+        worker=trace.workers[:kept],
+        delay=trace.delays[:kept],
+        loss=np.asarray(losses[:kept]),
+        evaluations=tuple(evaluations),
+    )
+    return SimulationResult(
+        params=server.params,
+        model_state=server.model_state,
+        state=server.state,
+        history=history,
+        trace=trace,
+        status="finished" if bad < 0 else "diverged",
+        diverged_at=None if bad < 0 else bad,
+    )
+
+
+@lru_cache(maxsize=32)
+def _fused_round(round_fn: Callable, batch_fn: BatchFn) -> Callable:
+    """Return batches, round and finite check as one compiled program."""
+
+    @jax.jit
+    def run_round(
+        params,
+        model_state,
+        momentum,
+        local_learning_rate,
+        data_key,
+        noise_key,
+        worker,
+        round,
+        step,
+        first_bad,
+    ):
+        batches = batch_fn(data_key, worker, round)
+        key = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
+        result = round_fn(params, model_state, batches, local_learning_rate, key, momentum=momentum)
+        first_bad = jnp.where((first_bad < 0) & ~result.finite, step, first_bad)
+        return result, result.loss.mean(), first_bad
+
+    return run_round
+
+
+def _late_joiners(trace: ArrivalTrace) -> set[int]:
+    first_kinds: dict[int, str] = {}
+    for event in trace.events:
+        first_kinds.setdefault(event.worker, event.kind)
+    return {worker for worker, kind in first_kinds.items() if kind == "joined"}
+
+
+def _apply_events(events: list[Event], server: ParameterServer, tasks: dict[int, Task]) -> None:
+    for event in events:
+        if event.kind in ("lost", "left"):
+            if tasks.pop(event.worker, None) is not None:
+                server.release(event.worker)
+        else:
+            tasks[event.worker] = server.dispatch(event.worker)
+
+
+def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:
+    if method.synchronous != trace.synchronous:
+        kinds = {True: "synchronous", False: "asynchronous"}
+        raise ValueError(
+            f"`trace` must be {kinds[method.synchronous]} for {method.name}, got an "
+            f"{kinds[trace.synchronous]} one"
+        )
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"`key` must be a jax.random.key, got key={key!r}")
+    if evaluate_every is not None:
+        check_count("evaluate_every", evaluate_every, 1)
