@@ -281,10 +281,9 @@ def _apply_events(events: list[Event], server: ParameterServer, tasks: dict[int,
 
 def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:
     if method.synchronous != trace.synchronous:
-        kinds = {True: "synchronous", False: "asynchronous"}
         raise ValueError(
-            f"`trace` must be {kinds[method.synchronous]} for {method.name}, got an "
-            f"{kinds[trace.synchronous]} one"
+            f"`trace` must have synchronous={method.synchronous} for {method.name}, "
+            f"got synchronous={trace.synchronous}"
         )
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"`key` must be a jax.random.key, got key={key!r}")

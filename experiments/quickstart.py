@@ -1,0 +1,269 @@
+"""Four methods under the same delays on real digits, in about a minute on two cores.
+
+``python -m experiments.quickstart`` trains a small network with OrLoMo, PRSGDm, AL-SGD and local
+OrMo-DA on 16 workers, a quarter of them slow, each method with the best learning rate of one grid,
+over three seeds. It prints a table, draws loss and accuracy against virtual time, and records each
+run as a JSON row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments import data, records
+from experiments.models import mlp
+from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate, simulate_arrivals
+
+TITLES = {
+    "orlomo": "OrLoMo",
+    "prsgdm": "PRSGDm",
+    "al_sgd": "AL-SGD",
+    "local_ormo_da": "local OrMo-DA",
+}
+LINES = {"orlomo": "-", "prsgdm": "--", "al_sgd": "-.", "local_ormo_da": ":"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The quickstart's settings."""
+
+    workers: int = 16
+    """K, the number of workers."""
+    local_iterations: int = 32
+    """S, the local steps of a round."""
+    slow_fraction: float = 0.25
+    """The share of slow workers."""
+    slowdown: float = 2.0
+    """How many times longer a slow worker's gradient takes."""
+    variation: float = 0.2
+    """A worker's gradient time varies by ± this share; little, so that the slow workers tell."""
+    epochs: int = 400
+    """Passes over the training set, counted over all workers."""
+    batch_size: int = 32
+    """Examples of one local step."""
+    hidden: int = 64
+    """Width of the hidden layer."""
+    momentum: float = 0.9
+    """β of server and workers."""
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    """The grid of local learning rates that each method chooses from."""
+    seeds: int = 3
+    """Runs for each learning rate."""
+    output: Path = Path("quickstart_output")
+    """Folder of runs.jsonl and quickstart.png; earlier ones there are replaced."""
+
+
+class Experiment:
+    """Everything that the runs share, compiled once for each method."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the data and lay out the runs."""
+        self.config = config
+        self.train, test = data.digits()
+        self.batch_fn = data.shuffled_batches(
+            self.train, config.batch_size, config.local_iterations
+        )
+        per_report = config.batch_size * config.local_iterations
+        reports = config.epochs * len(self.train.labels) // per_report
+        self.num_steps = reports - reports % config.workers  # whole rounds for PRSGDm
+        if self.num_steps == 0:
+            raise SystemExit(f"--epochs {config.epochs} is less than one report of each worker")
+        self.methods = {
+            name: make_method(name, config.workers, config.momentum) for name in METHOD_NAMES
+        }
+        self.rounds = {
+            name: method.local_round(mlp.loss_fn, config.local_iterations)
+            for name, method in self.methods.items()
+        }
+        self.compute_times = heterogeneous(config.slow_fraction, config.slowdown, config.variation)
+
+        @jax.jit
+        def evaluate(params, model_state):
+            train_loss, _ = mlp.loss_fn(params, model_state, self.train, None)
+            hits = mlp.logits(params, test.images).argmax(-1) == test.labels
+            return {"train_loss": train_loss, "test_accuracy": 100 * hits.mean()}
+
+        self.evaluate = evaluate
+
+    def run(self, name: str, learning_rate: float, seed: int, on_step) -> dict[str, Any]:
+        """Train once; return the run's row."""
+        config, method = self.config, self.methods[name]
+        trace = simulate_arrivals(
+            self.compute_times,
+            config.workers,
+            self.num_steps,
+            config.local_iterations,
+            seed,
+            synchronous=method.synchronous,
+        )
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        start = time.perf_counter()
+        result = simulate(
+            method,
+            self.rounds[name],
+            self.batch_fn,
+            mlp.init(init_key, (64, config.hidden, 10)),
+            trace,
+            key=run_key,
+            local_learning_rate=learning_rate,
+            evaluate=self.evaluate,
+            evaluate_every=max(1, self.num_steps // 20),
+            on_step=on_step,
+        )
+        evaluations = result.history.evaluations
+        final = evaluations[-1].metrics if result.status == "finished" else {}
+        return {
+            "experiment": "quickstart",
+            "method": name,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "status": result.status,
+            "diverged_at": result.diverged_at,
+            "num_steps": self.num_steps,
+            "max_delay": int(trace.max_delay),
+            "virtual_time": float(trace.times[-1]),
+            "wall_time": time.perf_counter() - start,
+            **final,
+            "curve": {
+                "virtual_time": [evaluation.time for evaluation in evaluations],
+                **{
+                    metric: [evaluation.metrics[metric] for evaluation in evaluations]
+                    for metric in ("train_loss", "test_accuracy")
+                },
+            },
+            "config": {**asdict(config), "output": None},
+            "environment": records.environment(),
+        }
+
+
+def run_all(config: Config, console: Console) -> list[dict[str, Any]]:
+    """Run every method × learning rate × seed, and record each run as it ends."""
+    experiment = Experiment(config)
+    path = config.output / "runs.jsonl"
+    path.unlink(missing_ok=True)
+    runs = [
+        (name, learning_rate, seed)
+        for name in METHOD_NAMES
+        for learning_rate in config.learning_rates
+        for seed in range(config.seeds)
+    ]
+    columns = (
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reports"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("compiling", total=len(runs) * experiment.num_steps)
+        for number, (name, learning_rate, seed) in enumerate(runs):
+            done = number * experiment.num_steps
+            label = f"{TITLES[name]:<13} γ={learning_rate:<5g} seed {seed}"
+            progress.update(bar, completed=done, description=label)
+
+            def on_step(record, done=done):
+                if record.step % 16 == 0:  # redrawing costs more than a step
+                    progress.update(bar, completed=done + record.step)
+
+            records.append(path, experiment.run(name, learning_rate, seed, on_step))
+    return records.read(path)
+
+
+def best_runs(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return each method's runs at the learning rate of the lowest mean training loss.
+
+    A rate at which a seed diverged is out; a method all of whose rates are out has no runs.
+    """
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["method"], row["learning_rate"]].append(row)
+    best = {name: [] for name in METHOD_NAMES}
+    for (name, _), cell in cells.items():
+        if all(row["status"] == "finished" for row in cell):
+            best[name] = min(
+                (runs for runs in (best[name], cell) if runs),
+                key=lambda runs: np.mean([row["train_loss"] for row in runs]),
+            )
+    return best
+
+
+def table(best: dict[str, list[dict[str, Any]]]) -> Table:
+    """Return the terminal's table: mean ± standard deviation over the seeds."""
+    out = Table(title="Digits: the best learning rate of the grid for each method")
+    out.add_column("method", no_wrap=True)
+    for heading in ("γ", "accuracy %", "training loss", "virtual time s"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for name, runs in best.items():
+        if not runs:
+            out.add_row(TITLES[name], "none", "diverged at every rate", "", "")
+            continue
+        of = partial(_mean_std, runs)
+        out.add_row(
+            TITLES[name],
+            f"{runs[0]['learning_rate']:g}",
+            of("test_accuracy", ".2f"),
+            of("train_loss", ".5f"),
+            of("virtual_time", ".0f"),
+        )
+    return out
+
+
+def _mean_std(runs: list[dict[str, Any]], metric: str, form: str) -> str:
+    values = [row[metric] for row in runs]
+    std = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):{form}} ± {std:{form}}"
+
+
+def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw training loss and test accuracy against virtual time, mean and range over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (("train_loss", "training loss"), ("test_accuracy", "test accuracy (%)"))
+    for axis, (metric, label) in zip(axes, panels, strict=True):
+        for name, runs in best.items():
+            if not runs:
+                continue
+            times = np.mean([row["curve"]["virtual_time"] for row in runs], axis=0)
+            values = np.array([row["curve"][metric] for row in runs])
+            (line,) = axis.plot(times, values.mean(0), LINES[name], label=TITLES[name])
+            axis.fill_between(
+                times, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0
+            )
+        axis.set(xlabel="virtual time (gradients of a fast worker)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the quickstart from the command line."""
+    config = tyro.cli(Config, args=args, description=__doc__)
+    plt.switch_backend("agg")
+    console = Console()
+    start = time.perf_counter()
+    best = best_runs(run_all(config, console))
+    draw(best, config.output / "quickstart.png")
+    console.print(table(best))
+    console.print(
+        f"{time.perf_counter() - start:.0f} s. Figure: {config.output / 'quickstart.png'}; "
+        f"runs: {config.output / 'runs.jsonl'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

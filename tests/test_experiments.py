@@ -1,0 +1,99 @@
+"""The experiments: their data, their records, and the quickstart at a small size."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data, quickstart, records
+
+
+class TestBatches:
+    split = data.Split(jax.numpy.arange(10.0), jax.numpy.arange(10))
+
+    @pytest.mark.parametrize(("batch_size", "steps"), [(2, 3), (5, 4), (1, 1), (10, 1)])
+    def test_each_epoch_holds_every_example_once(self, batch_size, steps):
+        batch_fn = jax.jit(data.shuffled_batches(self.split, batch_size, steps))
+        for worker in (0, 3):
+            rounds = [batch_fn(jax.random.key(0), worker, round).labels for round in range(20)]
+            read = np.concatenate([labels.ravel() for labels in rounds])
+            for epoch in read[: len(read) // 10 * 10].reshape(-1, 10):
+                assert sorted(epoch) == list(range(10))
+
+    def test_workers_and_epochs_are_shuffled_apart(self):
+        batch_fn = data.shuffled_batches(self.split, 10, 1)
+        orders = {
+            tuple(batch_fn(jax.random.key(0), worker, round).labels.ravel().tolist())
+            for worker in (0, 1)
+            for round in (0, 1)
+        }
+        assert len(orders) == 4
+
+    def test_late_rounds_do_not_overflow(self):
+        batch_fn = data.shuffled_batches(self.split, 10, 100)
+        labels = batch_fn(jax.random.key(0), 0, np.int32(2**31 - 1)).labels
+        assert np.bincount(labels.ravel()).tolist() == [100] * 10
+
+
+class TestRecords:
+    def test_rows_come_back_in_order(self, tmp_path):
+        path = tmp_path / "folder" / "runs.jsonl"
+        assert records.read(path) == []
+        for number in range(3):
+            records.append(path, {"number": number, "β": 0.9})
+        assert [row["number"] for row in records.read(path)] == [0, 1, 2]
+
+    def test_a_broken_line_is_named(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        path.write_text('{"a": 1}\n{"a": \n')
+        with pytest.raises(ValueError, match=r"runs.jsonl:2 is not a JSON row"):
+            records.read(path)
+        path.write_text("[1]\n")
+        with pytest.raises(ValueError, match=r"runs.jsonl:1 must be a JSON object"):
+            records.read(path)
+
+    def test_a_failed_write_leaves_the_file_as_it_was(self, tmp_path, monkeypatch):
+        path = tmp_path / "runs.jsonl"
+        records.append(path, {"a": 1})
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match="JSON"):
+            records.append(path, {"a": float("nan")})
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(records.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            records.append(path, {"a": 2})
+        assert path.read_bytes() == before
+
+
+class TestQuickstart:
+    def test_a_small_one(self, tmp_path, capsys):
+        flags = "--workers 4 --local-iterations 4 --epochs 20 --seeds 2 --hidden 8"
+        flags += " --learning-rates 0.1 1e30"
+        quickstart.main([*flags.split(), "--output", str(tmp_path)])
+        rows = records.read(tmp_path / "runs.jsonl")
+        assert len(rows) == 4 * 2 * 2
+        for row in rows:
+            assert row["status"] == ("finished" if row["learning_rate"] == 0.1 else "diverged")
+        asynchronous = [row for row in rows if row["method"] != "prsgdm" and row["seed"] == 0]
+        same_delays = {row["virtual_time"] for row in asynchronous}
+        assert len(same_delays) == 1
+        assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+        out = capsys.readouterr().out
+        for title in quickstart.TITLES.values():
+            assert title in out
+
+    def test_best_rate_is_the_lowest_mean_training_loss_without_divergence(self):
+        def row(rate, loss, status="finished"):
+            numbers = {"test_accuracy": 90.0, "virtual_time": 1.0, "max_delay": 3}
+            settings = {"method": "orlomo", "learning_rate": rate, "status": status}
+            return {**settings, **numbers, "train_loss": loss}
+
+        rows = [row(0.1, 3.0), row(0.1, 1.0), row(0.2, 1.5), row(0.2, 1.6)]
+        rows += [row(0.3, 0.1), row(0.3, None, "diverged")]
+        best = quickstart.best_runs(rows)
+        assert {r["learning_rate"] for r in best["orlomo"]} == {0.2}
+        assert best["al_sgd"] == []
+        cells = list(quickstart.table(best).columns[1].cells)
+        assert cells == ["0.2", "none", "none", "none"]
