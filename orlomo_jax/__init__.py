@@ -8,6 +8,7 @@ from orlomo_jax.arrivals import (
     one_slow_worker,
     simulate_arrivals,
 )
+from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.methods import METHOD_NAMES, Method, make_method
 from orlomo_jax.reports import Report, ReportRejected, Task
 from orlomo_jax.rules import (
@@ -32,6 +33,7 @@ __all__ = [
     "METHOD_NAMES",
     "ALSGDState",
     "ArrivalTrace",
+    "Checkpoints",
     "ComputeTimes",
     "Evaluation",
     "Event",

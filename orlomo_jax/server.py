@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+import json
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +14,7 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
 from orlomo_jax.reports import Report, ReportRejected, Task, check_payload
 from orlomo_jax.rules import base
+from orlomo_jax.server_step import merge_weight_on_host, server_step
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree
@@ -175,7 +175,7 @@ class ParameterServer:
                 [0, 1]. Nothing has changed then.
         """
         self._check_report(report)
-        step_fn = _server_step(
+        step_fn = server_step(
             self.method.rule,
             self.method.merge_weight,
             self._schedule,
@@ -192,8 +192,6 @@ class ParameterServer:
             np.int32(report.dispatched_at),
         )
         self._params_shared = self._state_shared = False
-        if rate is not None:
-            self._local_learning_rate = rate
         worker = int(report.worker)
         del self._held[worker]
         self._reported_at[worker] = self.step
@@ -201,7 +199,83 @@ class ParameterServer:
         if self.method.synchronous and self.step % self.num_workers:
             return ()
         self._model_state = self._merging
+        if rate is not None:
+            self._local_learning_rate = rate
         return tuple(range(self.num_workers)) if self.method.synchronous else (worker,)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return everything the server holds, as arrays by name and as JSON-able bookkeeping.
+
+        Tasks of the same version share one copy. Arrays are lists of leaves: :meth:`restore`
+        knows the structures.
+        """
+        versions = {
+            str(task.dispatched_at): {
+                "params": jax.tree.leaves(task.params),
+                "model_state": jax.tree.leaves(task.model_state),
+                "momentum": jax.tree.leaves(task.momentum),
+                "local_learning_rate": task.local_learning_rate,
+            }
+            for task in self._held.values()
+        }
+        arrays = {
+            "params": jax.tree.leaves(self._params),
+            "state": jax.tree.leaves(self._state),
+            "model_state": jax.tree.leaves(self._model_state),
+            "merging": jax.tree.leaves(self._merging),
+            "local_learning_rate": self._local_learning_rate,
+            "versions": versions,
+        }
+        books = {
+            "step": self.step,
+            "rounds": self._rounds,
+            "reported_at": self._reported_at,
+            "held": [task[:3] for task in self._held.values()],
+        }
+        return jax.device_get(arrays), json.loads(json.dumps(books))
+
+    def restore(self, arrays: dict[str, Any], books: dict[str, Any]) -> None:
+        """Take the state of a :meth:`snapshot` of a server made with the same arguments.
+
+        Raises:
+            ValueError: If the snapshot's trees are not like this server's; nothing has changed
+                then.
+        """
+
+        def fill(name: str, like: Any, leaves: Any) -> Any:
+            structure, leaves = jax.tree.structure(like), leaves or []
+            if len(leaves) != structure.num_leaves:
+                raise ValueError(
+                    f"the snapshot's `{name}` must have {structure.num_leaves} leaves, "
+                    f"got {len(leaves)}"
+                )
+            tree = jax.tree.unflatten(structure, map(jnp.asarray, leaves))
+            base.check_like(name, tree, like, dtypes=True)
+            return tree
+
+        like = {"params": self._params, "state": self._state}
+        like |= {"model_state": self._model_state, "merging": self._merging}
+        trees = {name: fill(name, tree, arrays[name]) for name, tree in like.items()}
+        momentum = optax.tree.get(self._state, "momentum") if self.method.synchronous else None
+        versions = {
+            int(index): (
+                fill("params", self._params, version["params"]),
+                fill("model_state", self._model_state, version["model_state"]),
+                fill("momentum", momentum, version["momentum"]),
+                jnp.asarray(version["local_learning_rate"]),
+            )
+            for index, version in (arrays["versions"] or {}).items()
+        }
+        tasks = [
+            Task(worker, round, index, *versions[index]) for worker, round, index in books["held"]
+        ]
+        self._params, self._state = trees["params"], trees["state"]
+        self._model_state, self._merging = trees["model_state"], trees["merging"]
+        self._params_shared, self._state_shared = True, False
+        self._local_learning_rate = jnp.asarray(arrays["local_learning_rate"])
+        self._held = {task.worker: task for task in tasks}
+        self.step, self._rounds = books["step"], list(books["rounds"])
+        self._reported_at = list(books["reported_at"])
 
     def _check_worker(self, worker: Any) -> int:
         return check_count("worker", worker, 0, self.num_workers - 1)
@@ -238,7 +312,7 @@ class ParameterServer:
         if not jax.tree.leaves(self._model_state):
             return
         delay = self.step - dispatched_at
-        weight = _merge_weight_on_host(self.method.merge_weight, self.step, delay)
+        weight = merge_weight_on_host(self.method.merge_weight, self.step, delay)
         if not 0 <= weight <= 1:
             raise ValueError(
                 "the weight of a report's model state must be in [0, 1], got "
@@ -249,44 +323,3 @@ class ParameterServer:
 def _own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     """Return the tree as JAX arrays that no NumPy array shares memory with."""
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), tree)
-
-
-@lru_cache(maxsize=64)
-def _server_step(
-    rule: optax.GradientTransformationExtraArgs,
-    merge_weight: Callable | None,
-    schedule: optax.Schedule | None,
-    donate_params: bool,
-    donate_state: bool,
-) -> Callable:
-    """Return update, apply and merge as one compiled program, which works in place where it may."""
-
-    def step_fn(params, state, model_state, update, end_state, step, dispatched_at):
-        updates, state = rule.update(update, state, params, dispatched_at=dispatched_at)
-        params = optax.apply_updates(params, updates)
-        if jax.tree.leaves(model_state):
-            assert merge_weight is not None
-            weight = jnp.asarray(merge_weight(step, step - dispatched_at), float)
-            model_state = jax.tree.map(
-                lambda s, end: (s + weight * (end - s)).astype(s.dtype), model_state, end_state
-            )
-        rate = None if schedule is None else jnp.asarray(schedule(step + 1), float)
-        return params, state, model_state, rate
-
-    donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]
-    return jax.jit(step_fn, donate_argnames=donated)
-
-
-@lru_cache(maxsize=64)
-def _compiled(function: Callable) -> Callable:
-    return jax.jit(function)
-
-
-def _merge_weight_on_host(merge_weight: Any, step: int, delay: int) -> float:
-    """Evaluate on the CPU where there is one, so that no accelerator's queue is waited for."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        device = None
-    with jax.default_device(device):
-        return float(_compiled(merge_weight)(np.int32(step), np.int32(delay)))

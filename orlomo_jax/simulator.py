@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
-from orlomo_jax.reports import Task
 from orlomo_jax.rules import base
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace, Event
@@ -113,6 +113,7 @@ def simulate(
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    checkpoint: Checkpoints | None = None,
 ) -> SimulationResult:
     """Train with K delayed workers whose reports arrive in the order of ``trace``.
 
@@ -136,12 +137,16 @@ def simulate(
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
         on_step: Called with a :class:`StepRecord` after each step.
+        checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
+            method, trace and key goes on from the newest, and ends as the unbroken run does, to
+            the bit; ``on_step`` then sees the steps after it alone.
 
     Returns:
         A :class:`SimulationResult`.
 
     Raises:
-        ValueError: If method and trace do not fit together, or a hyperparameter is out of range.
+        ValueError: If method and trace do not fit together, a hyperparameter is out of range, or
+            ``checkpoint`` is of another run.
         TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
 
     Example:
@@ -175,17 +180,19 @@ def simulate(
     events: defaultdict[int, list[Event]] = defaultdict(list)
     for event in trace.events:
         events[event.step].append(event)
-    late = _late_joiners(trace)
-    tasks = {k: server.dispatch(k) for k in range(trace.num_workers) if k not in late}
-    first_bad = jnp.int32(-1)
-    losses, evaluations, new_losses = [], [], []
+    identity = _identity(method, trace, key)
+    progress = _resume(checkpoint, identity, server)
+    if progress is None:
+        progress = _Progress()
+        for worker in set(range(trace.num_workers)) - _late_joiners(trace):
+            server.dispatch(worker)
 
-    for t, (worker, time, delay) in enumerate(
-        zip(trace.workers.tolist(), trace.times.tolist(), trace.delays.tolist(), strict=True)
-    ):
-        _apply_events(events.pop(t, []), server, tasks)
-        task = tasks.pop(worker)
-        result, loss, first_bad = run_round(
+    for t in range(server.step, trace.num_steps):
+        _apply_events(events[t], server)
+        worker, time = int(trace.workers[t]), float(trace.times[t])
+        task = server.held(worker)
+        assert task is not None  # the trace's own ledger says so
+        result, loss, progress.first_bad = run_round(
             task.params,
             task.model_state,
             task.momentum,
@@ -195,46 +202,96 @@ def simulate(
             np.int32(worker),
             np.int32(task.round),
             np.int32(t),
-            first_bad,
+            progress.first_bad,
         )
         # The device remembers the first non-finite round: to look here would stall each step.
         for waiting in server.receive(task.report(result)._replace(finite=True)):
-            tasks[waiting] = server.dispatch(waiting)
-        new_losses.append(loss)
+            server.dispatch(waiting)
+        progress.waiting_losses.append(loss)
         step, metrics = t + 1, None
-        evaluates = evaluate is not None and (step % evaluate_every == 0 or step == trace.num_steps)
-        if evaluates or step % _LOOK_EVERY == 0 or step == trace.num_steps:
-            losses += jax.device_get(new_losses)
-            new_losses = []
-            if int(first_bad) >= 0:
-                break
+        last = step == trace.num_steps
+        evaluates = evaluate is not None and (step % evaluate_every == 0 or last)
+        saves = checkpoint is not None and (step % checkpoint.every == 0 or last)
+        if (evaluates or saves or last or step % _LOOK_EVERY == 0) and progress.look() >= 0:
+            break
         if evaluates:
             assert evaluate is not None
             values = evaluate(server.params, server.model_state)
             metrics = {name: float(value) for name, value in values.items()}
-            evaluations.append(Evaluation(step, time, metrics))
+            progress.evaluations.append(Evaluation(step, time, metrics))
         if on_step is not None:
-            on_step(StepRecord(step, time, worker, delay, loss, metrics))
+            on_step(StepRecord(step, time, worker, t - task.dispatched_at, loss, metrics))
+        if saves:
+            assert checkpoint is not None
+            checkpoint.save(step, *progress.snapshot(server, identity))
 
-    bad = int(first_bad)
-    kept = bad + 1 if bad >= 0 else trace.num_steps
-    history = History(
-        step=np.arange(1, kept + 1, dtype=np.int32),
-        time=trace.times[:kept],
-        worker=trace.workers[:kept],
-        delay=trace.delays[:kept],
-        loss=np.asarray(losses[:kept]),
-        evaluations=tuple(evaluations),
-    )
+    bad = progress.look()
     return SimulationResult(
         params=server.params,
         model_state=server.model_state,
         state=server.state,
-        history=history,
+        history=progress.history(trace, server.step if bad < 0 else bad + 1),
         trace=trace,
         status="finished" if bad < 0 else "diverged",
         diverged_at=None if bad < 0 else bad,
     )
+
+
+class _Progress:
+    """What a run has gathered so far, beside the server."""
+
+    def __init__(self, losses: np.ndarray | None = None, evaluations: list | None = None) -> None:
+        self.losses = [] if losses is None else list(losses)
+        self.evaluations = [] if evaluations is None else [Evaluation(*e) for e in evaluations]
+        self.waiting_losses: list[Array] = []
+        self.first_bad = jnp.int32(-1)
+
+    def look(self) -> int:
+        """Fetch the losses; return the index of the first non-finite report, or −1."""
+        self.losses += jax.device_get(self.waiting_losses)
+        self.waiting_losses = []
+        return int(self.first_bad)
+
+    def history(self, trace: ArrivalTrace, length: int) -> History:
+        return History(
+            step=np.arange(1, length + 1, dtype=np.int32),
+            time=trace.times[:length],
+            worker=trace.workers[:length],
+            delay=trace.delays[:length],
+            loss=np.asarray(self.losses[:length]),
+            evaluations=tuple(self.evaluations),
+        )
+
+    def snapshot(self, server: ParameterServer, identity: dict[str, Any]) -> tuple[dict, dict]:
+        arrays, books = server.snapshot()
+        notes = {"identity": identity, "server": books, "evaluations": self.evaluations}
+        return {"server": arrays, "losses": np.asarray(self.losses)}, notes
+
+
+def _resume(
+    checkpoint: Checkpoints | None, identity: dict[str, Any], server: ParameterServer
+) -> _Progress | None:
+    """Put the server where the newest checkpoint left it; None where there is none."""
+    saved = checkpoint.newest() if checkpoint is not None else None
+    if saved is None:
+        return None
+    for name, value in identity.items():
+        if saved.notes["identity"].get(name) != value:
+            raise ValueError(
+                f"`checkpoint` must be of this run, got one of another {name} in "
+                f"{checkpoint.directory}"
+            )
+    server.restore(saved.arrays["server"], saved.notes["server"])
+    return _Progress(saved.arrays["losses"], saved.notes["evaluations"])
+
+
+def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
+    """Return what a checkpoint must have in common with the run that resumes from it."""
+    return {
+        "method": method.name,
+        "trace": trace.digest(),
+        "key": jax.random.key_data(key).tolist(),
+    }
 
 
 @lru_cache(maxsize=32)
@@ -270,13 +327,12 @@ def _late_joiners(trace: ArrivalTrace) -> set[int]:
     return {worker for worker, kind in first_kinds.items() if kind == "joined"}
 
 
-def _apply_events(events: list[Event], server: ParameterServer, tasks: dict[int, Task]) -> None:
+def _apply_events(events: list[Event], server: ParameterServer) -> None:
     for event in events:
-        if event.kind in ("lost", "left"):
-            if tasks.pop(event.worker, None) is not None:
-                server.release(event.worker)
-        else:
-            tasks[event.worker] = server.dispatch(event.worker)
+        if event.kind in ("redispatched", "joined"):
+            server.dispatch(event.worker)
+        elif server.held(event.worker) is not None:
+            server.release(event.worker)
 
 
 def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:

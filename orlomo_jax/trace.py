@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -157,6 +158,13 @@ class ArrivalTrace:
         if not isinstance(other, ArrivalTrace):
             return NotImplemented
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _FIELDS)
+
+    def digest(self) -> str:
+        """Return a hexadecimal SHA-256 of all fields: equal for equal traces."""
+        content = hashlib.sha256(repr((self.num_workers, self.synchronous, self.events)).encode())
+        for name in ("workers", "rounds", "dispatched_at", "times"):
+            content.update(getattr(self, name).tobytes())
+        return content.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to a file as JSON text, all of it or nothing."""

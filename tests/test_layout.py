@@ -19,7 +19,9 @@ ORDER = (
     "worker",
     "methods",
     "reports",
+    "server_step",
     "server",
+    "checkpoint",
     "simulator",
 )
 NUMPY_ONLY = ("checks", "trace", "arrivals")

@@ -1,0 +1,156 @@
+"""Broken and resumed runs end as unbroken ones, to the bit."""
+
+import shutil
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orlomo_jax import (
+    METHOD_NAMES,
+    ArrivalTrace,
+    Checkpoints,
+    heterogeneous,
+    make_method,
+    simulate,
+    simulate_arrivals,
+)
+from tests import helpers
+
+K, S = 3, 2
+PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2, jnp.bfloat16), "none": None}
+EVENTS = [(2, "joined", 2), (9, "lost", 1), (11, "redispatched", 1), (20, "left", 0)]
+
+
+class Killed(BaseException):
+    pass
+
+
+def loss_fn(params, model_state, batch, key):
+    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
+    error = noisy @ params["a"] + params["b"] - 1
+    state = {"mean": 0.9 * model_state["mean"] + 0.1 * noisy.mean(0)}
+    return jnp.mean(error**2), (state, {})
+
+
+def batch_fn(key, worker, round):
+    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
+    return jax.random.normal(key, (S, 4, 3))
+
+
+@lru_cache
+def setup(name):
+    method = make_method(name, K)
+    return method, method.local_round(loss_fn, S)
+
+
+def trace_for(name, seed=0):
+    if name == "orlomo":
+        order = [0, 1, 0, 2, 0, 1, 2, 2, 0, 2, 0, 2, 0, 1, 1, 2, 0, 1, 0, 2, 1, 1, 2, 1, 2, 1, 1, 2]
+        return ArrivalTrace.from_workers(order, K, events=EVENTS)
+    return simulate_arrivals(heterogeneous(), K, 28, S, seed, synchronous=name == "prsgdm")
+
+
+def run(name, checkpoint=None, kill_at=None, seed=0, **options):
+    def on_step(record):
+        if record.step == kill_at:
+            raise Killed
+
+    method, round_fn = setup(name)
+    arguments = {
+        "trace": trace_for(name),
+        "key": jax.random.key(seed),
+        "model_state": {"mean": jnp.zeros(3)},
+        "local_learning_rate": lambda step: 0.1 / (1.0 + step),
+        "evaluate": lambda params, model_state: {"a": params["a"].sum()},
+        "evaluate_every": 5,
+        "on_step": on_step,
+        "checkpoint": checkpoint,
+    }
+    return simulate(method, round_fn, batch_fn, PARAMS, **arguments | options)
+
+
+def assert_same(resumed, unbroken):
+    for part in ("params", "model_state", "state"):
+        helpers.assert_trees_equal(getattr(resumed, part), getattr(unbroken, part))
+    for left, right in zip(resumed.history, unbroken.history, strict=True):
+        np.testing.assert_array_equal(np.asarray(left, object), np.asarray(right, object))
+    assert (resumed.status, resumed.trace) == (unbroken.status, unbroken.trace)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_killed_run_resumes_to_the_bit(name, tmp_path):
+    unbroken = run(name)
+    steps = []
+    for attempt, kill_at in enumerate((3, 11, 12, 27, None)):
+        checkpoint = Checkpoints(tmp_path, every=4)
+        before = checkpoint.steps()
+        assert (not before) == (attempt < 2), "each attempt but the first two finds one"
+        steps.append(max(before, default=0))
+        if kill_at is None:
+            assert_same(run(name, checkpoint), unbroken)
+        else:
+            with pytest.raises(Killed):
+                run(name, checkpoint, kill_at)
+    assert steps == [0, 0, 8, 8, 24]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = run("orlomo", Checkpoints(tmp_path, every=10))
+    again = run("orlomo", Checkpoints(tmp_path, every=10), kill_at=28)
+    assert_same(again, first)
+
+
+def test_the_newest_readable_one_wins(tmp_path):
+    with pytest.raises(Killed):
+        run("al_sgd", Checkpoints(tmp_path, every=4, keep=3), kill_at=17)
+    assert Checkpoints(tmp_path, every=4).steps() == [8, 12, 16]
+    shutil.rmtree(tmp_path / "16" / "arrays")
+    (tmp_path / "12" / "notes" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match="16 is damaged and passed over"):
+        resumed = run("al_sgd", Checkpoints(tmp_path, every=4))
+    assert_same(resumed, run("al_sgd"))
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    (tmp_path / "8.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert Checkpoints(tmp_path, every=4).newest() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [
+        ("orlomo", {}, "method"),
+        ("al_sgd", {"seed": 1}, "key"),
+        ("al_sgd", {"trace": trace_for("al_sgd", seed=1)}, "trace"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, options, part):
+    run("al_sgd", Checkpoints(tmp_path, every=10))
+    with pytest.raises(ValueError, match=f"got one of another {part}"):
+        run(name, Checkpoints(tmp_path, every=10), **options)
+
+
+def test_a_checkpoint_of_other_trees_is_refused(tmp_path):
+    run("al_sgd", Checkpoints(tmp_path, every=10))
+    with pytest.raises(ValueError, match="`model_state` must have 2 leaves, got 1"):
+        run(
+            "al_sgd",
+            Checkpoints(tmp_path, every=10),
+            model_state={"mean": jnp.zeros(3), "more": jnp.zeros(1)},
+        )
+
+
+def test_no_pickle_is_written(tmp_path):
+    run("al_sgd", Checkpoints(tmp_path, every=10))
+    contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert contents
+    assert not any(b"cpickle" in data.lower() or data.startswith(b"\x80\x04") for data in contents)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 1, "keep": 0}])
+def test_bad_arguments(tmp_path, options):
+    with pytest.raises(ValueError, match="must be ≥ 1"):
+        Checkpoints(tmp_path, **options)
