@@ -272,8 +272,7 @@ def _resume(
     checkpoint: Checkpoints | None, identity: dict[str, Any], server: ParameterServer
 ) -> _Progress | None:
     """Put the server where the newest checkpoint left it; None where there is none."""
-    saved = checkpoint.newest() if checkpoint is not None else None
-    if saved is None:
+    if checkpoint is None or (saved := checkpoint.newest()) is None:
         return None
     for name, value in identity.items():
         if saved.notes["identity"].get(name) != value:
