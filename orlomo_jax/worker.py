@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -75,8 +74,9 @@ def local_momentum_sgd(
 
     Raises:
         ValueError: If a concrete hyperparameter is out of range, a leaf of ``batches`` has not the
-            leading axis S, or plain SGD is given a starting momentum.
-        TypeError: If ``num_local_steps`` is not an integer.
+            leading axis S, the learning rate is no scalar, or plain SGD is given a starting
+            momentum.
+        TypeError: If a hyperparameter is of a wrong type, or a leaf of params is not floating.
 
     Example:
         >>> import jax
@@ -94,6 +94,7 @@ def local_momentum_sgd(
         base.check_momentum(momentum)
     decay = momentum  # `momentum` is the starting buffer below
     base.check_learning_rate("weight_decay", weight_decay)
+    without_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     transform = optax.identity() if gradient_transform is None else gradient_transform
 
     def round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None):
@@ -101,9 +102,12 @@ def local_momentum_sgd(
         base.check_learning_rate("local_learning_rate", local_learning_rate)
         if decay is None and momentum is not None:
             raise ValueError("`momentum` must be None for plain SGD, got a starting buffer")
+        params = jax.tree.map(jnp.asarray, params)
         if momentum is not None:
             base.check_like("momentum", momentum, params)
-        buffer = base.zeros(params) if momentum is None and decay is not None else momentum
+        wide = base.zeros(params, jnp.float32)  # bfloat16 steps add up in float32
+        buffer = wide if momentum is None else base.combine([(1.0, momentum)], like=wide)
+        buffer = None if decay is None else buffer
 
         def local_step(carry, inputs):
             params, buffer, model_state, transform_state = carry
@@ -112,10 +116,16 @@ def local_momentum_sgd(
             (loss, (model_state, metrics)), gradient = gradient_fn(
                 params, model_state, batch, jax.random.fold_in(key, index)
             )
+            # JAX's gradient of a complex parameter points along the conjugate of the ascent.
+            gradient = jax.tree.map(jnp.conj, gradient)
             gradient, transform_state = transform.update(gradient, transform_state, params)
-            descend = partial(_descend, decay, weight_decay, local_learning_rate)
-            change = jax.tree.map(descend, gradient, params, *(() if buffer is None else (buffer,)))
-            params = jax.tree.map(jnp.subtract, params, change)
+            terms = [(local_learning_rate, gradient)]
+            if not without_decay:
+                terms.append((local_learning_rate * weight_decay, params))
+            if buffer is not None:
+                terms.append((decay, buffer))
+            change = base.combine(terms, like=wide)
+            params = base.combine([(1.0, params), (-1.0, change)], like=params)
             buffer = None if buffer is None else change
             return (params, buffer, model_state, transform_state), (loss, metrics)
 
@@ -124,6 +134,8 @@ def local_momentum_sgd(
         (local, buffer, model_state, _), (loss, metrics) = jax.lax.scan(
             local_step, carry, steps, unroll=_unroll(unroll, local_step, carry, steps)
         )
+        if buffer is not None:
+            buffer = jax.tree.map(lambda u, w: u.astype(w.dtype), buffer, params)
         update = base.LocalUpdate(jax.tree.map(jnp.subtract, params, local), buffer)
         finite = all_finite((update, model_state, loss))
         return RoundResult(update, model_state, loss, metrics, finite)
@@ -140,15 +152,6 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
-
-
-def _descend(decay, weight_decay, learning_rate, gradient, param, buffer=None):
-    """One leaf's ũ_{s+1} = βũ_s + γ(g_s + weight_decay·w̃_s); γ(…) alone without a buffer."""
-    scalar = partial(jnp.asarray, dtype=jnp.finfo(param.dtype).dtype)
-    if not isinstance(weight_decay, int | float) or weight_decay != 0:
-        gradient = gradient + scalar(weight_decay) * param
-    change = scalar(learning_rate) * gradient
-    return change if buffer is None else scalar(decay) * buffer + change
 
 
 def _unroll(unroll: int | bool | None, local_step: Callable, carry: Any, steps: Any) -> int | bool:

@@ -144,6 +144,34 @@ def test_round_keeps_the_dtype(dtype):
     assert result.loss.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_low_precision_rounds_are_float32_rounds_rounded_once(decay):
+    """In bfloat16 itself β = 0.999 would be 1."""
+
+    def zero(params, model_state, batch, key):
+        return 0 * jnp.sum(params).astype(jnp.float32), (model_state, {})
+
+    result = local_momentum_sgd(zero, 1000, decay)(
+        jnp.zeros(1, jnp.bfloat16),
+        None,
+        jnp.ones(1000),
+        0.0,
+        jax.random.key(0),
+        momentum=jnp.ones(1),
+    )
+    np.testing.assert_allclose(float(result.update.momentum[0]), decay**1000, rtol=0.01, atol=1e-30)
+
+
+def test_complex_parameters_descend():
+    def square(params, model_state, batch, key):
+        return jnp.sum(jnp.abs(params - batch) ** 2), (model_state, {})
+
+    goal = jnp.full((50, 2), 1 - 2j, jnp.complex64)
+    start = 1j * jnp.ones(2, jnp.complex64)
+    result = local_momentum_sgd(square, 50, 0.5)(start, None, goal, 0.1, jax.random.key(0))
+    np.testing.assert_allclose(start - result.update.delta, goal[0], rtol=1e-3)
+
+
 def test_loop_is_unrolled_where_the_loss_convolves():
     """On a CPU: no while loop in the program of a convolution, one in that of a matmul."""
 
