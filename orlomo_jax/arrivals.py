@@ -14,7 +14,7 @@ from orlomo_jax.checks import check_count, check_nonnegative, check_number
 from orlomo_jax.trace import ArrivalTrace
 
 _VARIATION = 0.7  # see `homogeneous`
-_POSITIVE = (lambda x: 0 < x < math.inf, "finite and > 0")
+_POSITIVE = (lambda x: 1e-100 <= x <= 1e100, "in [1e-100, 1e100] seconds")
 _AT_LEAST_ONE = (lambda x: 1 <= x < math.inf, "finite and ≥ 1")
 
 
@@ -64,7 +64,10 @@ class ComputeTimes:
         check_number("slow_fraction", self.slow_fraction, lambda x: 0 <= x <= 1, "in [0, 1]")
         check_count("slow_workers", self.slow_workers)
         check_nonnegative("communication_time", self.communication_time)
-        for worker, after_rounds in self.silent_after:
+        for pair in self.silent_after:
+            if len(pair) != 2:
+                raise ValueError(f"`silent_after` must hold (worker, after_rounds), got {pair!r}")
+            worker, after_rounds = pair
             check_count("worker", worker)
             check_count("after_rounds", after_rounds)
 

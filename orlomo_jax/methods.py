@@ -59,6 +59,8 @@ def make_method(
     momentum: float = 0.9,
     learning_rate: float | optax.Schedule = 1.0,
     delay_weight: base.DelayWeight | None = None,
+    *,
+    accumulator_dtype: Any = None,
 ) -> Method:
     """Return one of the four methods, with one β for the server's rule and the workers.
 
@@ -70,10 +72,12 @@ def make_method(
         learning_rate: Global learning rate of the asynchronous rules; a finite float ≥ 0 or a
             schedule of the server's step.
         delay_weight: Its factor by delay; None is Eq. (6).
+        accumulator_dtype: dtype of the server's momentum where wider than the parameters'.
 
     Raises:
         ValueError: If ``name`` is unknown, a hyperparameter is out of range, or PRSGDm, which
             averages, is given a global learning rate.
+        TypeError: If a hyperparameter is of a wrong type.
 
     Example:
         >>> method = make_method("local_ormo_da", num_workers=16)
@@ -88,12 +92,13 @@ def make_method(
     def method(rule, worker_momentum=None, synchronous=False, merge_weight=rate):
         return Method(name, rule, worker_momentum, synchronous, num_workers, merge_weight)
 
+    ordered = (num_workers, momentum, learning_rate, delay_weight)
+    options = {"accumulator_dtype": accumulator_dtype}
     match name:
         case "orlomo":
-            rule = rules.orlomo(num_workers, momentum, learning_rate, delay_weight)
-            return method(rule, worker_momentum=momentum)
+            return method(rules.orlomo(*ordered, **options), worker_momentum=momentum)
         case "local_ormo_da":
-            return method(rules.local_ormo_da(num_workers, momentum, learning_rate, delay_weight))
+            return method(rules.local_ormo_da(*ordered, **options))
         case "al_sgd":
             return method(rules.al_sgd(num_workers, learning_rate, delay_weight))
 
@@ -106,4 +111,4 @@ def make_method(
     def running_mean(step, delay):  # after the K reports of a round: their average
         return 1.0 / (step % num_workers + 1)
 
-    return method(rules.prsgdm(num_workers), momentum, True, running_mean)
+    return method(rules.prsgdm(num_workers, **options), momentum, True, running_mean)

@@ -206,6 +206,9 @@ def test_schedule_is_read_at_the_servers_step():
         (lambda: local_ormo_da(2, -0.1), ValueError, "momentum=-0.1"),
         (lambda: orlomo(2, float("nan")), ValueError, "momentum=nan"),
         (lambda: orlomo(2, jnp.float32(1.5)), ValueError, "momentum=1.5"),
+        (lambda: orlomo(2, 1 - 1e-10), ValueError, "which rounds to 1"),
+        (lambda: al_sgd(2, 1e300), ValueError, "`learning_rate` must be finite in float32"),
+        (lambda: al_sgd(2, np.ones(3)), ValueError, "must be a scalar, got shape \\(3,\\)"),
         (lambda: orlomo(2, "0.9"), TypeError, "momentum='0.9'"),
         (lambda: orlomo(2, 0.9, -1.0), ValueError, "`learning_rate` must be finite and ≥ 0"),
         (lambda: al_sgd(2, float("inf")), ValueError, "learning_rate=inf"),
@@ -227,6 +230,8 @@ def test_bad_hyperparameters(make, error, message):
         (helpers.tree(), 0, TypeError, "maps a LocalUpdate to updates, got dict"),
         (helpers.report(), 1, ValueError, r"`dispatched_at` must be in \[0, step=0\]"),
         (helpers.report(), -1, ValueError, "dispatched_at=-1"),
+        (helpers.report(), np.int64(2**32), ValueError, "dispatched_at=4294967296"),
+        (helpers.report(), 2**40, ValueError, "dispatched_at=1099511627776"),
         (helpers.report(), 0.0, TypeError, "`dispatched_at` must be an integer scalar"),
         (helpers.report(), np.zeros(2, int), TypeError, "integer scalar"),
         (LocalUpdate({"other": jnp.ones(2)}, helpers.tree()), 0, ValueError, "structure"),
@@ -251,6 +256,19 @@ def test_missing_local_momentum(name):
     rule, params = helpers.RULES[name](2), helpers.tree()
     with pytest.raises(ValueError, match="needs the local momentum"):
         rule.update(LocalUpdate(params), rule.init(params), params, dispatched_at=0)
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "delay_weight"])
+def test_schedules_return_scalars(option):
+    rule = al_sgd(2, **{option: lambda _: jnp.ones(3)})
+    with pytest.raises(ValueError, match=f"`{option}` must be a scalar, got shape"):
+        rule.update(LocalUpdate(jnp.ones(())), rule.init(jnp.ones(())), dispatched_at=0)
+
+
+def test_the_step_stays_at_the_largest_integer():
+    state = al_sgd(2).init(jnp.ones(1))._replace(step=jnp.int32(2**31 - 1))
+    _, state = al_sgd(2).update(LocalUpdate(jnp.ones(1)), state, dispatched_at=2**31 - 1)
+    assert int(state.step) == 2**31 - 1
 
 
 def test_missing_index():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -65,6 +66,7 @@ def delay_adaptive(num_workers: int) -> DelayWeight:
 
     Raises:
         ValueError: If ``num_workers`` is below 1.
+        TypeError: If it is not an integer.
 
     Example:
         >>> weight = delay_adaptive(4)
@@ -95,6 +97,11 @@ def global_learning_rate(
     Returns:
         A function of (step, delay) to float[], in float32 or wider.
 
+    Raises:
+        ValueError: If ``num_workers`` or a concrete rate is out of range, or, when the function is
+            called, a schedule or weight returns no scalar.
+        TypeError: If an argument is of a wrong type.
+
     Example:
         >>> rate = global_learning_rate(2, learning_rate=3.0, delay_weight=lambda delay: 0.5)
         >>> float(rate(0, 1))
@@ -113,7 +120,10 @@ def global_learning_rate(
 
     def rate(step, delay):
         at_step = learning_rate(step) if callable(learning_rate) else learning_rate
-        return jnp.asarray(at_step, float) * jnp.asarray(delay_weight(delay), float)
+        weight = delay_weight(delay)
+        check_scalar("learning_rate", at_step)
+        check_scalar("delay_weight", weight)
+        return jnp.asarray(at_step, float) * jnp.asarray(weight, float)
 
     return rate
 
@@ -181,7 +191,7 @@ def ordered_coefficients(
         decay=jnp.where(opens, momentum, 1),
         weight=jnp.power(momentum, late.astype(momentum.dtype)) * rate,
         rate=jnp.asarray(rate, momentum.dtype),
-        correction=geometric_sum(momentum, late - opens) * rate,
+        correction=geometric_sum(momentum, late - opens.astype(jnp.int32)) * rate,
     )
     return jax.lax.optimization_barrier(coefficients)
 
@@ -271,9 +281,13 @@ def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -
         if np.shape(leaf) != np.shape(reference):
             wanted = np.shape(reference)
             raise ValueError(f"`{where}` must have shape {wanted}, got shape {np.shape(leaf)}")
-        if dtypes and jnp.result_type(leaf) != jnp.result_type(reference):
-            wanted = jnp.result_type(reference)
-            raise ValueError(f"`{where}` must be {wanted}, got {jnp.result_type(leaf)}")
+        if dtypes and (dtype := own_dtype(leaf)) != own_dtype(reference):
+            raise ValueError(f"`{where}` must be {own_dtype(reference)}, got {dtype}")
+
+
+def own_dtype(leaf: Any) -> np.dtype:
+    """Return a leaf's dtype as it is: float64 of a NumPy array even where JAX would narrow it."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def check_num_workers(num_workers: Any) -> int:
@@ -282,28 +296,56 @@ def check_num_workers(num_workers: Any) -> int:
 
 
 def check_momentum(momentum: Any) -> None:
-    """Raise unless β is in [0, 1), where it is concrete."""
-    if not isinstance(momentum, jax_core.Tracer):
-        check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    """Raise unless β is in [0, 1), where it is concrete, also in the dtype that it is used in."""
+    if isinstance(momentum, jax_core.Tracer):
+        return
+    check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    if _as_used(momentum) >= 1:
+        raise ValueError(
+            f"`momentum` must be below 1 in float32, got momentum={momentum}, which rounds to 1: "
+            "enable x64 for it"
+        )
 
 
 def check_learning_rate(name: str, value: Any) -> None:
-    """Raise unless the rate is finite and ≥ 0, where it is concrete."""
+    """Raise unless the rate is a scalar and, where it is concrete, finite and ≥ 0."""
+    check_scalar(name, value)
     if not isinstance(value, jax_core.Tracer):
         check_nonnegative(name, value)
+        check_number(name, _as_used(value), np.isfinite, "finite in float32, unless x64 is enabled")
+
+
+def _as_used(value: Any) -> np.ndarray:
+    """Return a concrete number in the dtype that JAX computes coefficients in."""
+    with np.errstate(over="ignore"):
+        return np.asarray(value).astype(jax.dtypes.canonicalize_dtype(float))
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless ``value`` has shape (), traced or not."""
+    if np.shape(value) != ():
+        raise ValueError(f"`{name}` must be a scalar, got shape {np.shape(value)}")
 
 
 def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
     """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, where they are concrete."""
-    index = jnp.asarray(float("nan") if dispatched_at is None else dispatched_at)
-    if index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
+    index = dispatched_at
+    if not isinstance(index, jax.Array):
+        try:
+            index = operator.index(index)
+        except TypeError:
+            index = jnp.asarray(jnp.nan)
+    elif jnp.issubdtype(index.dtype, jnp.integer) and not isinstance(index, jax_core.Tracer):
+        index = int(index) if index.shape == () else index
+    if isinstance(index, int):
+        last = np.iinfo(np.int32).max if isinstance(step, jax_core.Tracer) else int(step)
+        if not 0 <= index <= last:
+            raise ValueError(
+                f"`dispatched_at` must be in [0, step={last}], got dispatched_at={index}"
+            )
+    elif index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
             "`dispatched_at` must be an integer scalar, the step of the parameters that the worker "
             f"was sent; got dispatched_at={dispatched_at!r}"
         )
-    if not any(isinstance(x, jax_core.Tracer) for x in (index, step)):
-        if not 0 <= int(index) <= int(step):
-            raise ValueError(
-                f"`dispatched_at` must be in [0, step={int(step)}], got dispatched_at={int(index)}"
-            )
-    return index.astype(jnp.int32)
+    return jnp.asarray(index, jnp.int32)

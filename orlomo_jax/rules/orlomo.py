@@ -49,9 +49,10 @@ def orlomo(
     Δh/(1−β) = βΔu/(1−β) + Δw that the proofs rest on; elementwise ones break it. After it, any
     transformation of params-shaped updates (``optax.masked(optax.set_to_zero(), mask)``, say).
     Wrappers that need updates and params of one structure fail with an error: ``optax.masked`` or
-    ``optax.partition`` round the rule, ``optax.apply_if_finite``, ``optax.MultiSteps``,
-    ``optax.flatten``. ``optax.inject_hyperparams(orlomo, static_args=("num_workers",
-    "delay_weight", "accumulator_dtype"), hyperparam_dtype=jnp.float32)`` works.
+    ``optax.partition`` round the rule (with a mask like params), ``optax.apply_if_finite``,
+    ``optax.MultiSteps``, ``optax.flatten``. What works is ``optax.inject_hyperparams(orlomo,
+    static_args=("num_workers", "delay_weight", "accumulator_dtype"),
+    hyperparam_dtype=jnp.float32)``.
 
     Args:
         num_workers: K ≥ 1, which is also the size of a group.

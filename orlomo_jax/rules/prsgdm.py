@@ -21,8 +21,8 @@ class PRSGDmState(NamedTuple):
         step: The number of reports received, int32[]; a round is K of them.
         momentum: u, the average of the workers' momentum buffers at the end of the last round; a
             tree like params. The workers of the next round start from it.
-        pending: (Σ Δw, Σ ũ_S) over the reports of the round so far; a pair of trees like params.
-            The first report of the next round starts it anew.
+        pending: (Σ Δw, Σ ũ_S) over the reports of the round so far; a pair of trees like params,
+            in float32 or wider. The first report of the next round starts it anew.
     """
 
     step: Int[Array, ""]
@@ -47,7 +47,8 @@ def prsgdm(
 
     Args:
         num_workers: K ≥ 1.
-        accumulator_dtype: dtype of the momentum and the sums where wider than the leaf's.
+        accumulator_dtype: dtype of the momentum where wider than the leaf's. The sums are in
+            float32 or wider in any case.
 
     Returns:
         A transformation of a :class:`~orlomo_jax.LocalUpdate` to updates like params; ``update``
@@ -78,11 +79,10 @@ def prsgdm(
     num_workers = base.check_num_workers(num_workers)
 
     def init(params: base.Params) -> PRSGDmState:
-        zeros = base.zeros(params, accumulator_dtype)
         return PRSGDmState(
             step=jnp.zeros([], jnp.int32),
-            momentum=zeros,
-            pending=jax.tree.map(jnp.copy, (zeros, zeros)),
+            momentum=base.zeros(params, accumulator_dtype),
+            pending=(base.zeros(params, jnp.float32), base.zeros(params, jnp.float32)),
         )
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
