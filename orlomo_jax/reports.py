@@ -111,6 +111,8 @@ def _check_finite(report: Report) -> None:
     payload = (report.update, report.model_state)
     leaves = jax.tree.leaves(payload)
     finite = all_finite(payload) if report.finite is None else report.finite
+    if not isinstance(finite, bool | np.bool_ | jax.Array) or np.shape(finite) != ():
+        raise TypeError(f"`finite` must be a bool or None, got finite={finite!r}")
     if bool(finite) and all(np.isfinite(x).all() for x in leaves if isinstance(x, np.ndarray)):
         return
     for name, tree in (("update", report.update), ("model_state", report.model_state)):
@@ -118,4 +120,4 @@ def _check_finite(report: Report) -> None:
             if not np.isfinite(np.asarray(leaf)).all():
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 raise ValueError(f"`{where}` must be finite, got a NaN or an Inf")
-    raise ValueError("`finite` must be true, got finite=False: a loss was NaN or Inf")
+    raise ValueError("`finite` must be true, got finite=False: the round met a NaN or an Inf")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,8 +23,22 @@ if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree
 
 
+def _transaction(method: Callable[..., Any]) -> Any:
+    """Let one thread at a time into the server."""
+
+    @wraps(method)
+    def alone(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
+
+
 class ParameterServer:
     """Holds w, u and the model state; hands out tasks and merges reports, each at most once.
+
+    Several threads may share one server: each call is one transaction. Reports may come from any
+    device; they are brought to where the parameters are.
 
     Args:
         method: A :class:`~orlomo_jax.Method`.
@@ -73,8 +90,6 @@ class ParameterServer:
                 f"`num_workers` must be the method's, {method.num_workers}, "
                 f"got num_workers={num_workers}"
             )
-        if not callable(local_learning_rate):
-            base.check_learning_rate("local_learning_rate", local_learning_rate)
         base.check_floating("params", params)
         base.check_floating("model_state", model_state)
         if jax.tree.leaves(model_state) and method.merge_weight is None:
@@ -82,37 +97,45 @@ class ParameterServer:
         self.method, self.num_workers, self.step = method, num_workers, 0
         self._params, self._model_state = _own((params, model_state))
         self._merging = self._model_state  # ahead of it within a synchronous round
-        self._state = method.rule.init(self._params)
+        # A rule may keep params, or one array twice: copies of its own can be donated.
+        self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
         # What was handed out to a worker or a caller is never donated to the next step.
         self._params_shared, self._state_shared = True, False
         self._schedule = local_learning_rate if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
+        base.check_learning_rate("local_learning_rate", first)
         self._local_learning_rate = jnp.asarray(first, float)
+        self._lock = threading.RLock()
         self._held: dict[int, Task] = {}
         self._rounds = [0] * num_workers
         self._reported_at = [-1] * num_workers
 
     @property
+    @_transaction
     def params(self) -> base.Params:
         """w_t. Reading it keeps the arrays alive through the next step."""
         self._params_shared = True
         return self._params
 
     @property
+    @_transaction
     def model_state(self) -> PyTree[Array]:
         """The merged model state; like params, it stays through a synchronous round."""
         return self._model_state
 
     @property
+    @_transaction
     def state(self) -> Any:
         """The rule's state (u_t among it). Reading it keeps the arrays alive through a step."""
         self._state_shared = True
         return self._state
 
+    @_transaction
     def held(self, worker: int) -> Task | None:
         """Return the task that ``worker`` holds, or None."""
         return self._held.get(self._check_worker(worker))
 
+    @_transaction
     def dispatch(self, worker: int) -> Task:
         """Return a new task for ``worker``, with the newest parameters.
 
@@ -132,7 +155,7 @@ class ParameterServer:
                     f"worker {worker} has reported in this round: {self.method.name} dispatches "
                     f"it again at step {dispatched_at + self.num_workers}, not at step {self.step}"
                 )
-            momentum = optax.tree.get(self.state, "momentum")
+            momentum = start_momentum(self.state)
         self._params_shared = True
         task = Task(
             worker,
@@ -147,6 +170,7 @@ class ParameterServer:
         self._held[worker] = task
         return task
 
+    @_transaction
     def release(self, worker: int) -> Task:
         """Give up the report of ``worker``, which died or hangs; return the task that it held.
 
@@ -161,6 +185,7 @@ class ParameterServer:
             raise ValueError(f"worker {worker} holds no task")
         return self._held.pop(worker)
 
+    @_transaction
     def receive(self, report: Report) -> tuple[int, ...]:
         """Apply a report: one server step.
 
@@ -186,8 +211,8 @@ class ParameterServer:
             self._params,
             self._state,
             self._merging,
-            report.update,
-            report.model_state,
+            _beside(report.update, self._params),
+            _beside(report.model_state, self._model_state),
             np.int32(self.step),
             np.int32(report.dispatched_at),
         )
@@ -203,6 +228,7 @@ class ParameterServer:
             self._local_learning_rate = rate
         return tuple(range(self.num_workers)) if self.method.synchronous else (worker,)
 
+    @_transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return everything the server holds, as arrays by name and as JSON-able bookkeeping.
 
@@ -234,6 +260,7 @@ class ParameterServer:
         }
         return jax.device_get(arrays), json.loads(json.dumps(books))
 
+    @_transaction
     def restore(self, arrays: dict[str, Any], books: dict[str, Any]) -> None:
         """Take the state of a :meth:`snapshot` of a server made with the same arguments.
 
@@ -256,7 +283,7 @@ class ParameterServer:
         like = {"params": self._params, "state": self._state}
         like |= {"model_state": self._model_state, "merging": self._merging}
         trees = {name: fill(name, tree, arrays[name]) for name, tree in like.items()}
-        momentum = optax.tree.get(self._state, "momentum") if self.method.synchronous else None
+        momentum = start_momentum(self._state) if self.method.synchronous else None
         versions = {
             int(index): (
                 fill("params", self._params, version["params"]),
@@ -285,7 +312,8 @@ class ParameterServer:
             if not isinstance(report, Report):
                 raise TypeError(f"`report` must be a Report, got {type(report).__name__}")
             task = self.held(report.worker)
-            round, index = int(report.round), int(report.dispatched_at)
+            round = check_count("round", report.round)
+            index = check_count("dispatched_at", report.dispatched_at)
             if task is None:
                 raise ValueError(
                     f"worker {report.worker} holds no task; got a report of round={round}, "
@@ -305,7 +333,7 @@ class ParameterServer:
                 self._model_state,
                 momentum=self.method.worker_momentum is not None,
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ReportRejected(str(error)) from error
 
     def _check_merge_weight(self, dispatched_at: int) -> None:
@@ -320,6 +348,35 @@ class ParameterServer:
             )
 
 
+def start_momentum(state: Any) -> base.Params:
+    """Return the momentum of a synchronous rule's state, wherever a chain keeps it."""
+
+    def of_a_state(path, value):  # not of a params tree or of hyperparameters
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    return optax.tree.get(state, "momentum", filtering=of_a_state)
+
+
 def _own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    """Return the tree as JAX arrays that no NumPy array shares memory with."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), tree)
+    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
+
+    def leaf(x):
+        if isinstance(x, jax.Array) and not x.weak_type:
+            return x
+        return jnp.array(x, dtype=jnp.result_type(x))
+
+    return jax.tree.map(leaf, tree)
+
+
+def _beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
+    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be."""
+    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = expected * (len(leaves) // len(expected)) if expected else []
+    moved = [
+        jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and leaf.sharding != sharding
+        else leaf
+        for leaf, sharding in zip(leaves, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)

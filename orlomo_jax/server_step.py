@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.rules import base
+
 
 @lru_cache(maxsize=64)
 def server_step(
@@ -31,7 +33,10 @@ def server_step(
             model_state = jax.tree.map(
                 lambda s, end: (s + weight * (end - s)).astype(s.dtype), model_state, end_state
             )
-        rate = None if schedule is None else jnp.asarray(schedule(step + 1), float)
+        rate = None
+        if schedule is not None:
+            rate = jnp.asarray(schedule(step + 1), float)
+            base.check_scalar("local_learning_rate", rate)
         return params, state, model_state, rate
 
     donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]

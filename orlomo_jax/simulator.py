@@ -18,6 +18,7 @@ from orlomo_jax.methods import Method
 from orlomo_jax.rules import base
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.worker import all_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Scalar
@@ -82,13 +83,14 @@ class SimulationResult(NamedTuple):
     """What :func:`simulate` returns.
 
     Attributes:
-        params: The final parameters; not finite where the run diverged.
+        params: The final parameters; where the run diverged, those at which it was noticed.
         model_state: The final merged model state.
         state: The rule's final state (u_T among it).
         history: See :class:`History`.
         trace: The arrival order that was run.
         status: ``"finished"`` or ``"diverged"``.
-        diverged_at: The index t of the first report with a NaN or an Inf; None where finished.
+        diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
+            was noticed, where finite reports overflowed in the merge); None where finished.
     """
 
     params: base.Params
@@ -128,7 +130,9 @@ def simulate(
     Args:
         method: A :class:`~orlomo_jax.Method`.
         round_fn: ``method.local_round(loss_fn, num_local_steps)``.
-        batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able.
+        batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able
+            and hashable. The programs of the last eight pairs of ``round_fn`` and ``batch_fn`` are
+            kept for later runs.
         params: w_0.
         trace: Who reports when; T steps. A synchronous method needs a synchronous trace.
         key: A ``jax.random.key``.
@@ -136,7 +140,8 @@ def simulate(
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`StepRecord` after each step.
+        on_step: Called with a :class:`StepRecord` after each step; of a diverging run also for
+            some steps after the one that ``diverged_at`` will name.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
             method, trace and key goes on from the newest, and ends as the unbroken run does, to
             the bit; ``on_step`` then sees the steps after it alone.
@@ -212,7 +217,8 @@ def simulate(
         last = step == trace.num_steps
         evaluates = evaluate is not None and (step % evaluate_every == 0 or last)
         saves = checkpoint is not None and (step % checkpoint.every == 0 or last)
-        if (evaluates or saves or last or step % _LOOK_EVERY == 0) and progress.look() >= 0:
+        looks = evaluates or saves or last or step % _LOOK_EVERY == 0
+        if looks and progress.look(server) >= 0:
             break
         if evaluates:
             assert evaluate is not None
@@ -225,7 +231,7 @@ def simulate(
             assert checkpoint is not None
             checkpoint.save(step, *progress.snapshot(server, identity))
 
-    bad = progress.look()
+    bad = progress.look(server)
     return SimulationResult(
         params=server.params,
         model_state=server.model_state,
@@ -246,10 +252,16 @@ class _Progress:
         self.waiting_losses: list[Array] = []
         self.first_bad = jnp.int32(-1)
 
-    def look(self) -> int:
-        """Fetch the losses; return the index of the first non-finite report, or −1."""
+    def look(self, server: ParameterServer) -> int:
+        """Fetch the losses; return the index of the first non-finite step, or −1.
+
+        Where every report was finite and only the merge was not, that is the newest step.
+        """
         self.losses += jax.device_get(self.waiting_losses)
         self.waiting_losses = []
+        bad = int(self.first_bad)
+        if bad < 0 and not bool(_all_finite((server.params, server.state, server.model_state))):
+            self.first_bad = jnp.int32(server.step - 1)
         return int(self.first_bad)
 
     def history(self, trace: ArrivalTrace, length: int) -> History:
@@ -293,9 +305,15 @@ def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]
     }
 
 
-@lru_cache(maxsize=32)
+_all_finite = jax.jit(all_finite)
+
+
+@lru_cache(maxsize=8)
 def _fused_round(round_fn: Callable, batch_fn: BatchFn) -> Callable:
-    """Return batches, round and finite check as one compiled program."""
+    """Return batches, round and finite check as one compiled program.
+
+    The last few are kept, so that a sweep compiles once, and with them what they close over.
+    """
 
     @jax.jit
     def run_round(

@@ -1,6 +1,7 @@
 """The parameter server: its bookkeeping, its merging, and that bad input changes nothing."""
 
 import gc
+import threading
 from functools import lru_cache
 
 import jax
@@ -360,3 +361,94 @@ def test_other_dtypes(dtype):
         task = server.dispatch(0)
         server.receive(Report(*task[:3], helpers.report(0, dtype)))
         assert {x.dtype for x in jax.tree.leaves(server.params)} == {jnp.dtype(dtype)}
+
+
+def test_threads_apply_a_report_once():
+    server = ParameterServer(cached_method("al_sgd", 1), jnp.zeros(9), 1, local_learning_rate=0.1)
+    for t in range(20):
+        task = server.dispatch(0)
+        report = Report(*task[:3], LocalUpdate(jnp.ones(9)))
+        start, outcomes = threading.Barrier(4), []
+
+        def send(report=report, start=start, outcomes=outcomes):
+            start.wait()
+            try:
+                outcomes.append(server.receive(report))
+            except ReportRejected as error:
+                outcomes.append(type(error))
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert outcomes.count((0,)) == 1
+        assert outcomes.count(ReportRejected) == 3
+        assert server.step == t + 1
+    np.testing.assert_array_equal(server.params, -20)
+
+
+def test_reports_from_other_devices_are_brought_to_the_server():
+    first, second = jax.devices()[:2]
+    server = ParameterServer(cached_method("orlomo", 2), jnp.zeros(4), 2, local_learning_rate=0.1)
+    for device in (second, first, second):
+        task = server.dispatch(1)
+        ones = jax.device_put(jnp.ones(4), device)
+        server.receive(Report(*task[:3], LocalUpdate(ones, ones)))
+        assert server.params.devices() == {first}
+
+
+def test_a_rule_that_keeps_the_parameters_is_stepped():
+    keeps = optax.GradientTransformation(lambda p: {"start": p}, lambda u, s, p=None: (u, s))
+    method = cached_method("al_sgd", 1)
+    method = method._replace(rule=optax.chain(method.rule, keeps))
+    server = ParameterServer(method, jnp.zeros(2), 1, local_learning_rate=0.1)
+    for _ in range(2):
+        task = server.dispatch(0)
+        server.receive(Report(*task[:3], LocalUpdate(jnp.ones(2))))
+    np.testing.assert_array_equal(server.params, -2)
+
+
+def test_synchronous_momentum_is_found_wherever_it_is():
+    """Neither a parameter nor a hyperparameter of that name is taken for it."""
+    method = cached_method("prsgdm", 1)
+    decays = optax.inject_hyperparams(lambda momentum: optax.trace(momentum))(momentum=0.5)
+    method = method._replace(rule=optax.chain(method.rule, decays))
+    params = {"momentum": jnp.zeros(2)}
+    server = ParameterServer(method, params, 1, local_learning_rate=0.1)
+    task = server.dispatch(0)
+    helpers.assert_trees_equal(task.momentum, params)
+
+
+def test_float64_of_numpy_is_another_dtype():
+    server = ParameterServer(cached_method("al_sgd", 1), jnp.zeros(2), 1, local_learning_rate=0.1)
+    task = server.dispatch(0)
+    with pytest.raises(ReportRejected, match="must be float32, got float64"):
+        server.receive(Report(*task[:3], LocalUpdate(np.full(2, 1e300)), finite=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"round": 0.7}, {"round": float("inf")}, {"finite": "False"}, {"worker": None}]
+)
+def test_fields_of_a_wrong_type_are_rejected(changes):
+    server = make_server()
+    task = server.dispatch(0)
+    with pytest.raises(ReportRejected):
+        server.receive(make_report(task, 0, **changes))
+    assert server.step == 0
+
+
+@pytest.mark.parametrize("rate", [lambda step: jnp.ones(2), lambda step: -1.0])
+def test_schedules_are_looked_at(rate):
+    with pytest.raises(ValueError, match="`local_learning_rate` must be"):
+        make_server(rate=rate)
+
+
+def test_low_precision_averages_add_up_in_float32():
+    method = make_method("prsgdm", 512, accumulator_dtype=jnp.float32)
+    params = jnp.zeros(2, jnp.bfloat16)
+    server = ParameterServer(method, params, 512, local_learning_rate=0.1)
+    tasks = [server.dispatch(worker) for worker in range(512)]
+    for task in tasks:
+        ones = jnp.ones(2, jnp.bfloat16)
+        server.receive(Report(*task[:3], LocalUpdate(ones, ones), finite=True))
+    np.testing.assert_array_equal(server.params.astype(jnp.float32), -1)
+    assert server.dispatch(0).momentum.dtype == jnp.float32

@@ -196,6 +196,22 @@ def test_divergence_is_found_where_it_began(name, num_steps):
     assert result.history.evaluations == ()
 
 
+@pytest.mark.parametrize("rate", [lambda step: jnp.nan, 1e38])
+def test_a_merge_that_overflows_is_divergence(rate):
+    """Every report is finite, the last one too; only what the server makes of it is not."""
+    method = make_method("orlomo", 2, learning_rate=rate, delay_weight=lambda delay: 10.0)
+    result = simulate(
+        method,
+        method.local_round(loss_fn, S),
+        batch_fn,
+        PARAMS,
+        ArrivalTrace.from_workers([0], 2),
+        key=jax.random.key(0),
+        local_learning_rate=RATE,
+    )
+    assert (result.status, result.diverged_at) == ("diverged", 0)
+
+
 def test_events_are_replayed():
     """Worker 1's first report is lost; worker 2 joins late; worker 0 leaves."""
     events = [(1, "lost", 1), (2, "joined", 2), (3, "redispatched", 1), (5, "left", 0)]
