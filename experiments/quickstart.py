@@ -8,6 +8,7 @@ run as a JSON row.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -66,6 +67,17 @@ class Config:
     output: Path = Path("quickstart_output")
     """Folder of runs.jsonl and quickstart.png; earlier ones there are replaced."""
 
+    def __post_init__(self) -> None:
+        """Check what the library does not see before the first run."""
+        for name in ("epochs", "batch_size", "hidden", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be ≥ 1, got {name}={getattr(self, name)}")
+        rates = self.learning_rates
+        if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+            raise ValueError(
+                f"`learning_rates` must be distinct and > 0, got learning_rates={rates}"
+            )
+
 
 class Experiment:
     """Everything that the runs share, compiled once for each method."""
@@ -77,14 +89,17 @@ class Experiment:
         self.batch_fn = data.shuffled_batches(
             self.train, config.batch_size, config.local_iterations
         )
+        self.methods = {
+            name: make_method(name, config.workers, config.momentum) for name in METHOD_NAMES
+        }
         per_report = config.batch_size * config.local_iterations
         reports = config.epochs * len(self.train.labels) // per_report
         self.num_steps = reports - reports % config.workers  # whole rounds for PRSGDm
         if self.num_steps == 0:
-            raise SystemExit(f"--epochs {config.epochs} is less than one report of each worker")
-        self.methods = {
-            name: make_method(name, config.workers, config.momentum) for name in METHOD_NAMES
-        }
+            raise ValueError(
+                f"`epochs` must give each worker a report, got epochs={config.epochs}, {reports} "
+                f"reports in all"
+            )
         self.rounds = {
             name: method.local_round(mlp.loss_fn, config.local_iterations)
             for name, method in self.methods.items()
@@ -125,34 +140,34 @@ class Experiment:
             on_step=on_step,
         )
         evaluations = result.history.evaluations
-        final = evaluations[-1].metrics if result.status == "finished" else {}
+        curve: dict[str, list] = {"virtual_time": [evaluation.time for evaluation in evaluations]}
+        for metric in ("train_loss", "test_accuracy"):
+            values = [evaluation.metrics[metric] for evaluation in evaluations]
+            curve[metric] = [value if math.isfinite(value) else None for value in values]
+        # Finite parameters may still be too large for a finite loss.
+        finished = result.status == "finished" and curve["train_loss"][-1] is not None
         return {
             "experiment": "quickstart",
             "method": name,
             "learning_rate": learning_rate,
             "seed": seed,
-            "status": result.status,
+            "status": "finished" if finished else "diverged",
             "diverged_at": result.diverged_at,
             "num_steps": self.num_steps,
             "max_delay": int(trace.max_delay),
             "virtual_time": float(trace.times[-1]),
             "wall_time": time.perf_counter() - start,
-            **final,
-            "curve": {
-                "virtual_time": [evaluation.time for evaluation in evaluations],
-                **{
-                    metric: [evaluation.metrics[metric] for evaluation in evaluations]
-                    for metric in ("train_loss", "test_accuracy")
-                },
-            },
+            "train_loss": curve["train_loss"][-1] if finished else None,
+            "test_accuracy": curve["test_accuracy"][-1] if finished else None,
+            "curve": curve,
             "config": {**asdict(config), "output": None},
             "environment": records.environment(),
         }
 
 
-def run_all(config: Config, console: Console) -> list[dict[str, Any]]:
+def run_all(experiment: Experiment, console: Console) -> list[dict[str, Any]]:
     """Run every method × learning rate × seed, and record each run as it ends."""
-    experiment = Experiment(config)
+    config = experiment.config
     path = config.output / "runs.jsonl"
     path.unlink(missing_ok=True)
     runs = [
@@ -252,11 +267,16 @@ def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the quickstart from the command line."""
-    config = tyro.cli(Config, args=args, description=__doc__)
     plt.switch_backend("agg")
     console = Console()
     start = time.perf_counter()
-    best = best_runs(run_all(config, console))
+    try:
+        config = tyro.cli(Config, args=args, description=__doc__)
+        experiment = Experiment(config)
+        config.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    best = best_runs(run_all(experiment, console))
     draw(best, config.output / "quickstart.png")
     console.print(table(best))
     console.print(

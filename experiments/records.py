@@ -38,12 +38,16 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """
     line = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with path.open("a+b", buffering=0) as file:  # no buffer whose rest would be written later
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":  # half a line of a dead process: keep apart from it
+                line = b"\n" + line
         try:
-            file.write(line)
-            file.flush()
+            while line:
+                line = line[file.write(line) :]
             os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), end)

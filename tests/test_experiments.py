@@ -1,5 +1,8 @@
 """The experiments: their data, their records, and the quickstart at a small size."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -66,6 +69,41 @@ class TestRecords:
             records.append(path, {"a": 2})
         assert path.read_bytes() == before
 
+    def test_half_a_line_does_not_swallow_the_next_row(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        path.write_text('{"a": 1}\n{"trunc')
+        records.append(path, {"b": 2})
+        assert path.read_text().splitlines() == ['{"a": 1}', '{"trunc', '{"b": 2}']
+        with pytest.raises(ValueError, match=r"runs.jsonl:2 "):
+            records.read(path)
+
+    def test_a_disk_that_fills_up_within_a_row(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        records.append(path, {"a": 1})
+        before = path.read_bytes()
+        code = (
+            "import resource, sys; from pathlib import Path; from experiments import records; "
+            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 10}, -1)); "
+            "records.append(Path(sys.argv[1]), {'long': 'x' * 50})"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True
+        )
+        assert "File too large" in run.stderr
+        assert path.read_bytes() == before
+
+    def test_several_processes_append(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        code = (
+            "import sys; from pathlib import Path; from experiments import records; "
+            "[records.append(Path(sys.argv[1]), {'x': 'y' * 5000}) for _ in range(20)]"
+        )
+        command = [sys.executable, "-c", code, str(path)]
+        processes = [subprocess.Popen(command) for _ in range(3)]
+        assert [process.wait() for process in processes] == [0, 0, 0]
+        assert len(records.read(path)) == 60
+
 
 class TestQuickstart:
     def test_a_small_one(self, tmp_path, capsys):
@@ -83,6 +121,32 @@ class TestQuickstart:
         out = capsys.readouterr().out
         for title in quickstart.TITLES.values():
             assert title in out
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--seeds 0", "`seeds` must be ≥ 1, got seeds=0"),
+            ("--workers 0", "num_workers"),
+            ("--batch-size 0", "batch_size=0"),
+            ("--learning-rates 0.1 0.1", "must be distinct and > 0"),
+            ("--learning-rates -1", "must be distinct and > 0"),
+            ("--epochs 1", "`epochs` must give each worker a report, got epochs=1, 1 reports"),
+        ],
+    )
+    def test_bad_flags_leave_earlier_results_alone(self, tmp_path, flags, message, capsys):
+        earlier = tmp_path / "runs.jsonl"
+        earlier.write_text("{}\n")
+        with pytest.raises(SystemExit) as stopped:
+            quickstart.main([*flags.split(), "--output", str(tmp_path)])
+        # tyro frames what the settings themselves refuse.
+        assert message in str(stopped.value) + " ".join(capsys.readouterr().err.split())
+        assert earlier.read_text() == "{}\n"
+
+    def test_an_infinite_loss_of_finite_parameters_is_divergence(self, tmp_path):
+        flags = "--workers 1 --batch-size 1437 --local-iterations 1 --epochs 1 --seeds 1 --hidden 8"
+        flags += " --learning-rates 1e30"
+        quickstart.main([*flags.split(), "--output", str(tmp_path)])
+        assert {row["status"] for row in records.read(tmp_path / "runs.jsonl")} == {"diverged"}
 
     def test_best_rate_is_the_lowest_mean_training_loss_without_divergence(self):
         def row(rate, loss, status="finished"):
