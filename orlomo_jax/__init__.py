@@ -1,5 +1,6 @@
 """OrLoMo: ordered local momentum for asynchronous distributed training, in JAX."""
 
+from orlomo_jax.adapters import Model, from_nnx
 from orlomo_jax.arrivals import (
     ComputeTimes,
     given,
@@ -41,6 +42,7 @@ __all__ = [
     "LocalOrMoDAState",
     "LocalUpdate",
     "Method",
+    "Model",
     "OrLoMoState",
     "PRSGDmState",
     "ParameterServer",
@@ -53,6 +55,7 @@ __all__ = [
     "al_sgd",
     "all_finite",
     "delay_adaptive",
+    "from_nnx",
     "given",
     "global_learning_rate",
     "heterogeneous",

@@ -23,6 +23,7 @@ ORDER = (
     "server",
     "checkpoint",
     "simulator",
+    "adapters",
 )
 NUMPY_ONLY = ("checks", "trace", "arrivals")
 

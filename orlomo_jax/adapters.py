@@ -1,0 +1,108 @@
+"""Models of other libraries in the form that the local round takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jaxtyping import Array, PyTree
+
+    Criterion = Callable[[Any, Any], Array | tuple[Array, PyTree[Array]]]
+
+
+class Model(NamedTuple):
+    """A model as pure functions of its parameters and its state.
+
+    Attributes:
+        params: Trainable arrays, nested dicts.
+        model_state: What training changes without a gradient (BatchNorm statistics), nested dicts
+            of floating arrays; ``{}`` where there is none.
+        loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))``, in
+            training mode.
+        predict: ``predict(params, model_state, *inputs)``, the module's output in evaluation mode.
+    """
+
+    params: PyTree[Array]
+    model_state: PyTree[Array]
+    loss_fn: Callable
+    predict: Callable
+
+
+def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
+    """Return a Flax NNX module and a criterion as a :class:`Model`.
+
+    Args:
+        module: Its ``nnx.Param`` variables are trained; every other variable except random-number
+            state is model state. It is only read. Under ``nnx.eval_shape`` it may be abstract.
+        criterion: ``criterion(module, batch)`` returns the scalar loss of a batch, or the loss and
+            a dict of metrics.
+
+    Returns:
+        A :class:`Model`. Its ``loss_fn`` runs the module after ``module.train()``: BatchNorm uses
+        the batch and updates its statistics, and dropout draws from the ``key`` of each step. Its
+        ``predict`` runs the module after ``module.eval()``. Both are functions of the module's
+        structure alone: any parameters of that structure go in, and both work under ``jit``,
+        ``scan`` and ``vmap``.
+
+    Raises:
+        TypeError: If a variable of the model state is not floating.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from orlomo_jax import from_nnx
+        >>> module = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+        >>> model = from_nnx(module, lambda module, batch: (module(batch) ** 2).mean())
+        >>> jax.tree.map(jax.numpy.shape, (model.params, model.model_state))
+        ({'bias': (2,), 'scale': (2,)}, {'mean': (2,), 'var': (2,)})
+        >>> batch = jax.numpy.array([[0.0, 1.0], [2.0, 3.0]])
+        >>> loss, (state, _) = model.loss_fn(*model[:2], batch, jax.random.key(0))
+        >>> loss.round(3), state["mean"]  # 0.99 · 0 + 0.01 · the batch's mean
+        (Array(1., dtype=float32), Array([0.01, 0.02], dtype=float32))
+    """
+    from flax import nnx
+
+    graphdef, params, rng_state, model_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    params, rng_state, model_state = map(nnx.to_pure_dict, (params, rng_state, model_state))
+    _check_floating(model_state)
+    streams, structure = jax.tree.flatten(rng_state)
+    kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
+
+    def merge(params, model_state, key):
+        fresh = [_seed(stream, jax.random.fold_in(key, i)) for i, stream in enumerate(streams)]
+        return nnx.merge(graphdef, params, jax.tree.unflatten(structure, fresh), model_state)
+
+    def loss_fn(params, model_state, batch, key):
+        module = merge(params, model_state, key)
+        module.train()
+        result = criterion(module, batch)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        return loss, (nnx.to_pure_dict(nnx.state(module, kept)), metrics)
+
+    def predict(params, model_state, *inputs):
+        module = merge(params, model_state, jax.random.key(0))
+        module.eval()
+        return module(*inputs)
+
+    return Model(params, model_state, loss_fn, predict)
+
+
+def _seed(stream: Array | jax.ShapeDtypeStruct, key: Array) -> Array:
+    """Return a stream's new key, or the zero of its counter: two layers never share a mask."""
+    if jnp.issubdtype(stream.dtype, jax.dtypes.prng_key):
+        return jax.random.split(key, stream.shape)
+    return jnp.zeros(stream.shape, stream.dtype)
+
+
+def _check_floating(model_state: PyTree[Array]) -> None:
+    for path, leaf in jax.tree.leaves_with_path(model_state):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"`module{jax.tree_util.keystr(path)}` must be floating to be merged as model "
+                f"state, got {leaf.dtype}"
+            )

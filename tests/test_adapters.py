@@ -1,0 +1,168 @@
+"""The NNX adapter: pure functions that agree with the module they came from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from orlomo_jax import from_nnx, local_momentum_sgd, make_method, simulate
+from orlomo_jax.trace import ArrivalTrace
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, rate=0.5):
+        self.layers = nnx.List([nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
+        self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.dropout_too = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.layers[0](x))
+        self.features = nnx.Intermediate(x)
+        return self.layers[1](self.dropout_too(self.dropout(x)))
+
+
+def criterion(module, batch):
+    inputs, targets = batch
+    outputs = module(inputs)
+    return ((outputs - targets) ** 2).mean(), {"largest": abs(outputs).max()}
+
+
+def net(rate=0.5):
+    return Net(nnx.Rngs(jax.random.key(1)), rate)
+
+
+def example_batch(*leading):
+    inputs = jax.random.normal(jax.random.key(2), (*leading, 16, 3))
+    return inputs, inputs[..., :2] * 3 + 1
+
+
+KEY = jax.random.key(3)
+
+
+def test_params_and_state_are_plain_and_hold_no_random_state():
+    model = from_nnx(net(), criterion)
+    assert set(model.params) == {"layers", "norm"}
+    assert set(model.params["layers"]) == {0, 1}
+    assert jax.tree.map(jnp.shape, model.model_state) == {"norm": {"mean": (8,), "var": (8,)}}
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model[:2]))
+
+
+def test_loss_gradient_and_statistics_are_the_modules_own():
+    module, batch = net(rate=0.0), example_batch()
+    model = from_nnx(module, criterion)
+    value_and_grad = jax.value_and_grad(model.loss_fn, has_aux=True)
+    (loss, (state, metrics)), gradient = value_and_grad(*model[:2], batch, KEY)
+    assert module.norm.mean[...].tolist() == [0.0] * 8  # only read
+
+    module.train()
+    (own, _), own_gradient = nnx.value_and_grad(criterion, has_aux=True)(module, batch)
+    np.testing.assert_allclose(loss, own, rtol=1e-6)
+    np.testing.assert_allclose(state["norm"]["mean"], module.norm.mean[...], rtol=1e-6)
+    np.testing.assert_allclose(state["norm"]["var"], module.norm.var[...], rtol=1e-6)
+    for leaf, same in zip(
+        jax.tree.leaves(gradient),
+        jax.tree.leaves(nnx.to_pure_dict(nnx.state(own_gradient))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, same, rtol=1e-5, atol=1e-6)
+    assert set(metrics) == {"largest"}
+
+
+def test_predict_uses_the_given_statistics_and_no_dropout():
+    module, (inputs, _) = net(), example_batch()
+    model = from_nnx(module, criterion)
+    state = {"norm": {"mean": jnp.full(8, 0.5), "var": jnp.full(8, 4.0)}}
+    module.norm.mean[...], module.norm.var[...] = state["norm"]["mean"], state["norm"]["var"]
+    module.eval()
+    np.testing.assert_allclose(
+        model.predict(model.params, state, inputs), module(inputs), rtol=1e-6
+    )
+    elsewhere = model.predict(model.params, model.model_state, inputs)
+    assert not np.allclose(elsewhere, module(inputs))
+
+
+def test_dropout_follows_the_key_and_layers_have_masks_of_their_own():
+    class Ones(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = (nnx.Dropout(0.5, rngs=rngs) for _ in range(2))
+
+        def __call__(self, x):
+            return self.first(x), self.second(x)
+
+    model = from_nnx(Ones(nnx.Rngs(0)), lambda module, x: (0.0, module(x)))
+    masks = lambda seed: model.loss_fn({}, {}, jnp.ones(64), jax.random.key(seed))[1][1]  # noqa: E731
+    (first, second), (again, _), (other, _) = masks(0), masks(0), masks(1)
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+    assert (first != other).any()
+    for output in model.predict({}, {}, jnp.ones(64)):
+        np.testing.assert_array_equal(output, np.ones(64))
+
+
+def test_streams_of_a_vmapped_module_are_split():
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Dropout(0.5, rngs=rngs)
+
+    apply = nnx.vmap(lambda module, x: module(x), in_axes=(0, None))
+    model = from_nnx(make(nnx.Rngs(0)), lambda module, x: (0.0, apply(module, x)))
+    masks = model.loss_fn({}, {}, jnp.ones(32), KEY)[1][1]
+    assert len({tuple(mask.tolist()) for mask in masks}) == 4
+
+
+def test_jit_scan_and_vmap():
+    model = from_nnx(net(), criterion)
+    round_fn = local_momentum_sgd(model.loss_fn, num_local_steps=4)
+    batches = example_batch(4)
+    result = round_fn(*model[:2], batches, 0.01, KEY)
+    assert result.finite
+    assert result.metrics["largest"].shape == (4,)
+    assert jax.tree.structure(result.model_state) == jax.tree.structure(model.model_state)
+
+    keys = jax.random.split(KEY, 3)
+    many = jax.vmap(lambda key: round_fn(*model[:2], batches, 0.01, key).loss)(keys)
+    one = round_fn(*model[:2], batches, 0.01, keys[1]).loss
+    np.testing.assert_allclose(many[1], one, rtol=1e-5)
+
+
+def test_it_trains_in_the_simulator():
+    model = from_nnx(net(rate=0.1), criterion)
+    method = make_method("orlomo", num_workers=2)
+
+    def batch_fn(key, worker, round):
+        key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
+        inputs = jax.random.normal(key, (4, 16, 3))
+        return inputs, inputs[..., :2] * 3 + 1
+
+    result = simulate(
+        method,
+        method.local_round(model.loss_fn, num_local_steps=4),
+        batch_fn,
+        model.params,
+        ArrivalTrace.from_workers([0, 1, 1, 0] * 15, num_workers=2),
+        key=KEY,
+        model_state=model.model_state,
+        local_learning_rate=0.02,
+    )
+    assert result.history.loss[-8:].mean() < 0.4 * result.history.loss[:4].mean()
+    assert (result.model_state["norm"]["var"] > 0).all()
+
+
+def test_an_abstract_module_gives_the_functions():
+    model = from_nnx(net(), criterion)
+    abstract = from_nnx(nnx.eval_shape(net), criterion)
+    batch = example_batch()
+    same = abstract.loss_fn(*model[:2], batch, KEY)[0]
+    assert same == model.loss_fn(*model[:2], batch, KEY)[0]
+
+
+def test_state_that_cannot_be_merged_is_refused_by_path():
+    class Counter(nnx.Module):
+        def __init__(self):
+            self.calls = nnx.BatchStat(jnp.int32(0))
+
+    with pytest.raises(TypeError, match=r"`module\['calls'\]` must be floating .* got int32"):
+        from_nnx(Counter(), criterion)
