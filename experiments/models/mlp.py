@@ -24,17 +24,18 @@ def init(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
     ]
 
 
-def logits(params: list[dict[str, jax.Array]], images: jax.Array) -> jax.Array:
-    """Return float[batch, classes] for images float[batch, features]."""
+def logits(params: list[dict[str, jax.Array]], images: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Return float32[batch, classes] for images float[batch, …], hidden layers in ``dtype``."""
     *hidden, last = params
-    for layer in hidden:
+    images = images.reshape(len(images), -1).astype(dtype)
+    for layer in jax.tree.map(lambda param: param.astype(dtype), hidden):
         images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
-    return images @ last["kernel"] + last["bias"]
+    return images.astype(jnp.float32) @ last["kernel"] + last["bias"]
 
 
-def loss_fn(params, model_state, batch, key):
+def loss_fn(params, model_state, batch, key, *, dtype=jnp.float32):
     """Return the mean cross-entropy of a batch (images, labels), in the library's form."""
     del key
     images, labels = batch
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images, dtype), labels)
     return losses.mean(), (model_state, {})
