@@ -1,20 +1,114 @@
-"""Data sets as device arrays, and the order in which a worker reads them."""
+"""Data sets as device arrays, what a model sees of them, and the order in which a worker reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import decoded
+
+NAMES = ("digits", *decoded.SOURCES)
+
 
 class Split(NamedTuple):
-    """Images float32[n, …] and labels int32[n]."""
+    """Images uint8 or float32[n, …] and labels int32[n]."""
 
     images: jax.Array
     labels: jax.Array
+
+
+class Dataset(NamedTuple):
+    """A data set on the device, as it is stored: a model sees ``preprocess(images)``.
+
+    Attributes:
+        name: One of ``NAMES``.
+        train: The training split.
+        test: The test split; Tiny-ImageNet's validation split, whose labels are public.
+        num_classes: Labels are below it.
+        mean: Of the training images in each channel, on the scale of [0, 1]; None for digits, which
+            are features and go in as they are.
+        std: Likewise.
+        padding: By how many pixels a training image is shifted at most; 0 is no augmentation.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    padding: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return self.train.images.shape[1:]
+
+    def preprocess(self, images: jax.Array) -> jax.Array:
+        """Return the images with mean 0 and standard deviation 1, float32; jit-able."""
+        if self.mean is None or self.std is None:
+            return images
+        return (images / jnp.float32(255) - jnp.array(self.mean)) / jnp.array(self.std)
+
+    def training_loss(self, loss_fn: Callable) -> Callable:
+        """Return a ``loss_fn`` of stored images, which it augments and preprocesses.
+
+        The augmentation draws from the ``key`` of each step, and the loss from another.
+        """
+
+        def augmented_loss_fn(params, model_state, batch, key):
+            images, labels = batch
+            if self.padding:
+                key, augment_key = jax.random.split(key)
+                images = augment(augment_key, images, self.padding)
+            return loss_fn(params, model_state, (self.preprocess(images), labels), key)
+
+        return augmented_loss_fn
+
+
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    *,
+    pool: int = 1,
+    augmented: bool = True,
+) -> Dataset:
+    """Return a data set by name.
+
+    Args:
+        name: One of ``NAMES``.
+        data_dir: The TFDS data_dir; None is TFDS_DATA_DIR, or else ``~/tensorflow_datasets``.
+        cache_dir: Where decoded images are kept; None is ``orlomo_jax`` under XDG_CACHE_HOME, or
+            else under ``~/.cache``.
+        pool: Averages windows of pool × pool pixels, for smaller images.
+        augmented: Whether training images are cropped at random, with padding 4 (divided by
+            ``pool``), and flipped.
+
+    Raises:
+        DataError: If the data is missing or damaged.
+        ValueError: If there is no such data set, or ``pool`` does not divide its images.
+
+    Example:
+        >>> load("digits").image_shape
+        (64,)
+    """
+    if name == "digits":
+        return Dataset(name, *digits(), num_classes=10)
+    if name not in NAMES:
+        raise ValueError(f"`name` must be one of {', '.join(NAMES)}, got {name!r}")
+    source = decoded.SOURCES[name]
+    if pool < 1 or source.image_shape[0] % pool:
+        raise ValueError(f"`pool` must divide the image size {source.image_shape[0]}, got {pool}")
+    splits = decoded.arrays(name, data_dir, cache_dir)
+    train, test = (Split(*map(jnp.asarray, (average_pool(x, pool), y))) for x, y in splits)
+    padding = max(1, 4 // pool) if augmented else 0
+    return Dataset(name, train, test, source.num_classes, source.mean, source.std, padding)
 
 
 def digits(test_size: int = 360) -> tuple[Split, Split]:
@@ -35,6 +129,45 @@ def digits(test_size: int = 360) -> tuple[Split, Split]:
     labels = jnp.asarray(classes[order], jnp.int32)
     held_out = Split(images[:test_size], labels[:test_size])
     return Split(images[test_size:], labels[test_size:]), held_out
+
+
+def average_pool(images: np.ndarray, size: int) -> np.ndarray:
+    """Return the rounded means of size × size windows, uint8.
+
+    Example:
+        >>> average_pool(np.array([[0, 1], [2, 4]], np.uint8).reshape(1, 2, 2, 1), 2).ravel()
+        array([2], dtype=uint8)
+    """
+    if size == 1:
+        return images
+    count, height, width, channels = images.shape
+    windows = images.reshape(count, height // size, size, width // size, size, channels)
+    return ((windows.sum((2, 4), dtype=np.uint32) + size**2 // 2) // size**2).astype(np.uint8)
+
+
+def augment(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+    """Return each image cropped at random from itself padded with zeros, and flipped half the time.
+
+    Args:
+        key: A ``jax.random.key``.
+        images: [batch, height, width, channels].
+        padding: On each side, in pixels.
+
+    Example:
+        >>> images = jnp.ones((5, 8, 8, 3), jnp.uint8)
+        >>> augment(jax.random.key(0), images, padding=2).shape
+        (5, 8, 8, 3)
+    """
+    crop_key, flip_key = jax.random.split(key)
+    corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * padding + 1)
+    flips = jax.random.bernoulli(flip_key, shape=(len(images),))
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def one(image, corner, flip):
+        image = jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+        return jnp.where(flip, image[:, ::-1], image)
+
+    return jax.vmap(one)(padded, corners, flips)
 
 
 def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Callable:

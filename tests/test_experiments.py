@@ -1,40 +1,11 @@
-"""The experiments: their data, their records, and the quickstart at a small size."""
+"""The experiments: their records and the quickstart at a small size."""
 
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
 
-from experiments import data, quickstart, records
-
-
-class TestBatches:
-    split = data.Split(jax.numpy.arange(10.0), jax.numpy.arange(10))
-
-    @pytest.mark.parametrize(("batch_size", "steps"), [(2, 3), (5, 4), (1, 1), (10, 1)])
-    def test_each_epoch_holds_every_example_once(self, batch_size, steps):
-        batch_fn = jax.jit(data.shuffled_batches(self.split, batch_size, steps))
-        for worker in (0, 3):
-            rounds = [batch_fn(jax.random.key(0), worker, round).labels for round in range(20)]
-            read = np.concatenate([labels.ravel() for labels in rounds])
-            for epoch in read[: len(read) // 10 * 10].reshape(-1, 10):
-                assert sorted(epoch) == list(range(10))
-
-    def test_workers_and_epochs_are_shuffled_apart(self):
-        batch_fn = data.shuffled_batches(self.split, 10, 1)
-        orders = {
-            tuple(batch_fn(jax.random.key(0), worker, round).labels.ravel().tolist())
-            for worker in (0, 1)
-            for round in (0, 1)
-        }
-        assert len(orders) == 4
-
-    def test_late_rounds_do_not_overflow(self):
-        batch_fn = data.shuffled_batches(self.split, 10, 100)
-        labels = batch_fn(jax.random.key(0), 0, np.int32(2**31 - 1)).labels
-        assert np.bincount(labels.ravel()).tolist() == [100] * 10
+from experiments import quickstart, records
 
 
 class TestRecords:

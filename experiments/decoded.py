@@ -1,0 +1,233 @@
+"""Prepared data sets as NumPy arrays, decoded once and then read from a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Source(NamedTuple):
+    """Where a data set comes from.
+
+    Attributes:
+        version: That of its TFDS builder.
+        splits: The names of training and test split.
+        image_shape: (height, width, channels).
+        num_classes: Labels are below it.
+        archive: Where the official archive is.
+        mean: Of the training images in each channel, on the scale of [0, 1].
+        std: Likewise.
+    """
+
+    version: str
+    splits: tuple[str, str]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    archive: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+SOURCES = {
+    "cifar10": Source(
+        version="3.0.2",
+        splits=("train", "test"),
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        archive="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": Source(
+        version="3.0.2",
+        splits=("train", "test"),
+        image_shape=(32, 32, 3),
+        num_classes=100,
+        archive="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+    "tiny-imagenet": Source(
+        version="1.0.0",
+        splits=("train", "validation"),
+        image_shape=(64, 64, 3),
+        num_classes=200,
+        archive="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+    ),
+}
+
+
+class DataError(Exception):
+    """Data that is missing or damaged; the message is one line and says what to do."""
+
+
+class Arrays(NamedTuple):
+    """Images uint8[n, height, width, channels] and labels int32[n], in the order of their ids."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def folder(name: str, data_dir: Path) -> Path:
+    """Return where a data set lies in a TFDS data_dir."""
+    return data_dir / name.replace("-", "_") / SOURCES[name].version
+
+
+def default_data_dir() -> Path:
+    """Return the data_dir where none is given: TFDS_DATA_DIR, or else TFDS's own."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def default_cache_dir() -> Path:
+    """Return the folder of decoded arrays where none is given; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "orlomo_jax"
+
+
+def arrays(
+    name: str, data_dir: Path | None = None, cache_dir: Path | None = None
+) -> tuple[Arrays, Arrays]:
+    """Return training and test split of a prepared data set.
+
+    The first call decodes the images, later ones read the cache: files named after the prepared
+    data's place and description, so that other data never meets them.
+
+    Args:
+        name: A key of ``SOURCES``.
+        data_dir: A TFDS data_dir with the data set as array_record.
+        cache_dir: Where decoded arrays are kept.
+
+    Raises:
+        DataError: If the data is missing or damaged.
+    """
+    data_dir = default_data_dir() if data_dir is None else data_dir.expanduser()
+    cache_dir = default_cache_dir() if cache_dir is None else cache_dir.expanduser()
+    counts, fingerprint = _describe(name, data_dir)
+    cached = cache_dir / f"{name}-{fingerprint}"
+    if cached.exists():
+        try:
+            train, test = (_load(cached, name, split, counts) for split in SOURCES[name].splits)
+            return train, test
+        except (OSError, ValueError, EOFError) as error:
+            warnings.warn(f"{cached} is damaged ({error}): decoding anew", stacklevel=2)
+            shutil.rmtree(cached, ignore_errors=True)
+    train, test = (_decode(name, split, data_dir, counts) for split in SOURCES[name].splits)
+    try:
+        _save(cached, dict(zip(SOURCES[name].splits, (train, test), strict=True)))
+    except OSError as error:
+        warnings.warn(f"{cached} could not be written ({error}): not cached", stacklevel=2)
+    return train, test
+
+
+def _describe(name: str, data_dir: Path) -> tuple[dict[str, int], str]:
+    """Return the number of examples of each split, and a fingerprint of the prepared data."""
+    place = folder(name, data_dir)
+    path = place / "dataset_info.json"
+    if not path.is_file():
+        raise DataError(f"there is no {name} in {data_dir}: {_how_to_get(name, data_dir)}")
+    text = path.read_bytes()
+    try:
+        info = json.loads(text)
+        found = {split["name"]: split for split in info["splits"]}
+        shards = {s: [int(n) for n in found[s]["shardLengths"]] for s in SOURCES[name].splits}
+        file_format = info.get("fileFormat", "tfrecord")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(name, data_dir, f"{path.name}: {error!r}") from None
+    if file_format != "array_record":
+        raise DataError(
+            f"{place} holds {file_format}, which only TensorFlow reads; move it away, then "
+            f"{_how_to_get(name, data_dir)}"
+        )
+    for split, lengths in shards.items():
+        stem = f"{name.replace('-', '_')}-{split}.array_record"
+        for shard in range(len(lengths)):
+            file = place / f"{stem}-{shard:05d}-of-{len(lengths):05d}"
+            if not file.is_file():
+                raise _damaged(name, data_dir, f"{file.name} is missing")
+    digest = hashlib.sha256(os.fsencode(place.resolve()) + b"\0" + text).hexdigest()
+    return {split: sum(lengths) for split, lengths in shards.items()}, digest[:16]
+
+
+def _how_to_get(name: str, data_dir: Path) -> str:
+    archive = SOURCES[name].archive
+    return (
+        f"get {archive} and run `python -m experiments.prepare {name} "
+        f"--from {archive.rsplit('/', 1)[1]} --data-dir {data_dir}`"
+    )
+
+
+def _damaged(name: str, data_dir: Path, what: object) -> DataError:
+    what = " ".join(str(what).split())
+    place = folder(name, data_dir)
+    return DataError(f"{place} is damaged ({what}): remove it, then {_how_to_get(name, data_dir)}")
+
+
+def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Arrays:
+    """Read one split by TFDS, which needs no TensorFlow for this."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder_from_directory(folder(name, data_dir))
+        source = builder.as_data_source(split=split)
+        if len(source) != counts[split]:
+            raise _damaged(name, data_dir, f"{len(source)} examples in split {split}")
+        images = np.empty((len(source), *SOURCES[name].image_shape), np.uint8)
+        labels, ids = np.empty(len(source), np.int32), []
+        for first in range(0, len(source), 1000):
+            chunk = source.__getitems__(range(first, min(first + 1000, len(source))))
+            for index, example in enumerate(chunk, first):
+                if example["image"].shape != images.shape[1:]:
+                    raise ValueError(f"{example['id']} has shape {example['image'].shape}")
+                images[index], labels[index] = example["image"], example["label"]
+                ids.append(example["id"])
+    except DataError:
+        raise
+    except Exception as error:  # array_record, protobuf and Pillow each have errors of their own
+        raise _damaged(name, data_dir, error) from error
+    order = sorted(range(len(ids)), key=ids.__getitem__)  # the stored order is shuffled
+    result = Arrays(images[order], labels[order])
+    try:
+        _check(result, name, split, counts)
+    except ValueError as error:
+        raise _damaged(name, data_dir, error) from None
+    return result
+
+
+def _check(loaded: Arrays, name: str, split: str, counts: dict[str, int]) -> None:
+    images, labels = loaded
+    shape = (counts[split], *SOURCES[name].image_shape)
+    if (images.shape, images.dtype, labels.shape) != (shape, np.uint8, shape[:1]):
+        raise ValueError(f"split {split} must be uint8{shape}, got {images.dtype}{images.shape}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= SOURCES[name].num_classes:
+        raise ValueError(f"labels of split {split} must be in [0, {SOURCES[name].num_classes})")
+
+
+def _load(cached: Path, name: str, split: str, counts: dict[str, int]) -> Arrays:
+    loaded = Arrays(*(np.load(cached / f"{split}-{field}.npy") for field in Arrays._fields))
+    _check(loaded, name, split, counts)
+    return loaded
+
+
+def _save(cached: Path, splits: dict[str, Arrays]) -> None:
+    """Write all arrays, or nothing under that name."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{cached.name}-", dir=cached.parent))
+    try:
+        for split, loaded in splits.items():
+            for field, values in loaded._asdict().items():
+                np.save(unfinished / f"{split}-{field}.npy", values)
+        unfinished.rename(cached)
+    except OSError:
+        if not cached.exists():  # not another process's, finished before this one's
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
