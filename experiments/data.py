@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ def load(
     if pool < 1 or source.image_shape[0] % pool:
         raise ValueError(f"`pool` must divide the image size {source.image_shape[0]}, got {pool}")
     splits = decoded.arrays(name, data_dir, cache_dir)
-    train, test = (Split(*map(jnp.asarray, (average_pool(x, pool), y))) for x, y in splits)
+    train, test = (Split(average_pool(images, pool), jnp.asarray(y)) for images, y in splits)
     padding = max(1, 4 // pool) if augmented else 0
     return Dataset(name, train, test, source.num_classes, source.mean, source.std, padding)
 
@@ -131,18 +132,18 @@ def digits(test_size: int = 360) -> tuple[Split, Split]:
     return Split(images[test_size:], labels[test_size:]), held_out
 
 
-def average_pool(images: np.ndarray, size: int) -> np.ndarray:
+@partial(jax.jit, static_argnums=1)
+def average_pool(images: jax.Array, size: int) -> jax.Array:
     """Return the rounded means of size × size windows, uint8.
 
     Example:
-        >>> average_pool(np.array([[0, 1], [2, 4]], np.uint8).reshape(1, 2, 2, 1), 2).ravel()
-        array([2], dtype=uint8)
+        >>> average_pool(jnp.array([[0, 1], [2, 4]], jnp.uint8).reshape(1, 2, 2, 1), 2).ravel()
+        Array([2], dtype=uint8)
     """
-    if size == 1:
-        return images
     count, height, width, channels = images.shape
     windows = images.reshape(count, height // size, size, width // size, size, channels)
-    return ((windows.sum((2, 4), dtype=np.uint32) + size**2 // 2) // size**2).astype(np.uint8)
+    total = windows.astype(jnp.uint16).sum((2, 4))
+    return ((total + size**2 // 2) // size**2).astype(jnp.uint8)
 
 
 def augment(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -183,7 +184,9 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
         num_local_steps: S ≥ 1.
 
     Returns:
-        A jit-able function to a :class:`Split` whose leaves have leading axes [S, B].
+        A jit-able function to a :class:`Split` whose leaves have leading axes [S, B]. It is a
+        pytree with the split's arrays as leaves: a jitted function that takes it as an argument
+        does not compile them in as constants.
 
     Example:
         >>> split = Split(jnp.arange(6.0), jnp.arange(6))
@@ -194,7 +197,7 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
     size, per_round = len(split.labels), batch_size * num_local_steps
     num_epochs = (per_round - 1) // size + 2  # that one round can touch
 
-    def batch_fn(key, worker, round):
+    def batch_fn(split, key, worker, round):
         # With round = aN + b its first example is number (a·n)N + bn: no product overflows int32.
         cycles, rest = jnp.divmod(round, size)
         first_epoch, offset = jnp.divmod(rest * per_round, size)
@@ -209,4 +212,4 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
         chosen = chosen.reshape(num_local_steps, batch_size)
         return Split(split.images[chosen], split.labels[chosen])
 
-    return batch_fn
+    return jax.tree_util.Partial(batch_fn, split)
