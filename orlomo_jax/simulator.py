@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -131,8 +131,8 @@ def simulate(
         method: A :class:`~orlomo_jax.Method`.
         round_fn: ``method.local_round(loss_fn, num_local_steps)``.
         batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able
-            and hashable. The programs of the last eight pairs of ``round_fn`` and ``batch_fn`` are
-            kept for later runs.
+            and hashable. Arrays of a ``jax.tree_util.Partial`` are handed over as arguments; those
+            that a function closes over become constants of the compiled program.
         params: w_0.
         trace: Who reports when; T steps. A synchronous method needs a synchronous trace.
         key: A ``jax.random.key``.
@@ -180,7 +180,7 @@ def simulate(
     server = ParameterServer(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    run_round = _fused_round(round_fn, batch_fn)
+    run_round = partial(_fused_round(round_fn), jax.tree_util.Partial(batch_fn))
     evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
     events: defaultdict[int, list[Event]] = defaultdict(list)
     for event in trace.events:
@@ -308,15 +308,13 @@ def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]
 _all_finite = jax.jit(all_finite)
 
 
-@lru_cache(maxsize=8)
-def _fused_round(round_fn: Callable, batch_fn: BatchFn) -> Callable:
-    """Return batches, round and finite check as one compiled program.
-
-    The last few are kept, so that a sweep compiles once, and with them what they close over.
-    """
+@lru_cache(maxsize=32)
+def _fused_round(round_fn: Callable) -> Callable:
+    """Return batches, round and finite check as one compiled program, kept for a sweep's runs."""
 
     @jax.jit
     def run_round(
+        batch_fn,
         params,
         model_state,
         momentum,
