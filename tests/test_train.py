@@ -1,0 +1,79 @@
+"""One training run from the command line: its row, its checkpoints, its errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import records, train
+
+FLAGS = (
+    "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "
+    "--local-iterations 4 --evaluate-every 30"
+).split()
+
+
+def metrics(row):
+    return {key: value for key, value in row.items() if key not in ("wall_time", "environment")}
+
+
+@pytest.mark.parametrize("method", ["orlomo", "prsgdm"])
+def test_a_run_appends_its_row(tmp_path, capsys, method):
+    path = tmp_path / "runs.jsonl"
+    train.main([*FLAGS, "--method", method, "--output", str(path)])
+    (row,) = records.read(path)
+    assert row["status"] == "finished"
+    assert row["run"]["method"] == method
+    assert row["test_accuracy"] > 50
+    assert row["curve"]["step"] == [*range(30, row["num_steps"], 30), row["num_steps"]]
+    assert f"{row['test_accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_a_killed_process_resumes_to_the_bit(tmp_path):
+    """``kill -9`` at some moment after a checkpoint: the row ends as that of an unbroken run."""
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    train.main([*FLAGS, "--output", str(whole)])
+    folder = tmp_path / "checkpoints"
+    flags = [*FLAGS, "--output", str(broken), "--checkpoint-dir", str(folder)]
+    flags += ["--checkpoint-every", "20"]
+    environment = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    process = subprocess.Popen([sys.executable, "-m", "experiments.train", *flags], env=environment)
+    while process.poll() is None and not (folder / "60").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert records.read(broken) == []
+    with pytest.raises(SystemExit, match="holds checkpoints: add --resume"):
+        train.main(flags)
+    train.main([*flags, "--resume"])
+    assert metrics(records.read(broken)[0]) == metrics(records.read(whole)[0])
+
+
+def test_tensorboard_logs(tmp_path):
+    flags = ["--output", str(tmp_path / "runs.jsonl"), "--tensorboard", str(tmp_path / "logs")]
+    train.main([*FLAGS, *flags])
+    assert list((tmp_path / "logs").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume"], "--resume needs --checkpoint-dir"),
+        (["--epochs", "0.1"], "`epochs` must give each of 4 workers a report"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
+        (["--scenario", "one_delayed", "--method", "prsgdm"], "must not be one_delayed for prsgdm"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main([*FLAGS, *flags, "--output", str(tmp_path / "runs.jsonl")])
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_mistyped_flag_is_refused_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--methd", "orlomo"])
+    assert "--method" in capsys.readouterr().err
