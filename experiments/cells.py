@@ -1,0 +1,207 @@
+"""The cells of the paper's tables and figures, and the scales at which they are run."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.runs import Run
+
+METHODS = {
+    "PRSGDm": "prsgdm",
+    "AL-SGD": "al_sgd",
+    "local OrMo-DA": "local_ormo_da",
+    "OrLoMo": "orlomo",
+}
+"""The paper's names of the methods, in the order of its columns, and ours."""
+
+SOURCES = {1: 1, 2: 2, 3: 3, 4: 2, 5: 1, 6: 6}
+"""Whose runs a table shows: Tables 4 and 5 are the training losses of Tables 2 and 1."""
+
+FIGURES = {
+    2: (1, ("test_accuracy",)),
+    3: (2, ("test_accuracy",)),
+    4: (2, ("train_loss",)),
+    5: (1, ("train_loss",)),
+    6: (6, ("test_accuracy", "train_loss")),
+}
+"""Whose runs (K = S = 16) a figure shows, and which metrics."""
+
+
+class Number(NamedTuple):
+    """One number of the paper: the cell's run at the paper's scale, and mean ± std (or None)."""
+
+    table: int
+    metric: str
+    run: Run
+    mean: float
+    std: float | None
+
+
+@cache
+def paper_numbers() -> tuple[Number, ...]:
+    """Return every number of Tables 1–6, in the paper's order."""
+    with (Path(__file__).parent / "paper" / "tables.csv").open(encoding="utf-8") as file:
+        return tuple(_number(row) for row in csv.DictReader(file))
+
+
+def _number(row: dict[str, str]) -> Number:
+    table = int(row["table"])
+    run = Run(
+        method=METHODS[row["method"]],  # pyright: ignore[reportArgumentType]
+        model=row["model"].lower(),  # pyright: ignore[reportArgumentType]
+        dataset=row["dataset"].replace("_", "-"),  # pyright: ignore[reportArgumentType]
+        workers=int(row["workers"]),
+        local_iterations=int(row["local_iterations"]),
+    )
+    if slow := re.fullmatch(r"one slow worker x(\d+) \(max delay (\d+)\)", row["scenario"]):
+        run = replace(run, scenario="one_slow", slowdown=float(slow[1]), max_delay=int(slow[2]))
+    else:
+        slowdown = 4.0 if table == 6 else 2.0
+        run = replace(run, scenario=row["scenario"], slowdown=slowdown)
+    metric = {"test_accuracy": "test_accuracy", "training_loss": "train_loss"}[row["metric"]]
+    std = float(row["std"]) if row["std"] else None
+    return Number(table, metric, run, float(row["mean"]), std)
+
+
+def forms(number: Number) -> tuple[Run, ...]:
+    """Return the runs that a number stands for: of Table 3 both the ratio's and the delay's."""
+    run = number.run
+    if run.scenario != "one_slow":
+        return (run,)
+    return (
+        replace(run, max_delay=0),
+        replace(run, scenario="one_delayed", slowdown=1.0),
+    )
+
+
+def table_runs(table: int) -> tuple[Run, ...]:
+    """Return the runs of a table at the paper's scale, each once.
+
+    Example:
+        >>> len(table_runs(1)), table_runs(4) == table_runs(2), len(table_runs(3))
+        (96, True, 10)
+    """
+    runs = [
+        run for number in paper_numbers() if number.table == SOURCES[table] for run in forms(number)
+    ]
+    return tuple(dict.fromkeys(runs))
+
+
+def figure_runs(figure: int) -> tuple[Run, ...]:
+    """Return the runs of a figure at the paper's scale.
+
+    Example:
+        >>> {(run.workers, run.local_iterations) for run in figure_runs(3)}
+        {(16, 16)}
+    """
+    table, _ = FIGURES[figure]
+    return tuple(
+        run for run in table_runs(table) if (run.workers, run.local_iterations) == (16, 16)
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the paper's runs are made to fit a machine.
+
+    Attributes:
+        name: Of the command line and of the records' file.
+        about: One line for the reports.
+        shrink: From the paper's run to the one that is carried out.
+        learning_rates: The one grid that every method chooses from, with seed 0.
+        seeds: Runs at the chosen rate.
+        checkpoint_every: Global iterations between checkpoints; 0 for none.
+    """
+
+    name: str
+    about: str
+    shrink: Callable[[Run], Run]
+    learning_rates: tuple[float, ...]
+    seeds: int
+    checkpoint_every: int = 0
+
+
+def _on_digits(run: Run, epochs: float, batch_size: int) -> Run:
+    return replace(
+        run, model="mlp", dataset="digits", epochs=epochs, batch_size=batch_size, weight_decay=0.0
+    )
+
+
+def _small(run: Run) -> Run:
+    pool = 4 if run.dataset == "tiny-imagenet" else 2
+    model = "squeezenet" if run.model == "squeezenet" else "resnet8"
+    width = 0.125 if model == "squeezenet" else 0.5
+    return replace(run, model=model, width=width, pool=pool, epochs=6)
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "paper",
+            "the paper's models, data and 160 epochs",
+            lambda run: run,
+            (0.03, 0.1, 0.3),
+            seeds=3,
+            checkpoint_every=1000,
+        ),
+        Scale(
+            "small",
+            "slim models on real images averaged down to 16×16, 6 epochs",
+            _small,
+            (0.03, 0.1, 0.3),
+            seeds=2,
+        ),
+        Scale(
+            "digits",
+            "an MLP on scikit-learn's digits, 200 epochs",
+            lambda run: _on_digits(run, epochs=200, batch_size=32),
+            (0.01, 0.03, 0.1, 0.3, 1.0),
+            seeds=3,
+        ),
+        Scale(
+            "smoke",
+            "an MLP on scikit-learn's digits, 6 epochs: shows that the commands run, no more",
+            lambda run: _on_digits(run, epochs=6, batch_size=8),
+            (0.1,),
+            seeds=1,
+        ),
+    )
+}
+
+
+def select(runs: tuple[Run, ...], only: str) -> tuple[Run, ...]:
+    """Return the runs that match ``only``, such as ``workers=16,method=orlomo|prsgdm``.
+
+    Raises:
+        ValueError: If a field is unknown or nothing matches; the message lists what there is.
+
+    Example:
+        >>> len(select(table_runs(2), "workers=16,local_iterations=32,method=orlomo|al_sgd"))
+        8
+    """
+    names = {field.name for field in fields(Run)}
+    for condition in filter(None, only.split(",")):
+        name, equals, wanted = condition.partition("=")
+        if name not in names or not equals:
+            raise ValueError(
+                f"`only` must be field=value[|value],…, with fields of {sorted(names)}; "
+                f"got {condition!r}"
+            )
+        there = sorted({_text(getattr(run, name)) for run in runs})
+        if unknown := set(wanted.split("|")) - set(there):
+            raise ValueError(
+                f"`only` must match a cell: {name} is one of {there}, got {sorted(unknown)}"
+            )
+        runs = tuple(run for run in runs if _text(getattr(run, name)) in wanted.split("|"))
+    return runs
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

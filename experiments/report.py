@@ -1,0 +1,237 @@
+"""Tables and figures from the records alone: ours beside the paper's.
+
+``python -m experiments.report --scale digits`` writes Markdown tables and PNG and SVG figures of
+all that the records hold to ``experiments/results/SCALE/``. ``--trace FILE`` draws the timeline of
+an arrival trace instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from experiments import cells, figures
+from experiments.reproduce import RESULTS, cell_of, chosen_rate, recorded
+from experiments.runs import Run
+from orlomo_jax import ArrivalTrace
+
+Rows = dict[Run, dict[str, Any]]
+LABELS = {"test_accuracy": "test accuracy (%)", "train_loss": "training loss"}
+DIGITS = {"test_accuracy": 2, "train_loss": 4}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What to draw."""
+
+    scale: Literal["paper", "small", "digits", "smoke"] = "digits"
+    """Whose records."""
+    records: Path | None = None
+    """File of the records; by default experiments/results/SCALE.jsonl."""
+    output: Path | None = None
+    """Folder of the report; by default experiments/results/SCALE/."""
+    trace: Path | None = None
+    """An arrival trace: draw its timeline to --output instead."""
+
+
+class Entry(NamedTuple):
+    """Our runs of one cell at the chosen learning rate, beside the paper's number."""
+
+    number: cells.Number
+    run: Run
+    rate: float | None
+    rows: list[dict[str, Any]]
+
+    def mean(self) -> float | None:
+        """Return our mean over the seeds, or None where nothing finished."""
+        values = [row[self.number.metric] for row in self.rows]
+        return float(np.mean(values)) if values else None
+
+    def std(self) -> float:
+        """Return our sample standard deviation; 0 of a single seed."""
+        values = [row[self.number.metric] for row in self.rows]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
+    """Yield every cell of a table that is recorded, each once, in the paper's order."""
+    seen = set()
+    for number in cells.paper_numbers():
+        if number.table != table:
+            continue
+        for form in cells.forms(number):
+            run = cell_of(scale.shrink(form))
+            if (run, number.metric) in seen or not any(cell_of(done) == run for done in rows):
+                continue
+            seen.add((run, number.metric))
+            rate = chosen_rate(rows, run, scale)
+            chosen = [
+                row
+                for done, row in rows.items()
+                if cell_of(done) == run and done.learning_rate == rate
+            ]
+            yield Entry(number, run, rate, [r for r in chosen if r["status"] == "finished"])
+
+
+def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
+    """Return a table as Markdown; empty where nothing of it is recorded."""
+    found = list(entries(table, rows, scale))
+    if not found:
+        return []
+    lines = [f"## Table {table}", ""]
+    if table == 3:
+        return lines + _delay_lines(found)
+    groups: dict[tuple, dict[str, Entry]] = {}
+    for entry in found:
+        run, number = entry.run, entry.number
+        place = (number.metric, run.dataset, run.scenario, run.workers, run.local_iterations)
+        groups.setdefault((run.model, *place), {})[run.method] = entry
+    for key in dict.fromkeys(key[:3] for key in groups):
+        model, metric, dataset = key
+        members = {place: group for place, group in groups.items() if place[:3] == key}
+        paper = next(iter(next(iter(members.values())).values())).number.run
+        names = list(cells.METHODS)
+        lines += [
+            f"**{LABELS[metric]}, {model} on {dataset}** (paper: {paper.model} on "
+            f"{paper.dataset}); ours ± std (n) / paper's ± std / difference",
+            "",
+            f"| scenario | K | S | {' | '.join(names)} | best here | best in paper |",
+            "|---|---|---|" + "---|" * (len(names) + 2),
+        ]
+        for (*_, scenario, workers, local_iterations), group in members.items():
+            numbers = [_against_paper(group.get(method)) for method in cells.METHODS.values()]
+            lines.append(
+                f"| {scenario} | {workers} | {local_iterations} | {' | '.join(numbers)} | "
+                f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _delay_lines(found: list[Entry]) -> list[str]:
+    lines = [
+        "| slow worker | max delay | accuracy ± std (n) | paper's max delay | paper's accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in found:
+        run, paper = entry.run, entry.number.run
+        form = f"{run.slowdown:g}× slower" if run.scenario == "one_slow" else "set delay"
+        delay = max((row["max_delay"] for row in entry.rows), default="–")
+        lines.append(
+            f"| {form} | {delay} | {_ours(entry)} | {paper.max_delay} | {entry.number.mean:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _ours(entry: Entry) -> str:
+    mean, places = entry.mean(), DIGITS[entry.number.metric]
+    if mean is None:
+        return "diverged at every rate"
+    return f"{mean:.{places}f} ± {entry.std():.{places}f} ({len(entry.rows)})"
+
+
+def _against_paper(entry: Entry | None) -> str:
+    if entry is None:
+        return "–"
+    paper = f"{entry.number.mean:.2f} ± {entry.number.std or 0:.2f}"
+    mean = entry.mean()
+    difference = "" if mean is None else f" / {mean - entry.number.mean:+.2f}"
+    return f"{_ours(entry)} / {paper}{difference}"
+
+
+def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
+    titles = {method: name for name, method in cells.METHODS.items()}
+    values = {
+        titles[method]: entry.mean() if ours else entry.number.mean
+        for method, entry in group.items()
+    }
+    known = {name: value for name, value in values.items() if value is not None}
+    pick = max if metric == "test_accuracy" else min
+    return pick(known, key=lambda name: known[name]) if known else "–"
+
+
+def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
+    """Return what was run, where, and what failed."""
+    environments = Counter(
+        (row["environment"]["device"], row["environment"]["cpus"], row["environment"]["jax"])
+        for row in rows.values()
+    )
+    statuses = Counter(row["status"] for row in rows.values())
+    devices = "; ".join(
+        f"{count} runs on {device}, {cpus} processors, jax {jax}"
+        for (device, cpus, jax), count in environments.items()
+    )
+    return [
+        f"Scale: {scale.name}: {scale.about}. Learning-rate grid, one for all methods: "
+        f"{', '.join(f'{rate:g}' for rate in scale.learning_rates)}, chosen with seed 0 by "
+        f"training loss; {scale.seeds} seeds at the chosen rate.",
+        "",
+        f"Run: {devices}. Status: "
+        + ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        + ".",
+        "",
+    ]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
+    """Write report.md and all figures that the records allow."""
+    lines = [f"# Results at the scale “{scale.name}”", "", *provenance(rows, scale)]
+    for table in cells.SOURCES:
+        lines += table_lines(table, rows, scale)
+    for figure, (table, metrics) in cells.FIGURES.items():
+        wanted = {cell_of(scale.shrink(run)) for run in cells.figure_runs(figure)}
+        curves = [
+            (entry.run, entry.rows)
+            for entry in entries(table, rows, scale)
+            if entry.run in wanted and entry.rows
+        ]
+        unique = list({run: (run, found) for run, found in curves}.values())
+        if unique:
+            name = f"figure{figure}"
+            figures.draw_curves(unique, metrics, output / name)
+            lines += [f"## Figure {figure}", "", f"![Figure {figure}]({name}.png)", ""]
+    write(output / "report.md", "\n".join(lines))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Write the report."""
+    settings = tyro.cli(Report, args=args, description=__doc__)
+    plt.switch_backend("agg")
+    output = settings.output or RESULTS / settings.scale
+    if settings.trace is not None:
+        try:
+            trace = ArrivalTrace.load(settings.trace)
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from None
+        figures.draw_timeline(trace, output / "timeline")
+        print(f"{output / 'timeline.png'}")
+        return
+    scale = cells.SCALES[settings.scale]
+    try:
+        rows = recorded(settings.records or RESULTS / f"{scale.name}.jsonl")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not rows:
+        raise SystemExit(f"no records: run python -m experiments.reproduce --scale {scale.name}")
+    build(rows, scale, output)
+    print(f"{output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The paper's tables and figures, at a scale that fits the machine.
+
+``python -m experiments.reproduce --table 2 --scale digits`` runs the cells that the records lack.
+Every method chooses its learning rate from the scale's one grid, with seed 0, by training loss; the
+other seeds run at that rate. Kill it when you like: what is recorded is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from experiments import cells, data, records, runs
+from experiments.decoded import DataError
+from experiments.runs import Run
+from experiments.train import progress_bar, reporter
+from orlomo_jax import Checkpoints
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Which cells to run; give --table or --figure."""
+
+    table: Literal[1, 2, 3, 4, 5, 6] | None = None
+    """Table of the paper; 4 and 5 are the training losses of 2 and 1."""
+    figure: Literal[2, 3, 4, 5, 6] | None = None
+    """Figure of the paper."""
+    scale: Literal["paper", "small", "digits", "smoke"] = "digits"
+    """How large the runs are."""
+    only: str = ""
+    """Cells to keep, as field=value[|value],… (workers=16,local_iterations=32)."""
+    seeds: int | None = None
+    """Seeds at the chosen learning rate; by default the scale's."""
+    data_dir: Path | None = None
+    """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
+    output: Path | None = None
+    """File of the records; by default experiments/results/SCALE.jsonl."""
+    retry_failed: bool = False
+    """Run again what is recorded as failed."""
+
+
+def recorded(path: Path) -> dict[Run, dict[str, Any]]:
+    """Return the rows of a file by run; of equal runs the last.
+
+    Raises:
+        ValueError: If a row is no run of this project's; the message names file and line.
+    """
+    rows = {}
+    for number, row in enumerate(records.read(path), 1):
+        try:
+            rows[Run(**row["run"])] = row
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is not the row of a run: {error}") from None
+    return rows
+
+
+def chosen_rate(rows: dict[Run, dict[str, Any]], run: Run, scale: cells.Scale) -> float | None:
+    """Return the grid's rate of the lowest training loss with seed 0.
+
+    None where every rate failed or diverged, or some are not run yet.
+    """
+    losses = {}
+    for rate in scale.learning_rates:
+        row = rows.get(replace(run, learning_rate=rate, seed=0))
+        if row is None:
+            return None
+        if row["status"] == "finished":
+            losses[rate] = row["train_loss"]
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def missing(
+    wanted: Sequence[Run], rows: dict[Run, dict[str, Any]], scale: cells.Scale, seeds: int
+) -> Iterator[Run]:
+    """Yield the runs to do, in order; ``rows`` must hold each before the next is asked for."""
+    for run in wanted:
+        grid = [replace(run, learning_rate=rate, seed=0) for rate in scale.learning_rates]
+        yield from (candidate for candidate in grid if candidate not in rows)
+        rate = chosen_rate(rows, run, scale)
+        if rate is not None:
+            repeats = [replace(run, learning_rate=rate, seed=seed) for seed in range(1, seeds)]
+            yield from (repeat for repeat in repeats if repeat not in rows)
+
+
+def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console) -> dict[str, Any]:
+    """Carry out one run and return its row; a failure becomes a row too."""
+    name = f"{run.method} K={run.workers} S={run.local_iterations} γ={run.learning_rate:g}"
+    label = f"{run.dataset} {run.scenario} {name} seed {run.seed}"
+    checkpoint = None
+    if scale.checkpoint_every:
+        identity = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+        folder = Path(".cache") / "checkpoints" / identity
+        checkpoint = Checkpoints(folder, scale.checkpoint_every)
+    start = time.perf_counter()
+    try:
+        with progress_bar(console) as progress:
+            train_size = len(data.load(run.dataset, settings.data_dir).train.labels)
+            on_step = reporter(progress, label, run.epochs, run.num_steps(train_size))
+            row = runs.execute(run, settings.data_dir, on_step=on_step, checkpoint=checkpoint)
+    except DataError:
+        raise
+    except Exception as error:
+        console.print(f"[red]failed[/red] {label}: {error}")
+        return {
+            "run": asdict(run),
+            "status": "failed",
+            "error": "".join(traceback.format_exception_only(error)).strip(),
+            "wall_time": round(time.perf_counter() - start, 3),
+            "environment": records.environment(),
+        }
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint.directory)
+    loss = "diverged" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
+    console.print(f"{label}: {loss}, {row['wall_time']:.1f} s", highlight=False)
+    return row
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run what is missing of a table or figure."""
+    settings = tyro.cli(Reproduce, args=args, description=__doc__)
+    if (settings.table is None) == (settings.figure is None):
+        raise SystemExit("give either --table or --figure")
+    scale = cells.SCALES[settings.scale]
+    path = settings.output or RESULTS / f"{scale.name}.jsonl"
+    console = Console()
+    try:
+        at_paper = (
+            cells.table_runs(settings.table)
+            if settings.table is not None
+            else cells.figure_runs(settings.figure or 0)
+        )
+        selected = cells.select(at_paper, settings.only)
+        rows = recorded(path)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if settings.retry_failed:
+        rows = {run: row for run, row in rows.items() if row["status"] != "failed"}
+    wanted = list(dict.fromkeys(cell_of(scale.shrink(run)) for run in selected))
+    seeds = scale.seeds if settings.seeds is None else settings.seeds
+    done = 0
+    try:
+        for run in missing(wanted, rows, scale, seeds):
+            row = run_cell(run, settings, scale, console)
+            records.append(path, row)
+            rows[run] = row
+            done += 1
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    console.print(f"{done} runs done, {len(wanted)} cells complete in {path}")
+
+
+def cell_of(run: Run) -> Run:
+    """Return the run with what its cell does not fix set to its default."""
+    return replace(run, learning_rate=0.0, seed=0)
+
+
+if __name__ == "__main__":
+    main()

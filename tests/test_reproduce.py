@@ -1,0 +1,231 @@
+"""Cells, what is missing of them, and the report: on made-up rows."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from experiments import cells, records, report, reproduce
+from experiments.runs import Run
+from orlomo_jax import ArrivalTrace
+
+SCALE = cells.SCALES["digits"]
+ENVIRONMENT = {"device": "cpu", "cpus": 2, "jax": "0.10.2"}
+
+
+def row_of(run: Run, loss=None, status="finished"):
+    loss = 0.1 * run.learning_rate + 0.01 * run.seed if loss is None else loss
+    metrics = {"train_loss": loss, "test_accuracy": 100 - loss}
+    curve = {"step": [1, 2], "virtual_time": [1.0, 2.0]}
+    curve |= {name: [value, value] for name, value in metrics.items()}
+    missing = status != "finished"
+    return {
+        "run": asdict(run),
+        "status": status,
+        "max_delay": 34,
+        "wall_time": 1.0,
+        "curve": curve,
+        "environment": ENVIRONMENT,
+        **{name: None if missing else value for name, value in metrics.items()},
+    }
+
+
+def fill(runs, rows, seeds=3, **options):
+    for run in reproduce.missing(runs, rows, SCALE, seeds):
+        rows[run] = row_of(run, **options)
+
+
+class TestPaper:
+    def test_every_number_is_there(self):
+        numbers = cells.paper_numbers()
+        assert len(numbers) == 485
+        by_table = [sum(n.table == table for n in numbers) for table in range(1, 7)]
+        assert by_table == [96, 96, 5, 96, 96, 96]
+
+    def test_numbers_known_by_heart(self):
+        want = Run("orlomo", "resnet20", "cifar10", "heterogeneous", 16, 32)
+        (number,) = [n for n in cells.paper_numbers() if n.run == want and n.table == 4]
+        assert (number.metric, number.mean, number.std) == ("train_loss", 0.15, 0.01)
+
+    def test_tiny_imagenets_slow_workers_take_four_times(self):
+        assert {run.slowdown for run in cells.table_runs(6)} == {4.0}
+
+    def test_table_3_has_two_forms(self):
+        forms = [(r.scenario, r.slowdown, r.max_delay) for r in cells.table_runs(3)]
+        assert ("one_slow", 50.0, 0) in forms
+        assert ("one_delayed", 1.0, 9449) in forms
+
+
+class TestSelect:
+    def test_conditions_are_joined(self):
+        runs = cells.select(cells.table_runs(1), "workers=8,method=orlomo,dataset=cifar100")
+        assert {(r.workers, r.method, r.dataset) for r in runs} == {(8, "orlomo", "cifar100")}
+        assert len(runs) == 6
+
+    @pytest.mark.parametrize(
+        ("only", "message"),
+        [
+            ("worker=8", "`only` must be field=value.*got 'worker=8'"),
+            ("workers", "got 'workers'"),
+            ("workers=32", r"workers is one of \['16', '8'\], got \['32'\]"),
+        ],
+    )
+    def test_unknown_cells(self, only, message):
+        with pytest.raises(ValueError, match=message):
+            cells.select(cells.table_runs(1), only)
+
+
+class TestMissing:
+    run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+
+    def test_grid_first_then_seeds_at_the_best_rate(self):
+        rows = {}
+        order = []
+        for run in reproduce.missing([self.run], rows, SCALE, 3):
+            order.append((run.learning_rate, run.seed))
+            rows[run] = row_of(run)
+        grid = [(rate, 0) for rate in SCALE.learning_rates]
+        assert order == [*grid, (0.01, 1), (0.01, 2)]
+        assert list(reproduce.missing([self.run], rows, SCALE, 3)) == []
+
+    def test_what_is_recorded_is_skipped(self):
+        rows = {}
+        fill([self.run], rows)
+        lost = list(rows)[2], list(rows)[-1]
+        for run in lost:
+            del rows[run]
+        assert list(reproduce.missing([self.run], rows, SCALE, 3))[:1] == [lost[0]]
+
+    def test_diverged_rates_are_not_chosen(self):
+        rows = {}
+        for run in reproduce.missing([self.run], rows, SCALE, 2):
+            rows[run] = row_of(run, status="diverged" if run.learning_rate < 0.3 else "finished")
+        assert reproduce.chosen_rate(rows, self.run, SCALE) == 0.3
+
+    def test_a_cell_that_always_diverges_ends(self):
+        rows = {}
+        fill([self.run], rows, status="diverged")
+        assert len(rows) == len(SCALE.learning_rates)
+
+    def test_tables_4_and_5_are_the_runs_of_2_and_1(self):
+        assert cells.table_runs(5) == cells.table_runs(1)
+
+
+class TestCommand:
+    flags = ("--table", "2", "--scale", "smoke", "--only", "method=orlomo,workers=8")
+
+    def reproduce(self, monkeypatch, path, execute, *flags):
+        monkeypatch.setattr(reproduce.runs, "execute", execute)
+        reproduce.main([*self.flags, "--output", str(path), *flags])
+
+    def test_a_killed_command_goes_on(self, monkeypatch, tmp_path):
+        path, executed = tmp_path / "rows.jsonl", []
+
+        def execute(run, *args, **options):
+            if len(executed) == 3:
+                raise KeyboardInterrupt
+            executed.append(run)
+            return row_of(run)
+
+        with pytest.raises(KeyboardInterrupt):
+            self.reproduce(monkeypatch, path, execute)
+        first = list(executed)
+        assert len(records.read(path)) == 3
+        executed.append(None)  # past the interruption
+        self.reproduce(monkeypatch, path, execute)
+        assert len(executed) == 4 + 3  # six cells in all, none twice
+        assert not set(first) & set(executed[4:])
+
+    def test_failures_are_recorded_and_retried_on_request(self, monkeypatch, tmp_path):
+        path = tmp_path / "rows.jsonl"
+
+        def fail(run, *args, **options):
+            raise MemoryError("no room")
+
+        self.reproduce(monkeypatch, path, fail)
+        rows = records.read(path)
+        assert {row["status"] for row in rows} == {"failed"}
+        assert rows[0]["error"] == "MemoryError: no room"
+        self.reproduce(monkeypatch, path, fail)
+        assert len(records.read(path)) == len(rows)
+        self.reproduce(monkeypatch, path, lambda run, *_, **__: row_of(run), "--retry-failed")
+        assert len(records.read(path)) == 2 * len(rows)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ((), "give either --table or --figure"),
+            (("--table", "1", "--figure", "2"), "give either"),
+            (("--table", "1", "--only", "workers=9"), "got \\['9'\\]"),
+        ],
+    )
+    def test_bad_flags(self, flags, message):
+        with pytest.raises(SystemExit, match=message):
+            reproduce.main(flags)
+
+    def test_a_broken_line_is_named(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"run": {"metod": "orlomo"}}\n')
+        with pytest.raises(SystemExit, match=r"rows.jsonl:1 is not the row of a run"):
+            reproduce.main([*self.flags, "--output", str(path)])
+
+
+class TestReport:
+    def rows(self):
+        runs = [reproduce.cell_of(SCALE.shrink(run)) for run in cells.table_runs(2)]
+        rows = {}
+        for run in reproduce.missing(list(dict.fromkeys(runs)), rows, SCALE, 3):
+            worse = {"orlomo": 0.0, "prsgdm": 0.1, "al_sgd": 0.2, "local_ormo_da": 0.3}[run.method]
+            rows[run] = row_of(run, loss=worse + run.learning_rate + 0.01 * run.seed)
+        return rows
+
+    def test_ours_stands_beside_the_papers(self):
+        lines = report.table_lines(2, self.rows(), SCALE)
+        (line,) = [x for x in lines if x.startswith("| heterogeneous | 16 | 32 |")]
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        assert columns[6] == "99.98 ± 0.01 (3) / 90.15 ± 0.23 / +9.83"
+        assert columns[-2] == "OrLoMo"
+
+    def test_all_of_it_is_built_from_rows(self, tmp_path):
+        rows = self.rows()
+        report.build(rows, SCALE, tmp_path)
+        text = (tmp_path / "report.md").read_text()
+        for heading in ("## Table 1", "## Table 2", "## Table 4", "## Figure 3"):
+            assert heading in text
+        assert f"{len(rows)} runs on cpu, 2 processors" in text
+        first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        report.build(rows, SCALE, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+    def test_a_cell_without_a_finished_run_says_so(self):
+        rows = {}
+        run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        fill([run], rows, status="diverged")
+        text = "\n".join(report.table_lines(2, rows, SCALE))
+        assert "diverged at every rate" in text
+
+    def test_table_3(self):
+        rows = {}
+        runs = [reproduce.cell_of(SCALE.shrink(run)) for run in cells.table_runs(3)]
+        fill(runs, rows)
+        text = "\n".join(report.table_lines(3, rows, SCALE))
+        assert "| 50× slower | 34 | 99.99 ± 0.01 (3) | 9449 | 91.44 |" in text
+        assert text.count("set delay") == 5
+
+    def test_nothing_recorded(self, tmp_path):
+        with pytest.raises(SystemExit, match="no records"):
+            report.main(["--records", str(tmp_path / "none.jsonl")])
+
+    def test_timeline(self, tmp_path):
+        path = tmp_path / "trace.json"
+        ArrivalTrace.from_workers([0, 2, 1, 2, 1, 1, 2, 2, 0], 3).save(path)
+        report.main(["--trace", str(path), "--output", str(tmp_path)])
+        assert (tmp_path / "timeline.svg").stat().st_size > 1000
+
+
+def test_one_delayed_worker_reports_as_late_as_asked():
+    run = replace(Run(scenario="one_delayed", max_delay=1905, local_iterations=8), epochs=1)
+    trace = run.trace(15_625)
+    late = trace.delays[trace.workers == 15]
+    assert late.max() == trace.max_delay == 1905
+    assert len(late) == 15_625 // 1906
+    assert trace.delays[trace.workers != 15].max() < 50
