@@ -1,0 +1,1 @@
+"""How close to the limits: each figure beside the limit measured in the same run."""
