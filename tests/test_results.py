@@ -1,0 +1,49 @@
+"""The committed results: rebuilt from their rows, and what they show."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from experiments import cells, report
+from experiments.reproduce import RESULTS, recorded
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.jsonl")))
+def test_the_report_is_rebuilt_from_the_rows(name, tmp_path):
+    plt.switch_backend("agg")
+    rows = recorded(RESULTS / f"{name}.jsonl")
+    report.build(rows, cells.SCALES[name], tmp_path)
+    committed = RESULTS / name
+    assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
+
+
+class TestDigits:
+    scale = cells.SCALES["digits"]
+
+    def losses(self):
+        """Training losses by cell and method: the seeds of the chosen learning rate."""
+        found = {}
+        for entry in report.entries(4, recorded(RESULTS / "digits.jsonl"), self.scale):
+            run = entry.run
+            place = (run.scenario, run.workers, run.local_iterations)
+            found.setdefault(place, {})[run.method] = [row["train_loss"] for row in entry.rows]
+        return found
+
+    def test_the_grid_is_whole(self):
+        losses = self.losses()
+        assert len(losses) == 12
+        assert {len(seeds) for cell in losses.values() for seeds in cell.values()} == {3}
+
+    def test_orlomo_is_at_or_below_the_asynchronous_baselines(self):
+        """Within one standard deviation of the difference, in every cell."""
+        for place, cell in self.losses().items():
+            for other in ("al_sgd", "local_ormo_da"):
+                ours, theirs = cell["orlomo"], cell[other]
+                spread = np.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1))
+                assert np.mean(ours) <= np.mean(theirs) + spread, (place, other)
+
+    @pytest.mark.parametrize("scenario", ["homogeneous", "heterogeneous"])
+    def test_local_ormo_da_collapses_at_many_workers_and_local_steps(self, scenario):
+        cell = self.losses()[scenario, 16, 32]
+        assert np.mean(cell["local_ormo_da"]) > 5 * np.mean(cell["orlomo"])
