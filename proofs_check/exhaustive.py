@@ -1,0 +1,279 @@
+"""Strength 2: every arrival order, through the production rule, with exactly zero residuals.
+
+The reports are basis vectors: the Δu of slot s is e_s, its Δw is e_{D+s}, and w_0 is e_{2D}. So u
+and w hold the coefficient of each report in them, and a lemma that holds for these coefficients
+holds for any reports whatever. β and every η_t are dyadic, so float64 rounds nothing away.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orlomo_jax import LocalUpdate
+
+from proofs_check import sequences
+from proofs_check.registry import Outcome, Size, Subject, check
+from proofs_check.sequences import Frame
+
+DYADIC_BETAS = (0.0, 0.5, 0.25, 0.75)
+LEMMAS = ("lemma-1", "lemma-2", "lemma-3", "lemma-9")
+CHUNK = 4096
+
+
+class Rates(NamedTuple):
+    """η_t = by_step[t] · by_delay[τ_t mod P], all dyadic."""
+
+    name: str
+    by_step: tuple[float, ...]
+    by_delay: tuple[float, ...]
+
+    def steps(self, num_steps: int) -> np.ndarray:
+        """Return the learning rate of steps 0 … num_steps, and one more for a rule that overruns."""
+        return np.resize(self.by_step, num_steps + 2)
+
+    def values(self, of: Frame) -> np.ndarray:
+        """Return η_t, [..., T]."""
+        by_delay = np.array(self.by_delay)[of.delays % len(self.by_delay)]
+        return self.steps(of.num_steps)[: of.num_steps] * by_delay
+
+
+RATES = (
+    Rates("constant", (1.0,), (1.0,)),
+    Rates("varying", (1.0, 0.5, 2.0, 0.25, 1.5, 0.75, 3.0), (1.0, 0.25, 0.5, 1.25)),
+)
+
+
+def orders(num_workers: int, num_steps: int) -> Iterator[np.ndarray]:
+    """Yield all K^T arrival orders in lexicographic order, in chunks int[≤ CHUNK, T]."""
+    product = itertools.product(range(num_workers), repeat=num_steps)
+    while chunk := list(itertools.islice(product, CHUNK)):
+        yield np.array(chunk)
+
+
+def momentum_of(state: Any) -> Any:
+    """Return u_t from the state of a rule, also where the rule stands in an ``optax.chain``."""
+    if hasattr(state, "momentum"):
+        return state.momentum
+    found = optax.tree.get(state, "momentum")
+    if found is None:
+        raise TypeError(
+            "the rule's state must have a field `momentum` (u_t), as OrLoMoState has; "
+            f"got {type(state).__name__}"
+        )
+    return found
+
+
+def production_run(
+    rule: Callable[..., Any], num_workers: int, worker_momentum: bool, momentum: Any = None
+) -> Callable[..., Any]:
+    """Return a jitted function that runs a batch of orders through a server rule.
+
+    Args:
+        rule: The rule factory.
+        num_workers: K.
+        worker_momentum: Whether the reports carry Δu.
+        momentum: β as a Python constant; None takes it as a traced argument.
+
+    Returns:
+        ``run(indices[B, T], slots[B, T], used[D], beta, by_step, by_delay) -> (u, w)``, each
+        [B, T, d]: what the server holds after each step.
+    """
+
+    def run_one(dispatched_at, slots, basis, beta, by_step, by_delay):
+        num_slots = (basis.shape[0] - 1) // 2
+        server = rule(
+            num_workers,
+            momentum=beta if momentum is None else momentum,
+            learning_rate=lambda step: by_step[step],
+            delay_weight=lambda delay: by_delay[delay % by_delay.shape[0]],
+        )
+
+        def step(carry, arrival):
+            params, state = carry
+            index, slot = arrival
+            du = basis[slot] if worker_momentum else None
+            report = LocalUpdate(delta=basis[num_slots + slot], momentum=du)
+            updates, state = server.update(report, state, params, dispatched_at=index)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (momentum_of(state), params)
+
+        start = basis[-1]
+        _, history = jax.lax.scan(step, (start, server.init(start)), (dispatched_at, slots))
+        return history
+
+    return jax.jit(jax.vmap(run_one, in_axes=(0, 0, None, None, None, None)))
+
+
+class Basis(NamedTuple):
+    """The reports of D slots as coefficient vectors in d = 2D+1 dimensions."""
+
+    eye: np.ndarray
+    du: np.ndarray
+    dw: np.ndarray
+    dh: np.ndarray
+    start: np.ndarray
+
+
+def basis(num_slots: int, beta: Any, subject: Subject) -> Basis:
+    """Return the basis, with Δh from the identity Δh = βΔu + (1−β)Δw."""
+    eye = np.eye(2 * num_slots + 1)
+    dw = eye[num_slots : 2 * num_slots]
+    du = eye[:num_slots] if subject.worker_momentum else dw
+    of_u, of_w = subject.claims.identity(beta)
+    return Basis(eye, du, dw, of_u * du + of_w * dw, eye[-1])
+
+
+def in_flight_rates(num_slots: int) -> np.ndarray:
+    """Return arbitrary dyadic values for the η̂ of reports that never arrive."""
+    return np.resize([3.0, -0.5, 1.25, 0.0, -2.0], num_slots)
+
+
+def residuals(
+    subject: Subject, of: Frame, beta: float, rates: Rates, u: np.ndarray, w: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return |left − right| of each lemma for every order and step, [T, B].
+
+    Lemmas 3 and 9 speak of auxiliary sequences alone. Each is checked as printed, and once more
+    with û and ŵ replaced by what Lemmas 1 and 2 make of the server's own u and w.
+
+    Args:
+        subject: Whose claims are checked.
+        of: The frame of B orders.
+        beta: β.
+        rates: η.
+        u: u_{t+1} of the production rule, [B, T, d].
+        w: w_{t+1} of the production rule, [B, T, d].
+    """
+    num_slots = of.index.shape[0]
+    it = basis(num_slots, beta, subject)
+    hat = sequences.hat_rates(of, rates.values(of), in_flight_rates(num_slots))
+    table = sequences.powers(beta, of.num_steps + 2)
+    hats = sequences.auxiliary(of, beta, hat, it.du, it.dw, it.dh, it.start)
+    sum_u, sum_w = sequences.in_flight_sums(of, table, hat, it.du, it.dw, subject.claims)
+    grouped = sequences.lemma_9_sums(of, table, hat, it.du, subject.claims)
+    u, w = np.moveaxis(u, -2, 0), np.moveaxis(w, -2, 0)
+    factor = subject.claims.lemma_3(beta)
+
+    def worst(*differences):
+        return np.max([np.abs(x).max(-1) for x in differences], 0)
+
+    return {
+        "lemma-1": worst(hats.u - u - sum_u),
+        "lemma-2": worst(hats.w - w - sum_w),
+        "lemma-3": worst(
+            hats.scaled_y - (1 - beta) * hats.w - factor * hats.u,
+            hats.scaled_y - (1 - beta) * (w + sum_w) - factor * (u + sum_u),
+        ),
+        "lemma-9": worst(hats.u - grouped, u + sum_u - grouped),
+    }
+
+
+def run_orders(
+    subject: Subject, workers: np.ndarray, num_workers: int, beta: float, rates: Rates, run=None
+) -> dict[str, np.ndarray]:
+    """Return the residuals of a batch of orders int[B, T] put through the subject's rule."""
+    of = sequences.frame(workers, num_workers)
+    num_slots = of.index.shape[0]
+    padding = [(0, -len(workers) % CHUNK if len(workers) > CHUNK // 2 else 0), (0, 0)]
+    with jax.enable_x64(True):
+        if run is None:
+            run = production_run(subject.rule, num_workers, subject.worker_momentum)
+        u, w = run(
+            jnp.asarray(np.pad(of.dispatched_at, padding)),
+            jnp.asarray(np.pad(of.used, padding)),
+            jnp.asarray(np.eye(2 * num_slots + 1)),
+            jnp.asarray(beta),
+            jnp.asarray(rates.steps(of.num_steps)),
+            jnp.asarray(rates.by_delay),
+        )
+        u, w = np.asarray(u)[: len(workers)], np.asarray(w)[: len(workers)]
+    return residuals(subject, of, beta, rates, u, w)
+
+
+@check(*LEMMAS, strength="exhaustive", rule_only=True)
+def every_order(subject: Subject, size: Size) -> Iterator[Outcome]:
+    """Run all K^T orders for every (K, T), every dyadic β and both η; residuals exactly zero."""
+    worst = dict.fromkeys(LEMMAS, 0.0)
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(LEMMAS)
+    cases = 0
+    for num_workers, num_steps in size.exhaustive:
+        with jax.enable_x64(True):
+            traced = production_run(subject.rule, num_workers, subject.worker_momentum)
+            constant = {
+                beta: production_run(subject.rule, num_workers, subject.worker_momentum, beta)
+                for beta in DYADIC_BETAS
+                if 1 < num_workers**num_steps <= 100  # the same rule, β compiled in
+            }
+        for workers in orders(num_workers, num_steps):
+            cases += len(workers)
+            for beta, rates in itertools.product(DYADIC_BETAS, RATES):
+                for run in filter(None, (traced, constant.get(beta))):
+                    by_lemma = run_orders(subject, workers, num_workers, beta, rates, run)
+                    for lemma, residual in by_lemma.items():
+                        residual = np.where(np.isfinite(residual), residual, np.inf)
+                        worst[lemma] = max(worst[lemma], float(residual.max()))
+                        if residual.max() > 0 and found[lemma] is None:
+                            found[lemma] = _first(workers, num_workers, beta, rates, residual)
+    note = f"K^T orders of {' '.join(f'{k}^{t}' for k, t in size.exhaustive)}, 4 β × 2 η each"
+    for lemma in LEMMAS:
+        smaller = found[lemma] and _minimal(subject, lemma, found[lemma])
+        yield Outcome(lemma, cases, worst[lemma], 0.0, worst[lemma] == 0, note, smaller)
+
+
+def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
+    """Run a counterexample of :func:`every_order` again: its residual and allowance (0)."""
+    rates = Rates("replayed", tuple(case["by_step"]), tuple(case["by_delay"]))
+    workers = np.array(case["trace"]["workers"])[None]
+    constant = case["beta"] if case["constant"] else None
+    with jax.enable_x64(True):
+        run = production_run(
+            subject.rule, case["trace"]["num_workers"], subject.worker_momentum, constant
+        )
+    by_lemma = run_orders(
+        subject, workers, case["trace"]["num_workers"], case["beta"], rates, run
+    )
+    return float(by_lemma[statement].max()), 0.0
+
+
+def case(workers, num_workers: int, beta: float, rates: Rates, constant: bool) -> dict[str, Any]:
+    """Return a case that :func:`replay` takes, as JSON can hold it."""
+    return {
+        "trace": {
+            "format": "orlomo_jax.ArrivalTrace",
+            "num_workers": int(num_workers),
+            "workers": np.asarray(workers).tolist(),
+        },
+        "beta": beta,
+        "by_step": list(rates.by_step),
+        "by_delay": list(rates.by_delay),
+        "constant": constant,
+    }
+
+
+def _first(workers, num_workers, beta, rates, residual) -> dict[str, Any]:
+    """Return the shortest failing order of a batch, cut off at its failing step."""
+    step = int(np.argmax(residual.max(1) > 0))
+    order = int(np.argmax(residual[step] > 0))
+    return case(workers[order, : step + 1], num_workers, beta, rates, False)
+
+
+def _minimal(subject: Subject, lemma: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the first failing case with the fewest steps, then the fewest workers."""
+    longest = len(found["trace"]["workers"])
+    for num_steps, rates, num_workers, beta in itertools.product(
+        range(1, min(longest, 4) + 1), RATES, (1, 2, 3), DYADIC_BETAS
+    ):
+        batch = np.concatenate(list(orders(num_workers, num_steps)))
+        try:
+            residual = run_orders(subject, batch, num_workers, beta, rates)[lemma]
+        except Exception:  # a rule may refuse some K; the case that was found stands
+            continue
+        if (residual > 0).any():
+            return _first(batch, num_workers, beta, rates, residual)
+    return found

@@ -1,0 +1,215 @@
+"""One registry: what is stated, what is put to the checks, which check holds what, what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orlomo_jax
+from proofs_check.claims import PAPER, Claims
+
+
+class Statement(NamedTuple):
+    """A statement of the paper.
+
+    Attributes:
+        title: As the paper names it.
+        says: What it says, in a line.
+        cited: Regular expression of how the library's source cites it; ``--map`` looks it up.
+    """
+
+    title: str
+    says: str
+    cited: str
+
+
+_server = r"Alg(orithm|\.) {0}\b(?!, l(ines?|\.) (1[7-9]|2\d))"
+STATEMENTS: dict[str, Statement] = {
+    "eq-2": Statement("Eq. (2)", "K = S = 1 is momentum SGD", r"Eq\. \(2\)|optax\.sgd|momentum SGD"),
+    "eq-6": Statement("Eq. (6)", "η_t = 1/K up to a delay of 2K, then 1/τ", r"Eq\. \(6\)"),
+    "algorithm-1": Statement("Algorithm 1", "AL-SGD's server step", _server.format(1)),
+    "algorithm-2": Statement("Algorithm 2", "OrLoMo's server step", _server.format(2)),
+    "worker": Statement(
+        "Algorithm 2, worker", "S steps of momentum SGD", r"Alg(orithm|\.) 2, l(ines?|\.) 17"
+    ),
+    "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
+    "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),
+    "figure-1": Statement("Figure 1", "the worked example: K = 3, t = 8", r"Fig(ure|\.) 1"),
+    "identity": Statement("Identity", "Δh/(1−β) = βΔu/(1−β) + Δw", r"Δh/\(1−β\)"),
+    "lemma-1": Statement("Lemma 1", "û − u = Σ β^n η̂Δu over in-flight reports", r"Lemmas? 1\b"),
+    "lemma-2": Statement(
+        "Lemma 2", "ŵ − w = −Σ [η̂Δw + β(1−β^n)/(1−β) η̂Δu]", r"Lemma 2\b|Lemmas 1(, 2|–3)"
+    ),
+    "lemma-3": Statement("Lemma 3", "ŷ − ŵ = −β/(1−β) û", r"Lemma 3\b|Lemmas 1–3"),
+    "lemma-9": Statement("Lemma 9", "û as a sum over groups", r"Lemma 9\b"),
+    "ledger": Statement(
+        "Lemmas 1–3, ledger form",
+        "the same with losses, late joins and re-dispatches (Theorem 1 and the delay facts are not)",
+        r"[Ll]edger",
+    ),
+    "lemma-4": Statement("Lemma 4", "local drift ≤ γ²S(S−1)/(1−β)² · (σ² + ΣE‖∇F‖²)", r"Lemma 4\b"),
+    "lemma-10": Statement("Lemma 10", "ΣE η̂‖ŷ − ŵ‖² ≤ …", r"Lemma 10\b"),
+    "lemma-11": Statement("Lemma 11", "ΣE η̂‖ŵ − w‖² ≤ …", r"Lemma 11\b"),
+    "delays": Statement(
+        "Delay facts", "Σ_k τ̂_{T,k} + Σ_t τ_t = (K−1)T; Σ_t η_t ≥ T/(2K)", r"\(K − 1\)·T|delay facts"
+    ),
+    "theorem-1": Statement("Theorem 1", "E‖∇F(w̄_T)‖² ≤ …", r"Theorem 1\b"),
+    "remark-1": Statement("Remark 1", "β = 0 is AL-SGD, to the bit", r"Remark 1\b"),
+    "remark-2": Statement("Remark 2", "S = 1 is OrMo-DA, to rounding", r"Remark 2\b|is OrMo-DA"),
+    "remark-4": Statement("Remark 4", "error ~ γ/K + γ²S, as PRSGDm's", r"Remark 4\b"),
+    "remark-5": Statement(
+        "Remark 5", "O(√(Lσ²/(ST)) + (KLσ)^{2/3}(S−1)^{1/3}/(ST)^{2/3} + KL/T)", r"Remark 5\b"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is put to the checks: the public functions of orlomo_jax, each replaceable.
+
+    Attributes:
+        name: What the report calls it.
+        rule: ``rule(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, OrLoMo's place.
+        worker_momentum: Whether the workers report Δu; else Δw stands in for it in the lemmas.
+        al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd: The library's others.
+        claims: The formulas that they are held to.
+    """
+
+    name: str = "orlomo_jax"
+    rule: Callable[..., Any] = orlomo_jax.orlomo
+    worker_momentum: bool = True
+    al_sgd: Callable[..., Any] = orlomo_jax.al_sgd
+    local_ormo_da: Callable[..., Any] = orlomo_jax.local_ormo_da
+    prsgdm: Callable[..., Any] = orlomo_jax.prsgdm
+    delay_adaptive: Callable[..., Any] = orlomo_jax.delay_adaptive
+    local_momentum_sgd: Callable[..., Any] = orlomo_jax.local_momentum_sgd
+    claims: Claims = PAPER
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is tried.
+
+    Attributes:
+        examples: Hypothesis examples a property.
+        exhaustive: (K, T) pairs whose K^T orders are all run.
+        replicates: Monte Carlo runs a setting.
+        seed: Seed of everything drawn.
+        plots: Folder for the plots, or None.
+    """
+
+    examples: int = 60
+    exhaustive: tuple[tuple[int, int], ...] = (
+        (1, 6), (2, 5), (2, 12), (3, 4), (3, 9), (4, 7), (5, 6), (6, 5)
+    )  # fmt: skip
+    replicates: int = 256
+    seed: int = 0
+    plots: str | None = None
+
+
+SMALL = Size(examples=8, exhaustive=((1, 4), (2, 6), (3, 4)), replicates=64)
+
+
+@dataclass
+class Outcome:
+    """What one check found about one statement.
+
+    Attributes:
+        statement: A key of :data:`STATEMENTS`.
+        cases: How many cases were tried.
+        residual: The worst one's |left − right|, or left/right of an inequality.
+        allowance: What it may be at most: 0 is exact.
+        passed: The verdict.
+        note: Where, or how tight.
+        counterexample: A case that ``--replay`` runs again, or None.
+        check: The check's name, and
+        strength: its strength; both filled in by :func:`run`.
+    """
+
+    statement: str
+    cases: int
+    residual: float
+    allowance: float
+    passed: bool
+    note: str = ""
+    counterexample: dict[str, Any] | None = None
+    check: str = ""
+    strength: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A registered check."""
+
+    name: str
+    strength: str
+    statements: tuple[str, ...]
+    function: Callable[[Subject, Size], Iterable[Outcome]]
+    rule_only: bool = field(default=False)
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(*statements: str, strength: str, rule_only: bool = False) -> Callable:
+    """Register a function ``(subject, size) -> outcomes`` as a check of these statements.
+
+    Args:
+        *statements: Keys of :data:`STATEMENTS`.
+        strength: "symbolic", "exhaustive", "property" or "statistical".
+        rule_only: Whether it can be put to anybody's server rule, and reads nothing of the
+            library's but what it needs for that.
+    """
+    unknown = set(statements) - STATEMENTS.keys()
+    if unknown:
+        raise ValueError(f"`statements` must be keys of STATEMENTS, got {sorted(unknown)}")
+
+    def register(function):
+        name = function.__name__.replace("_", "-")
+        CHECKS[name] = Check(name, strength, statements, function, rule_only)
+        return function
+
+    return register
+
+
+def run(
+    subject: Subject,
+    size: Size,
+    *,
+    checks: Iterable[str] | None = None,
+    statements: Iterable[str] | None = None,
+    on_check: Callable[[str, float], None] | None = None,
+) -> Iterator[Outcome]:
+    """Run checks and yield what they find.
+
+    Args:
+        subject: What is put to them.
+        size: How much is tried.
+        checks: Names in :data:`CHECKS`; None is all.
+        statements: Keys of :data:`STATEMENTS` to keep; None is all.
+        on_check: Called with a check's name and its seconds when it is done.
+
+    A check that raises has failed: its statements come out with the error as a note.
+    """
+    wanted = set(STATEMENTS if statements is None else statements)
+    for name in CHECKS if checks is None else checks:
+        item = CHECKS[name]
+        held = [key for key in item.statements if key in wanted]
+        if not held:
+            continue
+        began = time.perf_counter()
+        try:
+            outcomes = list(item.function(subject, size))
+        except Exception as error:
+            note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            outcomes = [Outcome(key, 0, float("inf"), 0.0, False, note) for key in held]
+        missing = set(held) - {outcome.statement for outcome in outcomes}
+        outcomes += [Outcome(key, 0, float("inf"), 0.0, False, "not tried") for key in missing]
+        for outcome in outcomes:
+            outcome.check, outcome.strength = name, item.strength
+            if outcome.statement in wanted:
+                yield outcome
+        if on_check is not None:
+            on_check(name, time.perf_counter() - began)
