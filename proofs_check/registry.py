@@ -97,6 +97,7 @@ class Size:
         exhaustive: (K, T) pairs whose K^T orders are all run.
         replicates: Monte Carlo runs a setting.
         seed: Seed of everything drawn.
+        minimize: Whether a failure is followed by a search for the smallest one.
         plots: Folder for the plots, or None.
     """
 
@@ -106,10 +107,11 @@ class Size:
     )  # fmt: skip
     replicates: int = 256
     seed: int = 0
+    minimize: bool = True
     plots: str | None = None
 
 
-SMALL = Size(examples=8, exhaustive=((1, 4), (2, 6), (3, 4)), replicates=64)
+SMALL = Size(examples=8, exhaustive=((1, 4), (2, 5), (3, 4)), replicates=64, minimize=False)
 
 
 @dataclass

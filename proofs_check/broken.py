@@ -1,0 +1,159 @@
+"""Rules broken on purpose, and wrong statements: each check must catch its own.
+
+The broken rules are one small OrLoMo with faults. Without a fault it passes every check
+(:func:`intact`), so that what a check catches is the fault and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from orlomo_jax import delay_adaptive, local_momentum_sgd
+
+from proofs_check.claims import PAPER
+from proofs_check.registry import Size, Subject, run
+
+
+class FaultyState(NamedTuple):
+    """State of a faulty rule; ``rates`` and ``before`` serve single faults."""
+
+    step: jax.Array
+    momentum: Any
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What may be wrong with the rule; the defaults are right.
+
+    Attributes:
+        group: (index, K) to the group.
+        group_size: K to the size of a group.
+        late: Added to n.
+        opens: (t, K) to whether the step multiplies by β.
+        decay_momentum, decay_params: Whether β then acts on u; on w.
+        past: (β, n) to the weight of η_t Δu in w.
+        weight: (β, n) to the weight of η_t Δu in u.
+        rate_step: (t, i) to the step whose learning rate is used.
+        delay: (t, i) to the delay given to ``delay_weight``.
+        swap: Whether Δw stands where Δu should.
+        dtype: dtype of the coefficients; None is the widest.
+        rate_on_past: Whether η_t multiplies the past descent.
+    """
+
+    group: Callable = lambda index, num_workers: -(-index // num_workers)
+    group_size: Callable = lambda num_workers: num_workers
+    late: int = 0
+    opens: Callable = lambda step, size: (step - 1) % size == 0
+    decay_momentum: bool = True
+    decay_params: bool = True
+    past: Callable = lambda beta, late: _past(beta, late)
+    weight: Callable = lambda beta, late: beta ** late.astype(beta.dtype)
+    rate_step: Callable = lambda step, index: step
+    delay: Callable = lambda step, index: step - index
+    swap: bool = False
+    dtype: Any = None
+    rate_on_past: bool = True
+
+
+def _past(beta, late):
+    """Return Σ_{j=1..n} β^j for small n, term by term: exact for dyadic β."""
+    terms = jnp.arange(1, 65)
+    return jnp.sum(jnp.where(terms <= late, beta ** terms.astype(beta.dtype), 0))
+
+
+def faulty(faults: Faults) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """Return the factory of a rule with these faults, with the signature of ``orlomo``."""
+
+    def factory(num_workers, momentum=0.9, learning_rate=1.0, delay_weight=None):
+        weigh = delay_adaptive(num_workers) if delay_weight is None else delay_weight
+        schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
+        size = faults.group_size(num_workers)
+
+        def init(params):
+            return FaultyState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+        def update(report, state, params=None, *, dispatched_at, **extra_args):
+            del params, extra_args
+            t, i, u = state.step, dispatched_at, state.momentum
+            dtype = jnp.asarray(0.0).dtype if faults.dtype is None else faults.dtype
+            beta = jnp.asarray(momentum, dtype)
+            rate = jnp.asarray(schedule(faults.rate_step(t, i)) * weigh(faults.delay(t, i)), dtype)
+            late = jnp.maximum(faults.group(t, size) - faults.group(i, size) + faults.late, 0)
+            opens = faults.opens(t, size)
+            power, past = faults.weight(beta, late), faults.past(beta, late)
+            past = past * rate if faults.rate_on_past else past
+            du = report.delta if faults.swap or report.momentum is None else report.momentum
+            fade = jnp.where(opens & faults.decay_momentum, beta, 1)
+            descend = jnp.where(opens & faults.decay_params, beta, 0)
+            new_u = jax.tree.map(lambda u, d: (fade * u + power * rate * d).astype(u.dtype), u, du)
+            updates = jax.tree.map(
+                lambda u, d, c: (-descend * u - past * d - rate * c).astype(u.dtype),
+                u, du, report.delta,
+            )  # fmt: skip
+            return updates, FaultyState(t + 1, new_u)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return factory
+
+
+def intact() -> Subject:
+    """Return the rule of this module without a fault: every check must pass it."""
+    return Subject("no fault", rule=faulty(Faults()))
+
+
+class Control(NamedTuple):
+    """A negative control.
+
+    Attributes:
+        subject: What is broken; its name says how.
+        caught_by: The check that must catch it.
+        statements: The statements which that check must find violated, at least.
+    """
+
+    subject: Subject
+    caught_by: str
+    statements: tuple[str, ...]
+
+
+def _floor(index, num_workers):
+    return index // num_workers
+
+
+def _closed(beta, late):
+    """Return (1−β^n)/(1−β): the leading β is missing."""
+    return 1 + _past(beta, late - 1) - jnp.where(late == 0, 1, 0)
+
+
+RULES: dict[str, tuple[Faults, tuple[str, ...]]] = {
+    "floor for ceiling in the group index": (Faults(group=_floor), ("lemma-1", "lemma-2")),
+    "n+1 for n": (Faults(late=1), ("lemma-1", "lemma-2")),
+    "n−1 for n": (Faults(late=-1), ("lemma-1", "lemma-2")),
+    "momentum never multiplied by β": (Faults(decay_momentum=False), ("lemma-1",)),
+    "momentum multiplied one step late": (
+        Faults(opens=lambda t, size: (t - 2) % size == 0), ("lemma-1", "lemma-2")),
+    "β applied to u but not to w": (Faults(decay_params=False), ("lemma-2",)),
+    "(1−β^n)/(1−β) without its leading β": (Faults(past=_closed), ("lemma-2",)),
+    "η from the dispatch step": (Faults(rate_step=lambda t, i: i), ("lemma-1", "lemma-2")),
+    "arrival order with weight 1": (
+        Faults(weight=lambda beta, n: jnp.ones_like(beta), past=lambda beta, n: 0 * beta),
+        ("lemma-1", "lemma-2")),
+    "Δu for Δw": (Faults(swap=True), ("lemma-1", "lemma-2")),
+    "group size K−1": (Faults(group_size=lambda k: max(k - 1, 1)), ("lemma-1", "lemma-2")),
+    "group size K+1": (Faults(group_size=lambda k: k + 1), ("lemma-1", "lemma-2")),
+    "the past descent without η": (Faults(rate_on_past=False), ("lemma-2",)),
+    "no past descent": (Faults(past=lambda beta, n: 0 * beta), ("lemma-2",)),
+    "past descent to n+1": (Faults(past=lambda beta, n: _past(beta, n + 1)), ("lemma-2",)),
+    "β at every step": (Faults(opens=lambda t, size: t >= 0), ("lemma-1", "lemma-2")),
+    "delay off by one": (Faults(delay=lambda t, i: t - i + 1), ("lemma-1", "lemma-2")),
+    "η one step ahead": (Faults(rate_step=lambda t, i: t + 1), ("lemma-1", "lemma-2")),
+}  # fmt: skip
+EVERY_ORDER = {
+    f"{name}": Control(Subject(name, rule=faulty(faults)), "every-order", statements)
+    for name, (faults, statements) in RULES.items()
+}
