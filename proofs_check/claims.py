@@ -75,6 +75,16 @@ def _remark_5(beta, local_steps, num_workers, num_steps, smoothness, sigma, gap)
     return (1 - beta) ** 2 / (16 * smoothness * local_steps), noise, drift
 
 
+def _remark_5_order(local_steps, num_workers, num_steps, smoothness, sigma):
+    total = local_steps * num_steps
+    drift = (num_workers * smoothness * sigma) ** (2 / 3) * (local_steps - 1) ** (1 / 3)
+    return (
+        (smoothness * sigma**2 / total) ** 0.5,
+        drift / total ** (2 / 3),
+        num_workers * smoothness / num_steps,
+    )
+
+
 def _in_flight_rate(num_workers, virtual_delay, index, num_steps):
     """Return Eq. (6) at the virtual delay T − i, which keeps η̂·(T−1−i) ≤ 2."""
     return 1 / max(virtual_delay, num_workers) if virtual_delay > 2 * num_workers else 1 / num_workers
@@ -102,6 +112,8 @@ class Claims(NamedTuple):
         theorem_1: (γ, β, S, K, T, L) to the factors of F(w_0) − F* and σ².
         delay_sum: (K, T) to Σ_k τ̂_{T,k} + Σ_t τ_t.
         remark_5: (β, S, K, T, L, σ, F(w_0) − F*) to the three candidates for γ.
+        remark_5_order: (S, K, T, L, σ) to the three terms of its order.
+        remark_4_order: (γ, K, S) to the terms of the settled error, γ/K and γ²S.
         in_flight_rate: (K, T − i, i, T) to the η̂ of a report that never arrives.
     """
 
@@ -122,6 +134,11 @@ class Claims(NamedTuple):
     theorem_1: Callable = _theorem_1
     delay_sum: Callable = lambda num_workers, num_steps: (num_workers - 1) * num_steps
     remark_5: Callable = _remark_5
+    remark_5_order: Callable = _remark_5_order
+    remark_4_order: Callable = lambda gamma, num_workers, local_steps: (
+        gamma / num_workers,
+        gamma**2 * local_steps,
+    )
     in_flight_rate: Callable = _in_flight_rate
 
 

@@ -139,8 +139,9 @@ def _compare(
     hats = sequences.auxiliary(of, beta, hat, du, dw, dh, start)
     sum_u, sum_w = sequences.in_flight_sums(of, table, hat, du, dw, subject.claims)
     server_u, server_w = rounding.server_bounds(
-        of, table, beta, rates, u, w, du, dw, start, unit
-    )
+        of.num_workers, of.dispatched_at, table, beta, rates, u, w, du[of.used], dw[of.used],
+        start, unit,
+    )  # fmt: skip
     own_u, own_w, own_y = rounding.reference_bounds(of, table, beta, hat, du, dw, dh, start)
     compare("lemma-1", (hats.u - u - sum_u, server_u + own_u))
     compare("lemma-2", (hats.w - w - sum_w, server_w + own_w))

@@ -73,7 +73,8 @@ class Subject:
         name: What the report calls it.
         rule: ``rule(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, OrLoMo's place.
         worker_momentum: Whether the workers report Δu; else Δw stands in for it in the lemmas.
-        al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd: The library's others.
+        al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd, parameter_server: The
+            library's others.
         claims: The formulas that they are held to.
     """
 
@@ -85,6 +86,7 @@ class Subject:
     prsgdm: Callable[..., Any] = orlomo_jax.prsgdm
     delay_adaptive: Callable[..., Any] = orlomo_jax.delay_adaptive
     local_momentum_sgd: Callable[..., Any] = orlomo_jax.local_momentum_sgd
+    parameter_server: Callable[..., Any] = orlomo_jax.ParameterServer
     claims: Claims = PAPER
 
 
@@ -96,6 +98,7 @@ class Size:
         examples: Hypothesis examples a property.
         exhaustive: (K, T) pairs whose K^T orders are all run.
         replicates: Monte Carlo runs a setting.
+        settings: How many of the (K, S, T) settings the bounds are tried at.
         seed: Seed of everything drawn.
         minimize: Whether a failure is followed by a search for the smallest one.
         plots: Folder for the plots, or None.
@@ -106,12 +109,13 @@ class Size:
         (1, 6), (2, 5), (2, 12), (3, 4), (3, 9), (4, 7), (5, 6), (6, 5)
     )  # fmt: skip
     replicates: int = 256
+    settings: int = 5
     seed: int = 0
     minimize: bool = True
     plots: str | None = None
 
 
-SMALL = Size(examples=8, exhaustive=((1, 4), (2, 5), (3, 4)), replicates=64, minimize=False)
+SMALL = Size(examples=8, exhaustive=((1, 4), (2, 5), (3, 4)), replicates=64, settings=2, minimize=False)
 
 
 @dataclass

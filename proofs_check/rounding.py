@@ -24,7 +24,8 @@ COEFFICIENT = 72
 
 
 def server_bounds(
-    of: Frame,
+    num_workers: int,
+    index: np.ndarray,
     table: Powers,
     beta: float,
     rates: np.ndarray,
@@ -35,28 +36,28 @@ def server_bounds(
     start: np.ndarray,
     unit: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return e^u_{t+1} and e^w_{t+1}, each [T, d], for one order.
+    """Return e^u_{t+1} and e^w_{t+1}, each [T, d].
 
     Args:
-        of: The frame.
+        num_workers: K.
+        index: The index of the report that arrives at t, int[T].
         table: Powers of β.
         beta: β.
         rates: η_t, [T].
         u, w: u_{t+1} and w_{t+1} as computed, [T, d].
-        du, dw: By slot, [D, d].
+        du, dw: The Δu and Δw that arrive at t, [T, d].
         start: w_0, [d].
         unit: υ, half the distance from 1 to the next number.
     """
-    c, num_workers = COEFFICIENT * unit, of.num_workers
+    c = COEFFICIENT * unit
     u, w = (np.abs(np.vstack([x[None], y])) for x, y in ((start * 0, u), (start, w)))
     error_u, error_w = np.zeros_like(start), np.zeros_like(start)
     bounds_u, bounds_w = [], []
-    for t in range(of.num_steps):
-        slot = of.used[t]
-        late = -(-t // num_workers) - -(-int(of.index[slot]) // num_workers)
+    for t in range(len(index)):
+        late = -(-t // num_workers) - -(-int(index[t]) // num_workers)
         opens = (t - 1) % num_workers == 0
         fade = beta if opens else 1.0
-        momentum, change = np.abs(rates[t] * du[slot]), np.abs(rates[t] * dw[slot])
+        momentum, change = np.abs(rates[t] * du[t]), np.abs(rates[t] * dw[t])
         before = error_u
         error_u = (1 + c) * fade * error_u + c * (fade * u[t] + table.power[late] * momentum)
         error_w = error_w + 4 * unit * (w[t] + w[t + 1])
