@@ -1,1 +1,80 @@
-"""The paper's lemmas and theorem, checked on the code that trains."""
+"""The paper's lemmas and theorem, checked on the code that trains.
+
+Four strengths: symbolic proofs for all K, β and arrival orders; every order of small runs, exactly;
+random runs within rounding bounds; bounds measured where their constants are known. A check is a
+function registered in :mod:`proofs_check.registry`; the statements are fields of
+:class:`~proofs_check.claims.Claims`; what is checked is a :class:`~proofs_check.registry.Subject`.
+
+Example:
+    >>> import proofs_check
+    >>> from orlomo_jax import orlomo
+    >>> small = proofs_check.Size(examples=1, exhaustive=((2, 3),))
+    >>> outcomes = proofs_check.check(orlomo, size=small, statements=["lemma-9"])
+    >>> all(outcome.passed for outcome in outcomes)
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# Importing a module registers its checks, in the order in which they run.
+from proofs_check import symbolic  # isort: skip
+from proofs_check import constants  # isort: skip
+from proofs_check import exhaustive  # isort: skip
+from proofs_check import one_step  # isort: skip
+from proofs_check import randomized  # isort: skip
+from proofs_check import server_events  # isort: skip
+from proofs_check import statistical  # isort: skip
+from proofs_check import degenerate  # isort: skip
+from proofs_check import scaling  # isort: skip
+from proofs_check.claims import PAPER, Claims
+from proofs_check.registry import CHECKS, SMALL, STATEMENTS, Outcome, Size, Subject, run
+
+__all__ = [
+    "CHECKS",
+    "PAPER",
+    "SMALL",
+    "STATEMENTS",
+    "Claims",
+    "Outcome",
+    "Size",
+    "Subject",
+    "check",
+    "run",
+]
+_REGISTERED = (
+    symbolic, constants, exhaustive, one_step, randomized, server_events, statistical, degenerate,
+    scaling,
+)  # fmt: skip
+
+
+def check(
+    rule_factory: Callable[..., Any],
+    worker_momentum: bool = True,
+    *,
+    size: Size | None = None,
+    statements: Iterable[str] | None = None,
+) -> list[Outcome]:
+    """Put a server rule to the checks that speak of the rule alone: Lemmas 1, 2, 3, 9, the ledger.
+
+    Args:
+        rule_factory: ``rule_factory(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, as
+            :func:`orlomo_jax.orlomo`. It returns an Optax transformation of a ``LocalUpdate`` whose
+            state has the fields ``step`` and ``momentum`` (u_t) and whose ``update`` takes
+            ``dispatched_at``. ``momentum`` may be a traced array, ``learning_rate`` is a function
+            of the step, ``delay_weight`` one of the delay; η_t is their product.
+        worker_momentum: Whether the workers run momentum SGD and report Δu. Without, Δw takes its
+            place in every lemma, which is what local OrMo-DA obeys.
+        size: How much is tried; None is the command's default.
+        statements: Keys of :data:`STATEMENTS` to keep; None is all.
+
+    Returns:
+        Outcomes; ``outcome.passed`` is the verdict, ``outcome.counterexample`` the smallest failing
+        case, which ``python -m proofs_check --replay`` runs again.
+    """
+    name = getattr(rule_factory, "__name__", "rule")
+    subject = Subject(name, rule=rule_factory, worker_momentum=worker_momentum)
+    checks = [item.name for item in CHECKS.values() if item.rule_only]
+    return list(run(subject, size or Size(), checks=checks, statements=statements))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from proofs_check.extras import sympy
-from proofs_check.registry import Outcome, Size, Subject, check
+from proofs_check.registry import Outcome, Size, Subject, holds
 
 
 class Derivation:
@@ -120,7 +120,9 @@ def theorem_1(claims: Any) -> tuple[Derivation, tuple, tuple]:
     # E F(ŷ_T) − F(w_0) + γSA/(2(1−β))·left is at most A times σ²·noise + gradients·ΣE‖∇F‖²/A:
     gradients = half * drift_gradients + close * (y_gradients + w_gradients)
     d.at_most((gradients / g).subs(largest), 1 / (8 * (1 - beta)), "gradients absorbed")
-    d.at_most((g**2 * L * S / (1 - beta) ** 2 / g).subs(largest), 1 / (8 * (1 - beta)), "8γLS ≤ 1−β")
+    d.at_most(
+        (g**2 * L * S / (1 - beta) ** 2 / g).subs(largest), 1 / (8 * (1 - beta)), "8γLS ≤ 1−β"
+    )
     own = g**2 * L * S / (1 - beta) ** 2 / K  # η̂² ≤ η̂/K
     small = own + close * (y_noise + w_noise)
     twice = 2 * g**2 * L * S / ((1 - beta) ** 3 * K)
@@ -152,11 +154,16 @@ def remark_5(claims: Any) -> Outcome:
     dropped &= claims.remark_5(beta, S, K, T, L, 0.0, gap)[1:] == (None, None)
     allowed = 2.0**-45
     return Outcome(
-        "remark-5", 5, residual, allowed, residual <= allowed and dropped, "each γ balances two terms"
+        "remark-5",
+        5,
+        residual,
+        allowed,
+        residual <= allowed and dropped,
+        "each γ balances two terms",
     )
 
 
-@check(
+@holds(
     "lemma-4", "lemma-10", "lemma-11", "theorem-1", "remark-5", strength="symbolic"
 )  # fmt: skip
 def constants(subject: Subject, size: Size) -> Iterator[Outcome]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orlomo_jax import LocalUpdate
 
+from orlomo_jax import LocalUpdate
 from proofs_check import sequences
-from proofs_check.registry import Outcome, Size, Subject, check
+from proofs_check.registry import Outcome, Size, Subject, holds
 from proofs_check.sequences import Frame
 
 DYADIC_BETAS = (0.0, 0.5, 0.25, 0.75)
@@ -35,7 +36,7 @@ class Rates(NamedTuple):
     by_delay: tuple[float, ...]
 
     def steps(self, num_steps: int) -> np.ndarray:
-        """Return the learning rate of steps 0 … num_steps, and one more for a rule that overruns."""
+        """Return the learning rate of steps 0 … T, and of one more for a rule that overruns."""
         return np.resize(self.by_step, num_steps + 2)
 
     def values(self, of: Frame) -> np.ndarray:
@@ -70,6 +71,7 @@ def momentum_of(state: Any) -> Any:
     return found
 
 
+@lru_cache(maxsize=64)
 def production_run(
     rule: Callable[..., Any], num_workers: int, worker_momentum: bool, momentum: Any = None
 ) -> Callable[..., Any]:
@@ -197,7 +199,7 @@ def run_orders(
     return residuals(subject, of, beta, rates, u, w)
 
 
-@check(*LEMMAS, strength="exhaustive", rule_only=True)
+@holds(*LEMMAS, strength="exhaustive", rule_only=True)
 def every_order(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Run all K^T orders for every (K, T), every dyadic β and both η; residuals exactly zero."""
     worst = dict.fromkeys(LEMMAS, 0.0)
@@ -238,9 +240,7 @@ def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[floa
         run = production_run(
             subject.rule, case["trace"]["num_workers"], subject.worker_momentum, constant
         )
-    by_lemma = run_orders(
-        subject, workers, case["trace"]["num_workers"], case["beta"], rates, run
-    )
+    by_lemma = run_orders(subject, workers, case["trace"]["num_workers"], case["beta"], rates, run)
     return float(by_lemma[statement].max()), 0.0
 
 

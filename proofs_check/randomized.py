@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from proofs_check import rounding, sequences
 from proofs_check.extras import need
-from proofs_check.registry import Outcome, Size, Subject, check
+from proofs_check.registry import Outcome, Size, Subject, holds
 from proofs_check.strategies import MAX_STEPS, Case, cases
 from proofs_check.training import Recorded, gradients, recorded, training_run
 
@@ -164,7 +164,7 @@ def _ratio(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1]
 
 
-@check(*STATEMENTS, strength="property", rule_only=True)
+@holds(*STATEMENTS, strength="property", rule_only=True)
 def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Train under drawn delays, β, η and η̂, and hold every step to its rounding bound."""
     worst: dict[str, tuple[float, float]] = dict.fromkeys(STATEMENTS, (0.0, 1.0))
@@ -188,9 +188,7 @@ def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
         residual, allowance = worst[statement]
         found = failing[statement].as_json() if statement in failing else None
         note = f"worst is {residual / allowance:.2g} of its rounding bound"
-        yield Outcome(
-            statement, tried, residual, allowance, residual <= allowance, note, found
-        )
+        yield Outcome(statement, tried, residual, allowance, residual <= allowance, note, found)
 
 
 def run_property(property_: Callable[[Any], None], strategy: Any, size: Size) -> None:

@@ -1,4 +1,4 @@
-"""One registry: what is stated, what is put to the checks, which check holds what, what came out."""
+"""One registry: what is stated, what is checked, which check holds what, what came out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Statement(NamedTuple):
 
 _server = r"Alg(orithm|\.) {0}\b(?!, l(ines?|\.) (1[7-9]|2\d))"
 STATEMENTS: dict[str, Statement] = {
-    "eq-2": Statement("Eq. (2)", "K = S = 1 is momentum SGD", r"Eq\. \(2\)|optax\.sgd|momentum SGD"),
+    "eq-2": Statement(
+        "Eq. (2)", "K = S = 1 is momentum SGD", r"Eq\. \(2\)|optax\.sgd|momentum SGD"
+    ),
     "eq-6": Statement("Eq. (6)", "η_t = 1/K up to a delay of 2K, then 1/τ", r"Eq\. \(6\)"),
     "algorithm-1": Statement("Algorithm 1", "AL-SGD's server step", _server.format(1)),
     "algorithm-2": Statement("Algorithm 2", "OrLoMo's server step", _server.format(2)),
@@ -46,14 +48,16 @@ STATEMENTS: dict[str, Statement] = {
     "lemma-9": Statement("Lemma 9", "û as a sum over groups", r"Lemma 9\b"),
     "ledger": Statement(
         "Lemmas 1–3, ledger form",
-        "the same with losses, late joins and re-dispatches (Theorem 1 and the delay facts are not)",
+        "the same under losses, joins, re-dispatches (Theorem 1, delay facts: not)",
         r"[Ll]edger",
     ),
     "lemma-4": Statement("Lemma 4", "local drift ≤ γ²S(S−1)/(1−β)² · (σ² + ΣE‖∇F‖²)", r"Lemma 4\b"),
     "lemma-10": Statement("Lemma 10", "ΣE η̂‖ŷ − ŵ‖² ≤ …", r"Lemma 10\b"),
     "lemma-11": Statement("Lemma 11", "ΣE η̂‖ŵ − w‖² ≤ …", r"Lemma 11\b"),
     "delays": Statement(
-        "Delay facts", "Σ_k τ̂_{T,k} + Σ_t τ_t = (K−1)T; Σ_t η_t ≥ T/(2K)", r"\(K − 1\)·T|delay facts"
+        "Delay facts",
+        "Σ_k τ̂_{T,k} + Σ_t τ_t = (K−1)T; Σ_t η_t ≥ T/(2K)",
+        r"\(K − 1\)·T|delay facts",
     ),
     "theorem-1": Statement("Theorem 1", "E‖∇F(w̄_T)‖² ≤ …", r"Theorem 1\b"),
     "remark-1": Statement("Remark 1", "β = 0 is AL-SGD, to the bit", r"Remark 1\b"),
@@ -115,7 +119,7 @@ class Size:
     plots: str | None = None
 
 
-SMALL = Size(examples=8, exhaustive=((1, 4), (2, 5), (3, 4)), replicates=64, settings=2, minimize=False)
+SMALL = Size(examples=8, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, minimize=False)
 
 
 @dataclass
@@ -159,7 +163,7 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(*statements: str, strength: str, rule_only: bool = False) -> Callable:
+def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
     """Register a function ``(subject, size) -> outcomes`` as a check of these statements.
 
     Args:

@@ -44,8 +44,10 @@ def server_bounds(
         table: Powers of β.
         beta: β.
         rates: η_t, [T].
-        u, w: u_{t+1} and w_{t+1} as computed, [T, d].
-        du, dw: The Δu and Δw that arrive at t, [T, d].
+        u: u_{t+1} as computed, [T, d].
+        w: w_{t+1} as computed, [T, d].
+        du: The Δu that arrives at t, [T, d].
+        dw: The Δw that arrives at t, [T, d].
         start: w_0, [d].
         unit: υ, half the distance from 1 to the next number.
     """
@@ -95,7 +97,12 @@ def reference_bounds(
 
 
 def worker_bounds(
-    beta: float, gamma: float, gradients: np.ndarray, sizes: np.ndarray, local: np.ndarray, unit: float
+    beta: float,
+    gamma: float,
+    gradients: np.ndarray,
+    sizes: np.ndarray,
+    local: np.ndarray,
+    unit: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bounds on the errors of Δu and Δw of a round against its own gradients, [D, d] twice.
 

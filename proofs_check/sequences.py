@@ -183,8 +183,8 @@ def in_flight_sums(
             rate = np.where(of.workers[..., t] == k, rate * 0, rate)  # k ≠ k_t
             power, past = table.power[late], table.past[late]
             change, momentum = _take(dw, slot), _take(du, slot)
-            weight_1 = claims.lemma_1(power, past, rate)
-            weight_w, weight_u = claims.lemma_2(power, past, rate)
+            weight_1 = np.asarray(claims.lemma_1(power, past, rate))
+            weight_w, weight_u = map(np.asarray, claims.lemma_2(power, past, rate))
             others = (of.workers[..., t] != k)[..., None]
             sum_u = sum_u + others * (weight_1[..., None] * momentum)
             sum_w = sum_w + others * (weight_w[..., None] * change + weight_u[..., None] * momentum)

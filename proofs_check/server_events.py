@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from orlomo_jax import LocalUpdate, Method, Report, ReportRejected, local_momentum_sgd
 
+from orlomo_jax import LocalUpdate, Method, Report, ReportRejected, local_momentum_sgd
 from proofs_check import rounding, sequences
 from proofs_check.exhaustive import momentum_of
 from proofs_check.extras import need
 from proofs_check.randomized import loss
-from proofs_check.registry import Outcome, Size, Subject, check
+from proofs_check.registry import Outcome, Size, Subject, holds
 
 LOCAL_STEPS, GAMMA = 2, 0.05
 REJECTED = ("duplicate", "wrong index", "unknown worker", "not finite", "wrong shape")
@@ -258,7 +258,7 @@ def _machine(subject: Subject, on_event: Callable[[Ledger, float, float], None])
     return Events
 
 
-@check("ledger", "lemma-1", "lemma-2", strength="property")
+@holds("ledger", "lemma-1", "lemma-2", strength="property", rule_only=True)
 def server_events(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Drive a ParameterServer through any events; the ledger form holds after each one."""
     hypothesis = need("hypothesis")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
 from orlomo_jax import (
     given,
     heterogeneous,
@@ -13,7 +14,6 @@ from orlomo_jax import (
     one_slow_worker,
     simulate_arrivals,
 )
-
 from proofs_check.extras import need
 
 NUM_WORKERS = (1, 2, 3, 5, 16, 64)
@@ -63,9 +63,7 @@ class Case:
         """Read what :meth:`as_json` wrote."""
         values = dict(values)
         trace = values.pop("trace")
-        return Case(
-            workers=tuple(trace["workers"]), num_workers=trace["num_workers"], **values
-        )
+        return Case(workers=tuple(trace["workers"]), num_workers=trace["num_workers"], **values)
 
 
 def arrival_order(kind: str, num_workers: int, num_steps: int, seed: int) -> np.ndarray:

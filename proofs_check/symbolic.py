@@ -2,8 +2,8 @@
 
 A step is proved when its residual simplifies to zero in every case: K | (t−1) or not (``opens``),
 k_t = k_{t−1} or not. The sum over the other workers is one opaque term. Each of its summands obeys
-one exponent relation, ⌈t/K⌉ − ⌈i/K⌉ = ⌈(t−1)/K⌉ − ⌈i/K⌉ + [K | (t−1)], and the residual is linear in
-them, so a single summand with a symbolic exponent n ≥ 0 stands for all. (β is a positive symbol;
+one exponent relation, ⌈t/K⌉ − ⌈i/K⌉ = ⌈(t−1)/K⌉ − ⌈i/K⌉ + [K | (t−1)], and the residual is linear
+in them, so a single summand with a symbolic exponent n ≥ 0 stands for all. (β is a positive symbol;
 the residuals are polynomials in β, so β = 0 follows.)
 
 The server's step is :class:`~proofs_check.claims.Claims`'s Algorithm 2;
@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from proofs_check.extras import sympy
-from proofs_check.registry import Outcome, Size, Subject, check
-
+from proofs_check.registry import Outcome, Size, Subject, holds
 
 GROUPS_GROW = "⌈t/K⌉ = ⌈(t−1)/K⌉ + [K | (t−1)]"
 
@@ -71,7 +70,8 @@ def lemma_1_and_2_step(claims, opens: int, arrives_new: bool, stays: bool) -> tu
     # The hypothesis at t−1.
     was_u, was_w = in_flight(claims, other, n)
     if not arrives_new:
-        was_u, was_w = (a + b for a, b in zip((was_u, was_w), in_flight(claims, arriving, m)))
+        more_u, more_w = in_flight(claims, arriving, m)
+        was_u, was_w = was_u + more_u, was_w + more_w
     hat_u, hat_w = u + was_u, w + was_w
     # The definitions of û, ŵ at t.
     dispatched = [r for r, there in ((arriving, arrives_new), (new, stays)) if there]
@@ -87,7 +87,8 @@ def lemma_1_and_2_step(claims, opens: int, arrives_new: bool, stays: bool) -> tu
     # The lemmas at t.
     is_u, is_w = in_flight(claims, other, n + opens)
     if stays:
-        is_u, is_w = (a + b for a, b in zip((is_u, is_w), in_flight(claims, new, 0)))
+        more_u, more_w = in_flight(claims, new, 0)
+        is_u, is_w = is_u + more_u, is_w + more_w
     return hat_u - u - is_u, hat_w - w - is_w
 
 
@@ -196,7 +197,7 @@ def _proved(statement: str, residuals: list[tuple[str, Any]]) -> Outcome:
     return Outcome(statement, len(residuals), float(len(left)), 0.0, not left, note)
 
 
-@check(
+@holds(
     "identity", "lemma-1", "lemma-2", "lemma-3", "lemma-9", "ledger", strength="symbolic"
 )  # fmt: skip
 def induction(subject: Subject, size: Size) -> Iterator[Outcome]:

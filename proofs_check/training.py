@@ -8,7 +8,7 @@ is recorded: w_t, u_t, every report, and the iterates w̃_s of every local round
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +87,7 @@ def training_run(
             recording(loss), local_steps, momentum=beta if subject.worker_momentum else None
         )
         key = jax.random.key(0)
-        flat, unravel = ravel_pytree(params)
+        flat = ravel_pytree(params)[0]
 
         def local_round(params, slot):
             batch = jax.tree.map(lambda x: x[slot], batches)
@@ -145,7 +145,7 @@ def recorded(output: Any, of: Frame) -> Recorded:
     return Recorded(w[:num_steps], u[:num_steps], du[:num_slots], dw[:num_slots], local[:num_slots])
 
 
-@lru_cache(maxsize=None)
+@cache
 def gradients(loss: LossFn, unravel: Callable[[jax.Array], Any]) -> Callable[..., jax.Array]:
     """Return the jitted gradients ∇f(w̃_s; ξ), [D, S, d], of iterates [D, S, d] and batches."""
 
