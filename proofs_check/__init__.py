@@ -24,6 +24,7 @@ from proofs_check import symbolic  # isort: skip
 from proofs_check import constants  # isort: skip
 from proofs_check import exhaustive  # isort: skip
 from proofs_check import one_step  # isort: skip
+from proofs_check import details  # isort: skip
 from proofs_check import randomized  # isort: skip
 from proofs_check import server_events  # isort: skip
 from proofs_check import statistical  # isort: skip
@@ -45,8 +46,8 @@ __all__ = [
     "run",
 ]
 _REGISTERED = (
-    symbolic, constants, exhaustive, one_step, randomized, server_events, statistical, degenerate,
-    scaling,
+    symbolic, constants, exhaustive, one_step, details, randomized, server_events, statistical,
+    degenerate, scaling,
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--lemma", action="append", metavar="NAME",
-        help="only this statement (repeatable): a lemma's number, or one of " + ", ".join(STATEMENTS),
+        help="only this statement (repeatable): a number, or one of " + ", ".join(STATEMENTS),
     )  # fmt: skip
     p.add_argument("--check", action="append", choices=list(CHECKS), help="only this check")
     p.add_argument("--examples", type=int, default=size.examples, help="Hypothesis examples")

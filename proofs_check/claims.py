@@ -67,10 +67,8 @@ def _remark_5(beta, local_steps, num_workers, num_steps, smoothness, sigma, gap)
     """Return the three candidates for γ; None for a term that drops out (zero denominator)."""
     noise = drift = None
     if sigma != 0:
-        noise = (
-            num_workers * (1 - beta) ** 1.5 * (gap / (smoothness * local_steps * num_steps)) ** 0.5
-        )
-        noise = noise / sigma
+        noise = (gap / (smoothness * local_steps * num_steps)) ** 0.5
+        noise = num_workers * (1 - beta) ** 1.5 * noise / sigma
         if local_steps > 1:
             drift = 4 * num_workers * gap / (local_steps * (local_steps - 1) * num_steps)
             drift = (1 - beta) * (drift / (smoothness * sigma) ** 2) ** (1 / 3)
@@ -89,9 +87,7 @@ def _remark_5_order(local_steps, num_workers, num_steps, smoothness, sigma):
 
 def _in_flight_rate(num_workers, virtual_delay, index, num_steps):
     """Return Eq. (6) at the virtual delay T − i, which keeps η̂·(T−1−i) ≤ 2."""
-    return (
-        1 / max(virtual_delay, num_workers) if virtual_delay > 2 * num_workers else 1 / num_workers
-    )
+    return 1 / virtual_delay if virtual_delay > 2 * num_workers else 1 / num_workers
 
 
 def _delay_adaptive(num_workers, delay):

@@ -49,9 +49,7 @@ def delay_facts(subject: Subject, size: Size) -> Iterator[Outcome]:
         hat = sequences.hat_rates(of, rates, np.array(in_flight, object))
         facts["Σ η̂ ≥ Σ η"] = hat.sum(-1) >= total
         flying = of.arrival >= steps
-        stay = np.array(
-            [eta * max(steps - 1 - i, 0) for eta, i in zip(in_flight, of.index, strict=True)]
-        )
+        stay = np.array(in_flight, object) * np.maximum(steps - 1 - of.index, 0)
         facts["η̂ ≤ 1/K in flight"] = ~(flying & (hat * num_workers > 1 + 1e-12)).any(-1)
         facts["η̂(T−1−i) ≤ 2 in flight"] = ~(flying & (stay > 2)).any(-1)
         facts["the library's trace"] = np.array(
@@ -76,7 +74,7 @@ def _same_trace(order, num_workers: int, of: sequences.Frame, row: int) -> bool:
     )
 
 
-def _apply(rule: Any, of: sequences.Frame, du, dw, start) -> tuple[np.ndarray, np.ndarray | None]:
+def _apply(rule: Any, of: sequences.Frame, du, dw, start) -> tuple[np.ndarray, np.ndarray]:
     """Put reports, by slot, through a rule; return w_{t+1} and u_{t+1}, [T, d]."""
 
     @jax.jit
@@ -147,7 +145,7 @@ def one_local_step(subject: Subject, size: Size) -> Iterator[Outcome]:
                               for d in of.delays.tolist()])  # fmt: skip
             table = sequences.powers(beta, of.num_steps + 2)
             allowed = rounding.server_bounds(
-                num_workers, of.dispatched_at, table, beta, rates, *reversed(ours),
+                num_workers, of.dispatched_at, table, beta, rates, ours[1], ours[0],
                 du[of.used], dw[of.used], start, 2.0**-53,
             )  # fmt: skip
             for statement, left, right in pairs:

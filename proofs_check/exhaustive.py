@@ -23,7 +23,7 @@ from proofs_check.registry import Outcome, Size, Subject, holds
 from proofs_check.sequences import Frame
 
 DYADIC_BETAS = (0.0, 0.5, 0.25, 0.75)
-LEMMAS = ("lemma-1", "lemma-2", "lemma-3", "lemma-9")
+LEMMAS: tuple[str, ...] = ("lemma-1", "lemma-2", "lemma-3", "lemma-9")
 CONSTANT_BETA = (3, 4)  # the (K, T) that is run once more with β as a Python constant
 CHUNK = 4096
 
@@ -202,7 +202,7 @@ def run_orders(
 @holds(*LEMMAS, strength="exhaustive", rule_only=True)
 def every_order(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Run all K^T orders for every (K, T), every dyadic β and both η; residuals exactly zero."""
-    worst = dict.fromkeys(LEMMAS, 0.0)
+    worst: dict[str, float] = dict.fromkeys(LEMMAS, 0.0)
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(LEMMAS)
     cases = 0
     for num_workers, num_steps in size.exhaustive:

@@ -1,8 +1,7 @@
 """``--map``: which code implements each statement, which checks hold it, what they caught.
 
 Read off the sources: the library cites the statement in a docstring or comment; a check's function,
-and whatever of this package it calls, uses a field of the subject; the broken rules are run. Nothing
-is typed.
+and whatever of this package it calls, uses a field of the subject; the broken rules are run.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import orlomo_jax
 import proofs_check
-from proofs_check.broken import Control, controls
+from proofs_check.controls import Control, controls
 from proofs_check.registry import CHECKS, SMALL, STATEMENTS, Subject, run
 
 
@@ -33,7 +32,7 @@ def citations(pattern: str, package: Any = orlomo_jax) -> list[str]:
     for path in sorted(root.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         spans = [
-            (node.lineno, node.end_lineno, node.name)
+            (node.lineno, node.end_lineno or node.lineno, node.name)
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
         ]

@@ -146,7 +146,9 @@ def _compare(
     compare("lemma-1", (hats.u - u - sum_u, server_u + own_u))
     compare("lemma-2", (hats.w - w - sum_w, server_w + own_w))
     # Lemma 3 carries every report's identity error: Σ |η̂| e^h.
-    from_worker = sequences.auxiliary(of, 0.0, np.abs(hat), *[-error_h] * 3, start * 0).scaled_y
+    from_worker = sequences.auxiliary(
+        of, 0.0, np.abs(hat), -error_h, -error_h, -error_h, start * 0
+    ).scaled_y
     factor = subject.claims.lemma_3(beta)
     own = own_y + own_w + own_u
     compare(

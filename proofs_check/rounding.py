@@ -15,6 +15,8 @@ longdouble from the very reports and rates; each of their terms passes at most 4
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from proofs_check import sequences
@@ -27,7 +29,7 @@ def server_bounds(
     num_workers: int,
     index: np.ndarray,
     table: Powers,
-    beta: float,
+    beta: Any,
     rates: np.ndarray,
     u: np.ndarray,
     w: np.ndarray,
@@ -74,7 +76,7 @@ def server_bounds(
 def reference_bounds(
     of: Frame,
     table: Powers,
-    beta: float,
+    beta: Any,
     hat: np.ndarray,
     du: np.ndarray,
     dw: np.ndarray,
@@ -97,8 +99,8 @@ def reference_bounds(
 
 
 def worker_bounds(
-    beta: float,
-    gamma: float,
+    beta: Any,
+    gamma: Any,
     gradients: np.ndarray,
     sizes: np.ndarray,
     local: np.ndarray,

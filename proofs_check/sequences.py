@@ -11,6 +11,7 @@ therefore exact for dyadic β.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ import numpy as np
 from proofs_check.claims import PAPER, Claims
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True)
+class Frame:
     """Who reports when: T steps, K workers, D = K+T−1 reports; leading axes are batches of orders.
 
     Attributes:

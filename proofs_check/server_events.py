@@ -149,7 +149,7 @@ class Ledger:
 
     def _server(self) -> tuple[np.ndarray, np.ndarray]:
         u = momentum_of(self.server.state)
-        return tuple(np.asarray(ravel_pytree(x)[0]) for x in (u, self.server.params))
+        return np.asarray(ravel_pytree(u)[0]), np.asarray(ravel_pytree(self.server.params)[0])
 
     def residual(self) -> tuple[float, float]:
         """Return Lemmas 1–2's worst residual in ledger form, and its allowance."""

@@ -12,6 +12,7 @@ import proofs_check
 from orlomo_jax import local_ormo_da, orlomo
 from proofs_check import SMALL, Subject, broken, mapping, replays, run, scaling, sequences
 from proofs_check.__main__ import main
+from proofs_check.controls import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
 
 FAULT = "proofs_check.broken:without_past_descent"
@@ -82,7 +83,7 @@ def test_counterexamples_are_small_and_replay(check):
 
 
 def test_a_counterexample_without_a_smallest_case_is_rerun():
-    control = broken.controls()["η̂ = 1/K in flight [delay-facts]"]
+    control = controls()["η̂ = 1/K in flight [delay-facts]"]
     (failed,) = run(control.subject, SMALL, checks=["delay-facts"])
     content = json.loads(json.dumps(replays.as_json(failed, SMALL, None)))
     residual, allowance = replays.replay(control.subject, content)
@@ -137,7 +138,7 @@ def test_plots(tmp_path):
 
 def test_map_names_code_checks_and_what_they_caught(monkeypatch):
     wanted = {"float32 coefficients [server-step]", "Lemma 1 with weight 1 [induction]"}
-    some = {k: v for k, v in broken.controls().items() if k in wanted}
+    some = {k: v for k, v in controls().items() if k in wanted}
     monkeypatch.setattr(mapping, "controls", lambda: some)
     text = "\n".join(mapping.lines())
     for piece in ("orlomo_jax/rules/orlomo.py", "proofs_check/exhaustive.py", "server-step"):

@@ -3,9 +3,10 @@
 import pytest
 
 from proofs_check import SMALL, broken, run
+from proofs_check.controls import controls
 from proofs_check.registry import CHECKS
 
-CONTROLS = broken.controls()
+CONTROLS = controls()
 
 
 @pytest.mark.parametrize("name", CONTROLS)
