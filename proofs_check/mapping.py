@@ -21,14 +21,16 @@ from proofs_check.registry import CHECKS, SMALL, STATEMENTS, Subject, run
 
 
 def citations(pattern: str, package: Any = orlomo_jax) -> list[str]:
-    """Return "file:line function" wherever a package's source matches, once a function.
+    """Return "file:line function" wherever a package's source matches, and the lines it cites.
+
+    A function is named once, and once more for each line of an algorithm that it cites.
 
     Example:
         >>> any("delay_adaptive" in place for place in citations(r"Eq[.] [(]6[)]"))
         True
     """
     root = Path(inspect.getsourcefile(package)).parent  # pyright: ignore[reportArgumentType]
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str, str], str] = {}
     for path in sorted(root.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         spans = [
@@ -40,8 +42,10 @@ def citations(pattern: str, package: Any = orlomo_jax) -> list[str]:
             if re.search(pattern, line):
                 inside = [s for s in spans if s[0] <= number <= s[1]]
                 name = max(inside)[2] if inside else "module"
+                cited = re.search(r"(?=Alg).*?, l(ines?|\.) [\d–, and]*\d", line)
+                lines = cited.group().strip("*# (") if cited else ""
                 place = f"{path.relative_to(root.parent)}:{number} {name}"
-                found.setdefault((str(path), name), place)
+                found.setdefault((str(path), name, lines), f"{place}  {lines}".rstrip())
     return list(found.values())
 
 

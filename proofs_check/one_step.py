@@ -57,7 +57,7 @@ def places(num_workers: int, largest_late: int, count: int, seed: int) -> Step:
     ]
     widths = np.resize([2, 8, max(1, largest_late - 1)], count)  # in groups: near ones and far ones
     delay = draws.integers(0, np.minimum(widths, max(1, largest_late - 1)) * num_workers)
-    step = delay + draws.integers(1, 2**20, count) * draws.integers(0, 2, count) + 1
+    step = delay + draws.integers(1, 2**30, count) * draws.integers(0, 2, count) + 1
     edges = np.array(pairs, int).reshape(-1, 2)
     return Step(np.append(edges[:, 0], step), np.append(edges[:, 1], step - delay))
 
@@ -149,7 +149,8 @@ def _algorithm(subject: Subject, size: Size, statement: str, rule, claim, betas)
             traced = read_step(rule, num_workers)
             reads = [(beta, traced) for beta in betas]
             if num_workers == 4:  # and with β as a Python constant, as a user writes it
-                reads += [(beta, read_step(rule, num_workers, beta)) for beta in betas]
+                constants = betas if size.settings >= 5 else betas[-1:]
+                reads += [(beta, read_step(rule, num_workers, beta)) for beta in constants]
             for beta, read in reads:
                 at = places(num_workers, 12, 60, size.seed)
                 rates = BY_STEP[at.step % 7] * BY_DELAY[(at.step - at.index) % 4]

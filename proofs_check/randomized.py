@@ -23,6 +23,7 @@ TREES: dict[str, tuple[Any, int]] = {  # params as shapes, and S
     "scalar": ((), 1),
     "vector": ((5,), 3),
     "nested": ({"kernels": [(2, 3), (3,)], "bias": ()}, 2),
+    "mixed": ([{"scale": (1, 1, 2)}, [(), (4,)]], 4),
 }
 
 

@@ -119,7 +119,7 @@ class Size:
     plots: str | None = None
 
 
-SMALL = Size(examples=8, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, minimize=False)
+SMALL = Size(examples=4, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, minimize=False)
 
 
 @dataclass

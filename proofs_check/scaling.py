@@ -134,9 +134,12 @@ def stationary_error(subject: Subject, size: Size) -> Iterator[Outcome]:
     steps = 1600 if size.settings >= 5 else 400
     round_fn = subject.local_momentum_sgd(loss_fn, 1, momentum=BETA)
     curves = []
+    over_gamma, over_workers = [(0.02, 2), (0.04, 2), (0.08, 2)], [(0.08, 2), (0.08, 4), (0.08, 8)]
+    if size.settings < 5:
+        over_gamma, over_workers = over_gamma[::2], over_workers[::2]
     for name in ("orlomo", "prsgdm"):
         points = {}
-        for gamma, num_workers in ((0.02, 2), (0.04, 2), (0.08, 2), (0.08, 4), (0.08, 8)):
+        for gamma, num_workers in sorted({*over_gamma, *over_workers}):
             synchronous = name == "prsgdm"
             if synchronous:
                 count = steps * num_workers // 2  # C = KT̃ gradients; a step is one of K reports
@@ -151,8 +154,8 @@ def stationary_error(subject: Subject, size: Size) -> Iterator[Outcome]:
                 method, round_fn, trace, gamma, 1, size.seed, count // 2
             )
         for variable, position, grid in (
-            ("γ", 0, [(0.02, 2), (0.04, 2), (0.08, 2)]),
-            ("K", 1, [(0.08, 2), (0.08, 4), (0.08, 8)]),
+            ("γ", 0, over_gamma),
+            ("K", 1, over_workers),
         ):
             terms = [subject.claims.remark_4_order(*point, 1) for point in grid]
             along = ([points[p] for p in grid], [sum(x) for x in terms], [x[0] for x in terms])

@@ -18,7 +18,7 @@ from proofs_check.extras import need
 
 NUM_WORKERS = (1, 2, 3, 5, 16, 64)
 MAX_STEPS = 500
-PROBLEMS = ("scalar", "vector", "nested")
+PROBLEMS = ("scalar", "vector", "nested", "mixed")
 ORDERS = (
     "homogeneous", "heterogeneous", "one slow", "given", "silent", "bursts", "round robin",
     "reversed", "any",
