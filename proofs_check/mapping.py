@@ -84,6 +84,13 @@ def used_by(name: str) -> list[str]:
     return [value.__name__ for value in values if callable(value)]
 
 
+def _exercised(statement: str) -> list[str]:
+    """Return the library's functions that a statement's checks run, for one that none cites."""
+    names = {n for c in CHECKS.values() if statement in c.statements for n in used_by(c.name)}
+    places = [f"{location(getattr(orlomo_jax, n))} {n}, run by its checks" for n in sorted(names)]
+    return places or ["none: it is about the mathematics alone"]
+
+
 @lru_cache(maxsize=1)
 def _functions() -> dict[str, list[ast.AST]]:
     """Return the syntax nodes of every function and class of this package, by name."""
@@ -119,7 +126,7 @@ def lines(on_control: Callable[[str], None] | None = None) -> Iterator[str]:
             names.append(control.subject.name + verdict)
     for key, statement in STATEMENTS.items():
         yield f"{statement.title}: {statement.says}"
-        for place in citations(statement.cited) or ["cited nowhere in the library"]:
+        for place in citations(statement.cited) or _exercised(key):
             yield f"  code   {place}"
         for item in CHECKS.values():
             if key not in item.statements:

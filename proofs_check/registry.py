@@ -27,14 +27,14 @@ class Statement(NamedTuple):
 
 _server = r"Alg(orithm|\.) {0}\b(?!, l(ines?|\.) (1[7-9]|2\d))"
 STATEMENTS: dict[str, Statement] = {
-    "eq-2": Statement(
-        "Eq. (2)", "K = S = 1 is momentum SGD", r"Eq\. \(2\)|optax\.sgd|momentum SGD"
-    ),
+    "eq-2": Statement("Eq. (2)", "K = S = 1 is momentum SGD", r"Eq\. \(2\)|optax\.sgd"),
     "eq-6": Statement("Eq. (6)", "η_t = 1/K up to a delay of 2K, then 1/τ", r"Eq\. \(6\)"),
     "algorithm-1": Statement("Algorithm 1", "AL-SGD's server step", _server.format(1)),
     "algorithm-2": Statement("Algorithm 2", "OrLoMo's server step", _server.format(2)),
     "worker": Statement(
-        "Algorithm 2, worker", "S steps of momentum SGD", r"Alg(orithm|\.) 2, l(ines?|\.) 17"
+        "Algorithm 2, worker",
+        "S steps of momentum SGD",
+        r"Alg(orithm|\.) 2, l(ines?|\.) (1[7-9]|2\d)",
     ),
     "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
     "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),

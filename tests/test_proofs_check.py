@@ -149,6 +149,7 @@ def test_map_names_code_checks_and_what_they_caught(monkeypatch):
     assert "caught  float32 coefficients" in text
     assert "caught  Lemma 1 with weight 1" in text
     assert "NOT CAUGHT" not in text
+    assert "Algorithm 2, lines 20–27" in text
     code = [line for line in text.splitlines() if line.startswith("  code")]
     assert len(code) > len(STATEMENTS)
 
