@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optax
 
 from orlomo_jax import rules
-from orlomo_jax.rules import base
+from orlomo_jax.rules import base, contract
 from orlomo_jax.worker import RoundResult, local_momentum_sgd
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def make_method(
     """
     if name not in METHOD_NAMES:
         raise ValueError(f"`name` must be one of {', '.join(METHOD_NAMES)}, got name={name!r}")
-    base.check_momentum(momentum)
+    contract.check_momentum(momentum)
     rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
 
     def method(rule, worker_momentum=None, synchronous=False, merge_weight=rate):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from orlomo_jax.rules import LocalUpdate, base
+from orlomo_jax.rules import LocalUpdate, contract
 from orlomo_jax.worker import RoundResult, all_finite
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class Task(NamedTuple):
     worker: int
     round: int
     dispatched_at: int
-    params: base.Params
+    params: contract.Params
     model_state: PyTree[Array]
-    momentum: base.Params | None
+    momentum: contract.Params | None
     local_learning_rate: Scalar
 
     def report(self, result: RoundResult) -> Report:
@@ -68,7 +68,7 @@ class ReportRejected(ValueError):
 
 
 def check_payload(
-    report: Report, params: base.Params, model_state: PyTree[Array], *, momentum: bool
+    report: Report, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
 ) -> None:
     """Raise unless the report's trees are like the server's and hold no NaN and no Inf.
 
@@ -98,7 +98,7 @@ def check_payload(
         expected["update.momentum"], got["update.momentum"] = params, report.update.momentum
     for name, like in expected.items():
         if _signature(got[name]) != _signature(like):
-            base.check_like(name, got[name], like, dtypes=True)  # slower, but says where
+            contract.check_like(name, got[name], like, dtypes=True)  # slower, but says where
     _check_finite(report)
 
 

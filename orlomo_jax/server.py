@@ -16,8 +16,14 @@ import optax
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
 from orlomo_jax.reports import Report, ReportRejected, Task, check_payload
-from orlomo_jax.rules import base
-from orlomo_jax.server_step import merge_weight_on_host, server_step
+from orlomo_jax.rules import contract
+from orlomo_jax.server_step import (
+    beside,
+    merge_weight_on_host,
+    own,
+    server_step,
+    start_momentum,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree
@@ -77,25 +83,25 @@ class ParameterServer:
     def __init__(
         self,
         method: Method,
-        params: base.Params,
+        params: contract.Params,
         num_workers: int,
         model_state: PyTree[ArrayLike] = None,
         *,
         local_learning_rate: float | optax.Schedule,
     ) -> None:
         """Start at step 0 with every worker idle."""
-        num_workers = base.check_num_workers(num_workers)
+        num_workers = contract.check_num_workers(num_workers)
         if method.num_workers not in (None, num_workers):
             raise ValueError(
                 f"`num_workers` must be the method's, {method.num_workers}, "
                 f"got num_workers={num_workers}"
             )
-        base.check_floating("params", params)
-        base.check_floating("model_state", model_state)
+        contract.check_floating("params", params)
+        contract.check_floating("model_state", model_state)
         if jax.tree.leaves(model_state) and method.merge_weight is None:
             raise ValueError(f"`model_state` needs a method with merge_weight, got {method.name!r}")
         self.method, self.num_workers, self.step = method, num_workers, 0
-        self._params, self._model_state = _own((params, model_state))
+        self._params, self._model_state = own((params, model_state))
         self._merging = self._model_state  # ahead of it within a synchronous round
         # A rule may keep params, or one array twice: copies of its own can be donated.
         self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
@@ -103,7 +109,7 @@ class ParameterServer:
         self._params_shared, self._state_shared = True, False
         self._schedule = local_learning_rate if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
-        base.check_learning_rate("local_learning_rate", first)
+        contract.check_learning_rate("local_learning_rate", first)
         self._local_learning_rate = jnp.asarray(first, float)
         self._lock = threading.RLock()
         self._held: dict[int, Task] = {}
@@ -112,7 +118,7 @@ class ParameterServer:
 
     @property
     @_transaction
-    def params(self) -> base.Params:
+    def params(self) -> contract.Params:
         """w_t. Reading it keeps the arrays alive through the next step."""
         self._params_shared = True
         return self._params
@@ -211,8 +217,8 @@ class ParameterServer:
             self._params,
             self._state,
             self._merging,
-            _beside(report.update, self._params),
-            _beside(report.model_state, self._model_state),
+            beside(report.update, self._params),
+            beside(report.model_state, self._model_state),
             np.int32(self.step),
             np.int32(report.dispatched_at),
         )
@@ -277,7 +283,7 @@ class ParameterServer:
                     f"got {len(leaves)}"
                 )
             tree = jax.tree.unflatten(structure, map(jnp.asarray, leaves))
-            base.check_like(name, tree, like, dtypes=True)
+            contract.check_like(name, tree, like, dtypes=True)
             return tree
 
         like = {"params": self._params, "state": self._state}
@@ -346,37 +352,3 @@ class ParameterServer:
                 "the weight of a report's model state must be in [0, 1], got "
                 f"learning_rate · delay_weight = {weight} at step={self.step}, delay={delay}"
             )
-
-
-def start_momentum(state: Any) -> base.Params:
-    """Return the momentum of a synchronous rule's state, wherever a chain keeps it."""
-
-    def of_a_state(path, value):  # not of a params tree or of hyperparameters
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-
-    return optax.tree.get(state, "momentum", filtering=of_a_state)
-
-
-def _own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
-
-    def leaf(x):
-        if isinstance(x, jax.Array) and not x.weak_type:
-            return x
-        return jnp.array(x, dtype=jnp.result_type(x))
-
-    return jax.tree.map(leaf, tree)
-
-
-def _beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
-    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be."""
-    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    leaves, structure = jax.tree.flatten(tree)
-    wanted = expected * (len(leaves) // len(expected)) if expected else []
-    moved = [
-        jax.device_put(leaf, sharding)
-        if isinstance(leaf, jax.Array) and leaf.sharding != sharding
-        else leaf
-        for leaf, sharding in zip(leaves, wanted, strict=True)
-    ]
-    return jax.tree.unflatten(structure, moved)

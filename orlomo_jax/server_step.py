@@ -1,17 +1,20 @@
-"""The server's numerics: update, apply and merge as one compiled program."""
+"""The server's numerics: update, apply and merge as one compiled program, and its arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orlomo_jax.rules import base
+from orlomo_jax.rules import contract
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, PyTree
 
 
 @lru_cache(maxsize=64)
@@ -36,7 +39,7 @@ def server_step(
         rate = None
         if schedule is not None:
             rate = jnp.asarray(schedule(step + 1), float)
-            base.check_scalar("local_learning_rate", rate)
+            contract.check_scalar("local_learning_rate", rate)
         return params, state, model_state, rate
 
     donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]
@@ -56,3 +59,37 @@ def merge_weight_on_host(merge_weight: Any, step: int, delay: int) -> float:
         device = None
     with jax.default_device(device):
         return float(_compiled(merge_weight)(np.int32(step), np.int32(delay)))
+
+
+def start_momentum(state: Any) -> contract.Params:
+    """Return the momentum of a synchronous rule's state, wherever a chain keeps it."""
+
+    def of_a_state(path, value):  # not of a params tree or of hyperparameters
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    return optax.tree.get(state, "momentum", filtering=of_a_state)
+
+
+def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
+
+    def leaf(x):
+        if isinstance(x, jax.Array) and not x.weak_type:
+            return x
+        return jnp.array(x, dtype=jnp.result_type(x))
+
+    return jax.tree.map(leaf, tree)
+
+
+def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
+    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be."""
+    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = expected * (len(leaves) // len(expected)) if expected else []
+    moved = [
+        jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and leaf.sharding != sharding
+        else leaf
+        for leaf, sharding in zip(leaves, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)

@@ -14,69 +14,20 @@ import optax
 
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
+from orlomo_jax.history import Evaluation, History, Progress, StepRecord
 from orlomo_jax.methods import Method
-from orlomo_jax.rules import base
+from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace, Event
-from orlomo_jax.worker import all_finite
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Scalar
+    from jaxtyping import Array, ArrayLike, Int, PyTree, Scalar
 
     BatchFn = Callable[[Array, Int[Array, ""], Int[Array, ""]], PyTree[Array]]
-    Evaluate = Callable[[base.Params, PyTree[Array]], dict[str, Scalar]]
+    Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
 
 _LOOK_EVERY = 256
 """Steps between two looks at the device's first non-finite step: a rare, cheap wait."""
-
-
-class StepRecord(NamedTuple):
-    """One global iteration, as ``on_step`` sees it.
-
-    Attributes:
-        step: How many reports are applied, this one included; in [1, T].
-        time: Virtual seconds at its arrival.
-        worker: Who reported.
-        delay: τ_t.
-        loss: The mean loss of its local steps, float[], on the device: ``float(record.loss)``
-            waits for it, so do that rarely.
-        metrics: The evaluation after this step, or None.
-    """
-
-    step: int
-    time: float
-    worker: int
-    delay: int
-    loss: Float[Array, ""]
-    metrics: dict[str, float] | None
-
-
-class Evaluation(NamedTuple):
-    """Metrics of the server's parameters after ``step`` reports, at virtual ``time`` (seconds)."""
-
-    step: int
-    time: float
-    metrics: dict[str, float]
-
-
-class History(NamedTuple):
-    """What happened, step by step, up to the end or to the first non-finite report.
-
-    Attributes:
-        step: int32[n], 1 … n.
-        time: float64[n], virtual seconds.
-        worker: int32[n].
-        delay: int32[n].
-        loss: float[n], the mean loss of the report's local steps.
-        evaluations: In order of step.
-    """
-
-    step: np.ndarray
-    time: np.ndarray
-    worker: np.ndarray
-    delay: np.ndarray
-    loss: np.ndarray
-    evaluations: tuple[Evaluation, ...]
 
 
 class SimulationResult(NamedTuple):
@@ -93,7 +44,7 @@ class SimulationResult(NamedTuple):
             was noticed, where finite reports overflowed in the merge); None where finished.
     """
 
-    params: base.Params
+    params: contract.Params
     model_state: PyTree[Array]
     state: Any
     history: History
@@ -106,7 +57,7 @@ def simulate(
     method: Method,
     round_fn: Callable,
     batch_fn: BatchFn,
-    params: base.Params,
+    params: contract.Params,
     trace: ArrivalTrace,
     *,
     key: Array,
@@ -188,7 +139,7 @@ def simulate(
     identity = _identity(method, trace, key)
     progress = _resume(checkpoint, identity, server)
     if progress is None:
-        progress = _Progress()
+        progress = Progress()
         for worker in set(range(trace.num_workers)) - _late_joiners(trace):
             server.dispatch(worker)
 
@@ -243,46 +194,9 @@ def simulate(
     )
 
 
-class _Progress:
-    """What a run has gathered so far, beside the server."""
-
-    def __init__(self, losses: np.ndarray | None = None, evaluations: list | None = None) -> None:
-        self.losses = [] if losses is None else list(losses)
-        self.evaluations = [] if evaluations is None else [Evaluation(*e) for e in evaluations]
-        self.waiting_losses: list[Array] = []
-        self.first_bad = jnp.int32(-1)
-
-    def look(self, server: ParameterServer) -> int:
-        """Fetch the losses; return the index of the first non-finite step, or −1.
-
-        Where every report was finite and only the merge was not, that is the newest step.
-        """
-        self.losses += jax.device_get(self.waiting_losses)
-        self.waiting_losses = []
-        bad = int(self.first_bad)
-        if bad < 0 and not bool(_all_finite((server.params, server.state, server.model_state))):
-            self.first_bad = jnp.int32(server.step - 1)
-        return int(self.first_bad)
-
-    def history(self, trace: ArrivalTrace, length: int) -> History:
-        return History(
-            step=np.arange(1, length + 1, dtype=np.int32),
-            time=trace.times[:length],
-            worker=trace.workers[:length],
-            delay=trace.delays[:length],
-            loss=np.asarray(self.losses[:length]),
-            evaluations=tuple(self.evaluations),
-        )
-
-    def snapshot(self, server: ParameterServer, identity: dict[str, Any]) -> tuple[dict, dict]:
-        arrays, books = server.snapshot()
-        notes = {"identity": identity, "server": books, "evaluations": self.evaluations}
-        return {"server": arrays, "losses": np.asarray(self.losses)}, notes
-
-
 def _resume(
     checkpoint: Checkpoints | None, identity: dict[str, Any], server: ParameterServer
-) -> _Progress | None:
+) -> Progress | None:
     """Put the server where the newest checkpoint left it; None where there is none."""
     if checkpoint is None or (saved := checkpoint.newest()) is None:
         return None
@@ -293,7 +207,7 @@ def _resume(
                 f"{checkpoint.directory}"
             )
     server.restore(saved.arrays["server"], saved.notes["server"])
-    return _Progress(saved.arrays["losses"], saved.notes["evaluations"])
+    return Progress(saved.arrays["losses"], saved.notes["evaluations"])
 
 
 def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
@@ -303,9 +217,6 @@ def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]
         "trace": trace.digest(),
         "key": jax.random.key_data(key).tolist(),
     }
-
-
-_all_finite = jax.jit(all_finite)
 
 
 @lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from orlomo_jax.checks import check_count
-from orlomo_jax.rules import base
+from orlomo_jax.rules import base, contract
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, PyTree
@@ -30,7 +30,7 @@ class RoundResult(NamedTuple):
         finite: bool[], whether update, model state and losses are free of NaN and Inf.
     """
 
-    update: base.LocalUpdate
+    update: contract.LocalUpdate
     model_state: PyTree[Array]
     loss: Float[Array, " S"]
     metrics: PyTree[Array]
@@ -91,20 +91,20 @@ def local_momentum_sgd(
     """
     num_local_steps = check_count("num_local_steps", num_local_steps, 1)
     if momentum is not None:
-        base.check_momentum(momentum)
+        contract.check_momentum(momentum)
     decay = momentum  # `momentum` is the starting buffer below
-    base.check_learning_rate("weight_decay", weight_decay)
+    contract.check_learning_rate("weight_decay", weight_decay)
     without_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     transform = optax.identity() if gradient_transform is None else gradient_transform
 
     def round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None):
         _check_leading_axis(batches, num_local_steps)
-        base.check_learning_rate("local_learning_rate", local_learning_rate)
+        contract.check_learning_rate("local_learning_rate", local_learning_rate)
         if decay is None and momentum is not None:
             raise ValueError("`momentum` must be None for plain SGD, got a starting buffer")
         params = jax.tree.map(jnp.asarray, params)
         if momentum is not None:
-            base.check_like("momentum", momentum, params)
+            contract.check_like("momentum", momentum, params)
         wide = base.zeros(params, jnp.float32)  # bfloat16 steps add up in float32
         buffer = wide if momentum is None else base.combine([(1.0, momentum)], like=wide)
         buffer = None if decay is None else buffer
@@ -136,7 +136,7 @@ def local_momentum_sgd(
         )
         if buffer is not None:
             buffer = jax.tree.map(lambda u, w: u.astype(w.dtype), buffer, params)
-        update = base.LocalUpdate(jax.tree.map(jnp.subtract, params, local), buffer)
+        update = contract.LocalUpdate(jax.tree.map(jnp.subtract, params, local), buffer)
         finite = all_finite((update, model_state, loss))
         return RoundResult(update, model_state, loss, metrics, finite)
 

@@ -22,6 +22,7 @@ ORDER = (
     "server_step",
     "server",
     "checkpoint",
+    "history",
     "simulator",
     "adapters",
 )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base
+from orlomo_jax.rules import base, contract
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
@@ -62,14 +62,14 @@ def al_sgd(
     """
     rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
 
-    def init(params: base.Params) -> ALSGDState:
-        base.check_floating("params", params)
+    def init(params: contract.Params) -> ALSGDState:
+        contract.check_floating("params", params)
         return ALSGDState(jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del extra_args
-        report = base.check_report(updates, params, rule="al_sgd", momentum=False)
-        index = base.check_dispatched_at(dispatched_at, state.step)
+        report = contract.check_report(updates, params, rule="al_sgd", momentum=False)
+        index = contract.check_dispatched_at(dispatched_at, state.step)
         eta = jax.lax.optimization_barrier(rate(state.step, state.step - index))
         new_updates = base.combine([(-eta, report.delta)], like=report.delta)  # Alg. 1, l. 7
         return new_updates, ALSGDState(base.increment(state.step))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base
+from orlomo_jax.rules import base, contract
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -22,7 +22,7 @@ class OrLoMoState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    momentum: base.Params
+    momentum: contract.Params
 
 
 def orlomo(
@@ -92,18 +92,18 @@ def orlomo(
         Ordered Local Momentum for Asynchronous Distributed Learning under Arbitrary Delays,
         `arXiv:2601.12322 <https://arxiv.org/abs/2601.12322>`_, Algorithm 2.
     """
-    num_workers = base.check_num_workers(num_workers)
-    base.check_momentum(momentum)
+    num_workers = contract.check_num_workers(num_workers)
+    contract.check_momentum(momentum)
     rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
     without_momentum = isinstance(momentum, int | float) and momentum == 0
 
-    def init(params: base.Params) -> OrLoMoState:
+    def init(params: contract.Params) -> OrLoMoState:
         return OrLoMoState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
-        report = base.check_report(updates, state.momentum, rule="orlomo", momentum=True)
-        index = base.check_dispatched_at(dispatched_at, state.step)
+        report = contract.check_report(updates, state.momentum, rule="orlomo", momentum=True)
+        index = contract.check_dispatched_at(dispatched_at, state.step)
         c = base.ordered_coefficients(
             state.step, index, num_workers, momentum, rate(state.step, state.step - index)
         )

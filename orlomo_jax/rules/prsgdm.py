@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base
+from orlomo_jax.rules import base, contract
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
@@ -26,8 +26,8 @@ class PRSGDmState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    momentum: base.Params
-    pending: tuple[base.Params, base.Params]
+    momentum: contract.Params
+    pending: tuple[contract.Params, contract.Params]
 
 
 def prsgdm(
@@ -76,9 +76,9 @@ def prsgdm(
         Yu, Jin and Yang, `On the linear speedup analysis of communication efficient momentum SGD
         for distributed non-convex optimization <https://arxiv.org/abs/1905.03817>`_, 2019.
     """
-    num_workers = base.check_num_workers(num_workers)
+    num_workers = contract.check_num_workers(num_workers)
 
-    def init(params: base.Params) -> PRSGDmState:
+    def init(params: contract.Params) -> PRSGDmState:
         return PRSGDmState(
             step=jnp.zeros([], jnp.int32),
             momentum=base.zeros(params, accumulator_dtype),
@@ -87,8 +87,8 @@ def prsgdm(
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
-        report = base.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
-        base.check_dispatched_at(dispatched_at, state.step)
+        report = contract.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
+        contract.check_dispatched_at(dispatched_at, state.step)
         first = state.step % num_workers == 0
         last = (state.step + 1) % num_workers == 0
         keep, share = jax.lax.optimization_barrier(

@@ -1,0 +1,149 @@
+"""What a worker sends, and what the rules refuse of it and of their hyperparameters."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core as jax_core
+
+from orlomo_jax.checks import check_count, check_nonnegative, check_number
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, PyTree
+
+    Params: TypeAlias = PyTree[Array]
+
+
+class LocalUpdate(NamedTuple):
+    """What a worker sends after its local round.
+
+    Attributes:
+        delta: Δw = w̃_0 − w̃_S, the dispatched parameters minus the local ones; a tree like params.
+        momentum: Δu = ũ_S, the local momentum after the round; a tree like params, or None where
+            the rule needs none (AL-SGD, local OrMo-DA).
+    """
+
+    delta: Params
+    momentum: Params | None = None
+
+
+def check_floating(name: str, tree: Params) -> None:
+    """Raise TypeError unless every leaf is floating or complex; the message names the path."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`{name}` must have floating leaves, got {dtype} at {where}")
+
+
+def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
+    """Return ``report`` if it is a LocalUpdate of trees like ``like``, else raise.
+
+    Args:
+        report: What ``rule.update`` was given as updates.
+        like: A tree like params (dtypes do not count), or None where none is known.
+        rule: The rule's name, for the message.
+        momentum: Whether the rule needs ``LocalUpdate.momentum``.
+    """
+    if not isinstance(report, LocalUpdate):
+        raise TypeError(
+            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. What flattens, "
+            "masks, partitions or accumulates updates cannot be wrapped round it: put it after the "
+            "rule in an optax.chain"
+        )
+    if momentum and report.momentum is None:
+        raise ValueError(
+            f"`{rule}` needs the local momentum, got LocalUpdate.momentum=None: let the workers "
+            "run momentum SGD (local_momentum_sgd with momentum=0.9, say)"
+        )
+    if like is not None:
+        check_like("LocalUpdate.delta", report.delta, like)
+    if momentum:
+        check_like("LocalUpdate.momentum", report.momentum, report.delta if like is None else like)
+    return report
+
+
+def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -> None:
+    """Raise ValueError unless ``tree`` has the structure, shapes (and dtypes) of ``like``."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(f"`{name}` must have the structure {expected}, got {structure}")
+    for (path, leaf), reference in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
+    ):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) != np.shape(reference):
+            wanted = np.shape(reference)
+            raise ValueError(f"`{where}` must have shape {wanted}, got shape {np.shape(leaf)}")
+        if dtypes and (dtype := own_dtype(leaf)) != own_dtype(reference):
+            raise ValueError(f"`{where}` must be {own_dtype(reference)}, got {dtype}")
+
+
+def own_dtype(leaf: Any) -> np.dtype:
+    """Return a leaf's dtype as it is: float64 of a NumPy array even where JAX would narrow it."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def check_num_workers(num_workers: Any) -> int:
+    """Return K as an int; raise unless it is an integer ≥ 1."""
+    return check_count("num_workers", num_workers, 1)
+
+
+def check_momentum(momentum: Any) -> None:
+    """Raise unless β is in [0, 1), where it is concrete, also in the dtype that it is used in."""
+    if isinstance(momentum, jax_core.Tracer):
+        return
+    check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    if _as_used(momentum) >= 1:
+        raise ValueError(
+            f"`momentum` must be below 1 in float32, got momentum={momentum}, which rounds to 1: "
+            "enable x64 for it"
+        )
+
+
+def check_learning_rate(name: str, value: Any) -> None:
+    """Raise unless the rate is a scalar and, where it is concrete, finite and ≥ 0."""
+    check_scalar(name, value)
+    if not isinstance(value, jax_core.Tracer):
+        check_nonnegative(name, value)
+        check_number(name, _as_used(value), np.isfinite, "finite in float32, unless x64 is enabled")
+
+
+def _as_used(value: Any) -> np.ndarray:
+    """Return a concrete number in the dtype that JAX computes coefficients in."""
+    with np.errstate(over="ignore"):
+        return np.asarray(value).astype(jax.dtypes.canonicalize_dtype(float))
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless ``value`` has shape (), traced or not."""
+    if np.shape(value) != ():
+        raise ValueError(f"`{name}` must be a scalar, got shape {np.shape(value)}")
+
+
+def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
+    """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, where they are concrete."""
+    index = dispatched_at
+    if not isinstance(index, jax.Array):
+        try:
+            index = operator.index(index)
+        except TypeError:
+            index = jnp.asarray(jnp.nan)
+    elif jnp.issubdtype(index.dtype, jnp.integer) and not isinstance(index, jax_core.Tracer):
+        index = int(index) if index.shape == () else index
+    if isinstance(index, int):
+        last = np.iinfo(np.int32).max if isinstance(step, jax_core.Tracer) else int(step)
+        if not 0 <= index <= last:
+            raise ValueError(
+                f"`dispatched_at` must be in [0, step={last}], got dispatched_at={index}"
+            )
+    elif index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            "`dispatched_at` must be an integer scalar, the step of the parameters that the worker "
+            f"was sent; got dispatched_at={dispatched_at!r}"
+        )
+    return jnp.asarray(index, jnp.int32)
