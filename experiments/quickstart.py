@@ -260,7 +260,8 @@ def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set(xlabel="virtual time (gradients of a fast worker)", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[1].legend()
+    if any(best.values()):
+        axes[1].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
