@@ -7,10 +7,11 @@ as it goes, and ``--resume`` goes on from there, to the bit.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,17 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
     return on_step
 
 
+def _claim(path: Path, run: runs.Run) -> None:
+    """Note whose checkpoints a folder holds; refuse those of a run with other settings."""
+    if not path.exists():
+        path.write_text(json.dumps(asdict(run)), encoding="utf-8")
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    others = [name for name, value in asdict(run).items() if theirs.get(name) != value]
+    if others:
+        raise SystemExit(f"{path} is of a run with another {', '.join(others)}")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
     settings = tyro.cli(Train, args=args, description=__doc__)
@@ -122,6 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 f"{settings.checkpoint_dir} holds checkpoints: add --resume to go on from the "
                 "newest, or choose another --checkpoint-dir"
             )
+        _claim(settings.checkpoint_dir / "run.json", settings.run)
     elif settings.resume:
         raise SystemExit("--resume needs --checkpoint-dir")
     listeners = []
