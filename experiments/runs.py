@@ -20,8 +20,8 @@ from orlomo_jax import (
     ArrivalTrace,
     Checkpoints,
     Method,
-    SimulationResult,
     StepRecord,
+    TrainingResult,
     heterogeneous,
     homogeneous,
     make_method,
@@ -255,7 +255,7 @@ def _schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(learning_rate, drops)
 
 
-def _row(run: Run, result: SimulationResult, wall_time: float) -> dict[str, Any]:
+def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     evaluations = result.history.evaluations
     curve: dict[str, list] = {
         "step": [e.step for e in evaluations],

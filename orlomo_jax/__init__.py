@@ -10,7 +10,7 @@ from orlomo_jax.arrivals import (
     simulate_arrivals,
 )
 from orlomo_jax.checkpoint import Checkpoints
-from orlomo_jax.history import Evaluation, History, StepRecord
+from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.methods import METHOD_NAMES, Method, make_method
 from orlomo_jax.reports import Report, ReportRejected, Task
 from orlomo_jax.rules import (
@@ -27,7 +27,7 @@ from orlomo_jax.rules import (
     prsgdm,
 )
 from orlomo_jax.server import ParameterServer
-from orlomo_jax.simulator import SimulationResult, simulate
+from orlomo_jax.simulator import simulate
 from orlomo_jax.trace import ArrivalTrace, Event
 from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
 
@@ -50,9 +50,9 @@ __all__ = [
     "Report",
     "ReportRejected",
     "RoundResult",
-    "SimulationResult",
     "StepRecord",
     "Task",
+    "TrainingResult",
     "al_sgd",
     "all_finite",
     "delay_adaptive",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace
 from orlomo_jax.worker import all_finite
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, PyTree
 
 _all_finite = jax.jit(all_finite)
 
@@ -65,6 +66,29 @@ class History(NamedTuple):
     delay: np.ndarray
     loss: np.ndarray
     evaluations: tuple[Evaluation, ...]
+
+
+class TrainingResult(NamedTuple):
+    """What a simulated or real run returns.
+
+    Attributes:
+        params: The final parameters; where the run diverged, those at which it was noticed.
+        model_state: The final merged model state.
+        state: The rule's final state (u_T among it).
+        history: See :class:`History`.
+        trace: The arrival order that was run.
+        status: ``"finished"`` or ``"diverged"``.
+        diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
+            was noticed, where finite reports overflowed in the merge); None where finished.
+    """
+
+    params: contract.Params
+    model_state: PyTree[Array]
+    state: Any
+    history: History
+    trace: ArrivalTrace
+    status: Literal["finished", "diverged"]
+    diverged_at: int | None
 
 
 class Progress:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import optax
 
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
-from orlomo_jax.history import Evaluation, History, Progress, StepRecord
+from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
+from orlomo_jax.rounds import fused_round
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace, Event
@@ -28,29 +29,6 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY = 256
 """Steps between two looks at the device's first non-finite step: a rare, cheap wait."""
-
-
-class SimulationResult(NamedTuple):
-    """What :func:`simulate` returns.
-
-    Attributes:
-        params: The final parameters; where the run diverged, those at which it was noticed.
-        model_state: The final merged model state.
-        state: The rule's final state (u_T among it).
-        history: See :class:`History`.
-        trace: The arrival order that was run.
-        status: ``"finished"`` or ``"diverged"``.
-        diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
-            was noticed, where finite reports overflowed in the merge); None where finished.
-    """
-
-    params: contract.Params
-    model_state: PyTree[Array]
-    state: Any
-    history: History
-    trace: ArrivalTrace
-    status: Literal["finished", "diverged"]
-    diverged_at: int | None
 
 
 def simulate(
@@ -67,7 +45,7 @@ def simulate(
     evaluate_every: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     checkpoint: Checkpoints | None = None,
-) -> SimulationResult:
+) -> TrainingResult:
     """Train with K delayed workers whose reports arrive in the order of ``trace``.
 
     The mathematics is exact whatever the delays: each report is computed from the very parameters
@@ -98,7 +76,7 @@ def simulate(
             the bit; ``on_step`` then sees the steps after it alone.
 
     Returns:
-        A :class:`SimulationResult`.
+        A :class:`TrainingResult`.
 
     Raises:
         ValueError: If method and trace do not fit together, a hyperparameter is out of range, or
@@ -131,7 +109,7 @@ def simulate(
     server = ParameterServer(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    run_round = partial(_fused_round(round_fn), jax.tree_util.Partial(batch_fn))
+    run_round = partial(fused_round(round_fn), jax.tree_util.Partial(batch_fn))
     evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
     events: defaultdict[int, list[Event]] = defaultdict(list)
     for event in trace.events:
@@ -183,7 +161,7 @@ def simulate(
             checkpoint.save(step, *progress.snapshot(server, identity))
 
     bad = progress.look(server)
-    return SimulationResult(
+    return TrainingResult(
         params=server.params,
         model_state=server.model_state,
         state=server.state,
@@ -217,33 +195,6 @@ def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]
         "trace": trace.digest(),
         "key": jax.random.key_data(key).tolist(),
     }
-
-
-@lru_cache(maxsize=32)
-def _fused_round(round_fn: Callable) -> Callable:
-    """Return batches, round and finite check as one compiled program, kept for a sweep's runs."""
-
-    @jax.jit
-    def run_round(
-        batch_fn,
-        params,
-        model_state,
-        momentum,
-        local_learning_rate,
-        data_key,
-        noise_key,
-        worker,
-        round,
-        step,
-        first_bad,
-    ):
-        batches = batch_fn(data_key, worker, round)
-        key = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
-        result = round_fn(params, model_state, batches, local_learning_rate, key, momentum=momentum)
-        first_bad = jnp.where((first_bad < 0) & ~result.finite, step, first_bad)
-        return result, result.loss.mean(), first_bad
-
-    return run_round
 
 
 def _late_joiners(trace: ArrivalTrace) -> set[int]:

@@ -21,6 +21,7 @@ ORDER = (
     "reports",
     "server_step",
     "server",
+    "rounds",
     "checkpoint",
     "history",
     "simulator",
