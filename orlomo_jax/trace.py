@@ -53,7 +53,8 @@ class ArrivalTrace:
     """The order of arrivals: who reports at each of T steps, from which parameters, and when.
 
     After step t the worker that reported is sent w_{t+1}; in a synchronous trace it waits for all K
-    first. A synchronous trace has no events: the barrier would wait for a lost report for ever.
+    first. The events of a synchronous trace are losses and re-dispatches alone: the barrier would
+    wait for ever for a worker that has left.
 
     ``rounds`` and ``dispatched_at`` are data, checked against what the arrivals and the events
     leave in each worker's hands. Arrays are copied and read-only.
@@ -237,10 +238,10 @@ def _ledger(workers, num_workers, synchronous, events) -> _Ledger:
     if not isinstance(synchronous, bool):
         raise TypeError(f"`synchronous` must be a bool, got synchronous={synchronous!r}")
     events = _events(events, num_workers, len(workers))
-    if events and synchronous:
-        raise ValueError(f"`events` must be empty in a synchronous trace, got {events[0]}")
+    if synchronous and (away := [e for e in events if e.kind in ("left", "joined")]):
+        raise ValueError(f"`events` of a synchronous trace must not change who is there: {away[0]}")
     held = (
-        _replay(workers, num_workers, events)
+        _replay(workers, num_workers, synchronous, events)
         if events
         else _count_dispatches(workers, num_workers, synchronous)
     )
@@ -270,7 +271,7 @@ def _count_dispatches(workers, num_workers, synchronous):
     return rounds, dispatched_at, in_flight
 
 
-def _replay(workers, num_workers, events):
+def _replay(workers, num_workers, synchronous, events):
     """Return rounds, dispatched_at and in_flight, going through arrivals and events one by one."""
     first_kinds = {worker: kind for _, kind, worker in reversed(events)}
     late = [first_kinds.get(worker) == "joined" for worker in range(num_workers)]
@@ -290,9 +291,17 @@ def _replay(workers, num_workers, events):
             )
         if arrives:
             rounds[step], dispatched_at[step] = dispatches[worker] - 1, held[worker]
-        states[worker] = after
-        held[worker] = step + arrives if after == "busy" else -1
-        dispatches[worker] += after == "busy"
+        version, sent = step + arrives, [worker] if after == "busy" else []
+        if synchronous:
+            if arrives:  # at the barrier until the last one comes
+                after, sent = "waiting", []
+                if version % num_workers == 0:
+                    sent = range(num_workers)
+            version -= version % num_workers
+        states[worker], held[worker] = after, -1
+        for other in sent:
+            states[other], held[other] = "busy", version
+            dispatches[other] += 1
     return rounds, dispatched_at, np.array(held)
 
 

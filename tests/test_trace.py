@@ -240,9 +240,19 @@ class TestValidation:
         with pytest.raises(ValueError, match=message):
             ArrivalTrace.from_workers([0, 1, 0], 2, events=events)
 
-    def test_synchronous_refuses_events(self):
-        with pytest.raises(ValueError, match="`events` must be empty in a synchronous trace"):
-            ArrivalTrace.from_workers([0, 1], 2, synchronous=True, events=[(2, "lost", 0)])
+    def test_synchronous_refuses_changes_of_membership(self):
+        for kind in ("left", "joined"):
+            with pytest.raises(ValueError, match="must not change who is there"):
+                ArrivalTrace.from_workers([0, 1], 2, synchronous=True, events=[(2, kind, 0)])
+
+    def test_synchronous_losses_start_again_from_the_round(self):
+        events = [(1, "lost", 1), (1, "redispatched", 1), (4, "lost", 0), (5, "redispatched", 0)]
+        trace = ArrivalTrace.from_workers([0, 1, 1, 0, 1, 0], 2, synchronous=True, events=events)
+        assert trace.rounds.tolist() == [0, 1, 2, 1, 3, 3]
+        assert trace.dispatched_at.tolist() == [0, 0, 2, 2, 4, 4]
+        assert trace.in_flight.tolist() == [6, 6]
+        with pytest.raises(ValueError, match="worker 0, which is waiting then"):
+            ArrivalTrace.from_workers([0, 0], 2, synchronous=True, events=events[:2])
 
 
 class TestFiles:
