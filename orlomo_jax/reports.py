@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from orlomo_jax.worker import RoundResult, all_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Scalar
+
+Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
 
 
 class Report(NamedTuple):
@@ -64,13 +66,23 @@ class Task(NamedTuple):
 
 
 class ReportRejected(ValueError):
-    """A report that the server did not apply; nothing has changed."""
+    """A report that the server did not apply; nothing has changed.
+
+    Attributes:
+        reason: ``"stale"`` where the worker does not hold the report's task (duplicates and replays
+            among them), ``"not finite"`` where there is a NaN or an Inf, else ``"malformed"``.
+    """
+
+    def __init__(self, message: str, reason: Reason = "malformed") -> None:
+        """Keep the message and the reason."""
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 def check_payload(
     report: Report, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
 ) -> None:
-    """Raise unless the report's trees are like the server's and hold no NaN and no Inf.
+    """Raise unless the report's trees are like the server's.
 
     Args:
         report: The report.
@@ -80,8 +92,8 @@ def check_payload(
 
     Raises:
         TypeError: If ``report.update`` is no LocalUpdate.
-        ValueError: If a tree has another structure, a leaf another shape or dtype, or a value is
-            not finite; the message names the leaf by its path.
+        ValueError: If a tree has another structure, or a leaf another shape or dtype; the message
+            names the leaf by its path.
     """
     if not isinstance(report.update, LocalUpdate):
         kind = type(report.update).__name__
@@ -99,7 +111,6 @@ def check_payload(
     for name, like in expected.items():
         if _signature(got[name]) != _signature(like):
             contract.check_like(name, got[name], like, dtypes=True)  # slower, but says where
-    _check_finite(report)
 
 
 def _signature(tree: PyTree[ArrayLike]) -> tuple:
@@ -107,13 +118,19 @@ def _signature(tree: PyTree[ArrayLike]) -> tuple:
     return structure, [(np.shape(x), getattr(x, "dtype", None)) for x in leaves]
 
 
-def _check_finite(report: Report) -> None:
+def check_finite(report: Report) -> None:
+    """Raise where update or model state holds a NaN or an Inf; the message names the leaf.
+
+    Raises:
+        TypeError: If ``report.finite`` is neither a bool nor None.
+        ValueError: If a value is not finite, or ``report.finite`` is false.
+    """
     payload = (report.update, report.model_state)
     leaves = jax.tree.leaves(payload)
     finite = all_finite(payload) if report.finite is None else report.finite
     if not isinstance(finite, bool | np.bool_ | jax.Array) or np.shape(finite) != ():
         raise TypeError(f"`finite` must be a bool or None, got finite={finite!r}")
-    if bool(finite) and all(np.isfinite(x).all() for x in leaves if isinstance(x, np.ndarray)):
+    if bool(finite) and all(_is_finite(x) for x in leaves if isinstance(x, np.ndarray)):
         return
     for name, tree in (("update", report.update), ("model_state", report.model_state)):
         for path, leaf in jax.tree.leaves_with_path(tree):
@@ -121,3 +138,12 @@ def _check_finite(report: Report) -> None:
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 raise ValueError(f"`{where}` must be finite, got a NaN or an Inf")
     raise ValueError("`finite` must be true, got finite=False: the round met a NaN or an Inf")
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Return whether all entries are finite: their sum says yes in one pass without a temporary.
+
+    A sum of finite numbers may overflow, so that only the entries themselves can say no.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())

@@ -15,7 +15,7 @@ import optax
 
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
-from orlomo_jax.reports import Report, ReportRejected, Task, check_payload
+from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finite, check_payload
 from orlomo_jax.rules import contract
 from orlomo_jax.server_step import (
     beside,
@@ -314,6 +314,7 @@ class ParameterServer:
         return check_count("worker", worker, 0, self.num_workers - 1)
 
     def _check_report(self, report: Report) -> None:
+        reason: Reason = "malformed"
         try:
             if not isinstance(report, Report):
                 raise TypeError(f"`report` must be a Report, got {type(report).__name__}")
@@ -321,11 +322,13 @@ class ParameterServer:
             round = check_count("round", report.round)
             index = check_count("dispatched_at", report.dispatched_at)
             if task is None:
+                reason = "stale"
                 raise ValueError(
                     f"worker {report.worker} holds no task; got a report of round={round}, "
                     f"dispatched_at={index}, a duplicate or stale one"
                 )
             if (round, index) != (task.round, task.dispatched_at):
+                reason = "stale"
                 kind = "a duplicate or stale" if round < task.round else "a wrong"
                 raise ValueError(
                     f"worker {task.worker} holds round={task.round}, dispatched_at="
@@ -339,8 +342,10 @@ class ParameterServer:
                 self._model_state,
                 momentum=self.method.worker_momentum is not None,
             )
+            reason = "not finite"
+            check_finite(report)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ReportRejected(str(error)) from error
+            raise ReportRejected(str(error), reason) from error
 
     def _check_merge_weight(self, dispatched_at: int) -> None:
         if not jax.tree.leaves(self._model_state):
