@@ -9,10 +9,14 @@ from orlomo_jax.arrivals import (
     one_slow_worker,
     simulate_arrivals,
 )
+from orlomo_jax.audit import Audit, AuditFailure
 from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.health import Health
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.methods import METHOD_NAMES, Method, make_method
 from orlomo_jax.reports import Report, ReportRejected, Task
+from orlomo_jax.rounds import narrow_reports
 from orlomo_jax.rules import (
     ALSGDState,
     LocalOrMoDAState,
@@ -26,6 +30,16 @@ from orlomo_jax.rules import (
     orlomo,
     prsgdm,
 )
+from orlomo_jax.runtimes import (
+    Membership,
+    Outcome,
+    RayWorkers,
+    Threads,
+    Work,
+    Workers,
+    WorkersGone,
+    train,
+)
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.simulator import simulate
 from orlomo_jax.trace import ArrivalTrace, Event
@@ -34,25 +48,37 @@ from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
 __all__ = [
     "METHOD_NAMES",
     "ALSGDState",
+    "Arrival",
     "ArrivalTrace",
+    "Audit",
+    "AuditFailure",
     "Checkpoints",
     "ComputeTimes",
     "Evaluation",
     "Event",
+    "Health",
     "History",
+    "Journal",
     "LocalOrMoDAState",
     "LocalUpdate",
+    "Membership",
     "Method",
     "Model",
     "OrLoMoState",
+    "Outcome",
     "PRSGDmState",
     "ParameterServer",
+    "RayWorkers",
     "Report",
     "ReportRejected",
     "RoundResult",
     "StepRecord",
     "Task",
+    "Threads",
     "TrainingResult",
+    "Work",
+    "Workers",
+    "WorkersGone",
     "al_sgd",
     "all_finite",
     "delay_adaptive",
@@ -64,9 +90,11 @@ __all__ = [
     "local_momentum_sgd",
     "local_ormo_da",
     "make_method",
+    "narrow_reports",
     "one_slow_worker",
     "orlomo",
     "prsgdm",
     "simulate",
     "simulate_arrivals",
+    "train",
 ]

@@ -76,6 +76,23 @@ class Checkpoints:
             self._manager.delete(step)
         self._manager.save(step, args=args.Composite(**items), force=True)
 
+    def newest_of(self, identity: dict[str, Any]) -> Saved | None:
+        """Return the newest readable checkpoint, whose notes must hold this ``identity``.
+
+        Raises:
+            ValueError: If it is of another run; the message says by what.
+        """
+        if (saved := self.newest()) is None:
+            return None
+        theirs = saved.notes["identity"]
+        for name, value in identity.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"`checkpoint` must be of this run, got one of another {name} in "
+                    f"{self.directory}"
+                )
+        return saved
+
     def newest(self) -> Saved | None:
         """Return the newest readable checkpoint, or None where there is none.
 

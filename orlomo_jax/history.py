@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.health import Health
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace
@@ -27,8 +28,8 @@ class StepRecord(NamedTuple):
         time: Virtual seconds at its arrival.
         worker: Who reported.
         delay: τ_t.
-        loss: The mean loss of its local steps, float[], on the device: ``float(record.loss)``
-            waits for it, so do that rarely.
+        loss: The mean loss of its local steps, float[]; of a simulated run on the device:
+            ``float(record.loss)`` waits for it, so do that rarely.
         metrics: The evaluation after this step, or None.
     """
 
@@ -36,7 +37,7 @@ class StepRecord(NamedTuple):
     time: float
     worker: int
     delay: int
-    loss: Float[Array, ""]
+    loss: Float[Array, ""] | float
     metrics: dict[str, float] | None
 
 
@@ -80,6 +81,7 @@ class TrainingResult(NamedTuple):
         status: ``"finished"`` or ``"diverged"``.
         diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
             was noticed, where finite reports overflowed in the merge); None where finished.
+        health: Of a real run, how it fared; None of a simulated one.
     """
 
     params: contract.Params
@@ -89,6 +91,7 @@ class TrainingResult(NamedTuple):
     trace: ArrivalTrace
     status: Literal["finished", "diverged"]
     diverged_at: int | None
+    health: Health | None = None
 
 
 class Progress:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from orlomo_jax.worker import RoundResult
 
 
 @lru_cache(maxsize=32)
@@ -39,3 +42,53 @@ def fused_round(round_fn: Callable) -> Callable:
         return result, result.loss.mean(), first_bad
 
     return run_round
+
+
+def narrow_reports(round_fn: Callable[..., RoundResult], dtype: Any) -> Callable[..., RoundResult]:
+    """Return a round that rounds Δw and Δu to ``dtype``, and reports them in the leaves' own.
+
+    It is what a server sees through a narrow wire (:class:`~orlomo_jax.RayWorkers`), and repeats
+    such a run in the simulator.
+
+    Args:
+        round_fn: As from :func:`~orlomo_jax.local_momentum_sgd`.
+        dtype: A floating dtype; leaves that are no wider stay as they are.
+
+    Example:
+        >>> from orlomo_jax import local_momentum_sgd
+        >>> def loss_fn(params, model_state, batch, key):
+        ...     return jnp.sum(params * batch), (model_state, {})
+        >>> round_fn = narrow_reports(local_momentum_sgd(loss_fn, 1), jnp.bfloat16)
+        >>> batches = jnp.full((1, 1), 1.001)
+        >>> round_fn(jnp.zeros(1), None, batches, 1.0, jax.random.key(0)).update.delta
+        Array([1.], dtype=float32)
+    """
+    return _narrowed(round_fn, jnp.dtype(dtype))
+
+
+@lru_cache(maxsize=32)
+def _narrowed(round_fn: Callable, dtype: Any) -> Callable:
+    info = jnp.finfo(dtype)
+
+    def leaf(x):  # a cast there and back would be optimised away
+        fits = wire_dtype(x.dtype, dtype) != x.dtype
+        return jax.lax.reduce_precision(x, info.nexp, info.nmant) if fits else x
+
+    @jax.jit
+    def narrowed(*args, **kwargs):
+        result = round_fn(*args, **kwargs)
+        return result._replace(update=jax.tree.map(leaf, result.update))
+
+    return narrowed
+
+
+def wire_dtype(dtype: Any, narrow: Any) -> Any:
+    """Return the narrower of a real floating leaf's dtype and ``narrow``, else the leaf's own."""
+    fits = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(narrow).itemsize < dtype.itemsize
+    return narrow if fits else dtype
+
+
+def check_key(key: Any) -> None:
+    """Raise TypeError unless ``key`` is a ``jax.random.key``."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"`key` must be a jax.random.key, got key={key!r}")

@@ -21,10 +21,14 @@ ORDER = (
     "reports",
     "server_step",
     "server",
+    "audit",
     "rounds",
     "checkpoint",
+    "journal",
+    "health",
     "history",
     "simulator",
+    "runtimes",
     "adapters",
 )
 NUMPY_ONLY = ("checks", "trace", "arrivals")

@@ -1,0 +1,122 @@
+"""Training on real workers, behind one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import optax
+
+from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.checks import check_count, check_number
+from orlomo_jax.health import Health
+from orlomo_jax.history import StepRecord, TrainingResult
+from orlomo_jax.methods import Method
+from orlomo_jax.reports import Report
+from orlomo_jax.rounds import check_key
+from orlomo_jax.rules import contract
+from orlomo_jax.runtimes.driver import Driver, Plan
+from orlomo_jax.runtimes.membership import Membership
+from orlomo_jax.runtimes.workers import Work, Workers
+from orlomo_jax.server import ParameterServer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, PyTree, Scalar
+
+    Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
+
+
+def train(
+    method: Method,
+    round_fn: Callable,
+    batch_fn: Callable,
+    params: contract.Params,
+    workers: Workers,
+    *,
+    num_steps: int,
+    key: Array,
+    model_state: PyTree[ArrayLike] = None,
+    local_learning_rate: float | optax.Schedule,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_health: Callable[[Health], None] | None = None,
+    health_every: float = 10.0,
+    checkpoint: Checkpoints | None = None,
+    membership: Membership | None = None,
+    round_timeout: float = 600.0,
+    max_failures: int = 3,
+    audit: bool = False,
+    inject: Callable[[Report], Iterable[Report]] | None = None,
+) -> TrainingResult:
+    """Train on real workers, whose reports are applied in the order in which they come.
+
+    The same server, rules and compiled rounds as in :func:`~orlomo_jax.simulate`, and the same
+    randomness: ``simulate`` with the same arguments and ``result.trace`` repeats the run.
+
+    A worker that dies, raises or is silent for too long loses its round; it is started again and
+    sent the newest parameters. A rejected report loses its round too. With ``checkpoint``, a
+    journal of the arrivals lies beside the checkpoints: a run that was killed resumes from the
+    newest checkpoint, repeats what the journal holds beyond it, and gives every worker the task
+    that it had. Nothing that was applied is lost or applied twice.
+
+    Args:
+        method: A :class:`~orlomo_jax.Method`.
+        round_fn: ``method.local_round(loss_fn, num_local_steps)``.
+        batch_fn: As in :func:`~orlomo_jax.simulate`.
+        params: w_0.
+        workers: :class:`~orlomo_jax.Threads` or :class:`~orlomo_jax.RayWorkers`; K of them.
+        num_steps: T ≥ 1, the reports to apply.
+        key: A ``jax.random.key``.
+        model_state: See :class:`~orlomo_jax.ParameterServer`.
+        local_learning_rate: γ, a float or a schedule of the server's step.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
+            on meanwhile, but their reports wait.
+        evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
+        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step.
+        on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
+        health_every: Seconds > 0 between two of them.
+        checkpoint: Where to save as the run goes, and to go on from.
+        membership: Who joins late or leaves; not for a synchronous method.
+        round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
+            never.
+        max_failures: Lost rounds in a row, ≥ 0, after which a worker is not started again.
+        audit: Whether to hold Lemmas 1 and 2 against the server at each step (OrLoMo alone); a few
+            passes over the parameters in float64.
+        inject: Fault injection: maps each report that comes to those that the server sees.
+
+    Returns:
+        A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. Where every
+        worker was given up and the last reports all held a NaN or an Inf, it has ``diverged``.
+
+    Raises:
+        WorkersGone: If no worker is left, or one that a synchronous method needs is given up.
+        AuditFailure: If ``audit`` finds the server at odds with a lemma.
+        ValueError: If an argument is out of range, or ``checkpoint`` is of another run.
+        TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
+
+    Example:
+        See :class:`~orlomo_jax.Threads`.
+    """
+    plan = Plan(
+        num_steps=check_count("num_steps", num_steps, 1),
+        evaluate=evaluate,
+        evaluate_every=check_count("evaluate_every", evaluate_every or num_steps, 1),
+        on_step=on_step,
+        on_health=on_health,
+        health_every=check_number("health_every", health_every, lambda x: x > 0, "> 0"),
+        checkpoint=checkpoint,
+        membership=Membership() if membership is None else membership,
+        round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
+        max_failures=check_count("max_failures", max_failures),
+        inject=inject,
+    )
+    check_key(key)
+    for worker in plan.membership.absent:
+        check_count("membership.absent", worker, 0, workers.num_workers - 1)
+    if method.synchronous and plan.membership.absent:
+        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
+    server = ParameterServer(
+        method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
+    )
+    return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run(audit=audit)
