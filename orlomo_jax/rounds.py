@@ -68,11 +68,11 @@ def narrow_reports(round_fn: Callable[..., RoundResult], dtype: Any) -> Callable
 
 @lru_cache(maxsize=32)
 def _narrowed(round_fn: Callable, dtype: Any) -> Callable:
-    info = jnp.finfo(dtype)
+    exponent_bits, mantissa_bits = jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant
 
     def leaf(x):  # a cast there and back would be optimised away
         fits = wire_dtype(x.dtype, dtype) != x.dtype
-        return jax.lax.reduce_precision(x, info.nexp, info.nmant) if fits else x
+        return jax.lax.reduce_precision(x, exponent_bits, mantissa_bits) if fits else x
 
     @jax.jit
     def narrowed(*args, **kwargs):

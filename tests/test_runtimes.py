@@ -265,7 +265,7 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
     failing = {(worker, round) for worker in range(K) for round in range(4, 9)}
-    with pytest.raises(WorkersGone, match="3 lost rounds in a row.*worker 1: it died"):
+    with pytest.raises(WorkersGone, match=r"3 lost rounds in a row.*worker 1: it died"):
         run(
             name,
             Unreliable(K, failing),
@@ -316,7 +316,7 @@ def test_audit_holds_and_finds_a_broken_rule():
     run(workers=Unreliable(K, failing={(1, 1), (0, 2)}), audit=True, num_steps=60)
     method, round_fn = setup("orlomo")
     broken = method._replace(rule=orlomo(K, momentum=0.89))
-    with pytest.raises(AuditFailure, match="Lemma [12] fails after"):
+    with pytest.raises(AuditFailure, match=r"Lemma [12] fails after"):
         train(
             broken, round_fn, batch_fn, PARAMS, Threads(K), num_steps=T, audit=True, **arguments()
         )

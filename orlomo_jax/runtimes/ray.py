@@ -134,8 +134,7 @@ class RayWorkers:
         try:
             payload = self._ray.get(ready[0])
         except self._ray.exceptions.RayError as error:
-            what = " ".join(str(error).split())[:300]
-            return Outcome(worker, round, None, error=f"{type(error).__name__}: {what}")
+            return Outcome(worker, round, None, error=_what_happened(error))
         update, model_state, losses, loss, finite, seconds = payload
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((update, model_state)))
         report = Report(worker, round, index, self._widen(update), model_state, losses, finite)
@@ -209,6 +208,14 @@ class OrlomoWorker:
         seconds *= self._slowdown
         finite = bool(result.finite)
         return update, result.model_state, result.loss, float(loss), finite, seconds
+
+
+def _what_happened(error: Exception) -> str:
+    """Return the exception that a round raised, or else the last line of what Ray says."""
+    if (cause := getattr(error, "cause", None)) is not None:
+        return f"{type(cause).__name__}: {cause}"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}"
 
 
 def _import_ray() -> Any:
