@@ -107,7 +107,7 @@ def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console
         with progress_bar(console) as progress:
             train_size = len(data.load(run.dataset, settings.data_dir).train.labels)
             on_step = reporter(progress, label, run.epochs, run.num_steps(train_size))
-            row = runs.execute(run, settings.data_dir, on_step=on_step, checkpoint=checkpoint)
+            row, _ = runs.execute(run, settings.data_dir, on_step=on_step, checkpoint=checkpoint)
     except DataError:
         raise
     except Exception as error:

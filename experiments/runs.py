@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,15 +20,21 @@ from experiments import data, models, records
 from orlomo_jax import (
     ArrivalTrace,
     Checkpoints,
+    ComputeTimes,
+    Health,
     Method,
+    RayWorkers,
     StepRecord,
+    Threads,
     TrainingResult,
+    Workers,
     heterogeneous,
     homogeneous,
     make_method,
     one_slow_worker,
     simulate,
     simulate_arrivals,
+    train,
 )
 
 MILESTONES = (0.5, 0.75)
@@ -77,6 +84,8 @@ class Run:
     """Images are averaged over windows of this side."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in."""
+    runtime: Literal["simulated", "threads", "ray"] = "simulated"
+    """Virtual time, or real workers; those are slowed as the scenario says."""
 
     def num_steps(self, train_size: int) -> int:
         """Return T: reports for that many epochs, in whole rounds where the method waits."""
@@ -94,18 +103,26 @@ class Run:
         """Return the arrivals of this scenario."""
         if self.scenario == "one_delayed":
             return self._one_delayed(num_steps)
-        compute_times = {
-            "homogeneous": homogeneous,
-            "heterogeneous": lambda: heterogeneous(self.slow_fraction, self.slowdown),
-            "one_slow": lambda: one_slow_worker(self.slowdown),
-        }[self.scenario]()
         return simulate_arrivals(
-            compute_times,
+            self.compute_times(),
             self.workers,
             num_steps,
             self.local_iterations,
             self.seed,
             synchronous=self.method == "prsgdm",
+        )
+
+    def compute_times(self) -> ComputeTimes:
+        """Return how fast the workers of this scenario are."""
+        if self.scenario == "homogeneous":
+            return homogeneous()
+        if self.scenario == "heterogeneous":
+            return heterogeneous(self.slow_fraction, self.slowdown)
+        if self.scenario == "one_slow":
+            return one_slow_worker(self.slowdown)
+        raise ValueError(
+            f"`scenario` must be one of speeds on the runtime {self.runtime!r}, "
+            f"got scenario={self.scenario!r}, which is an order of arrivals"
         )
 
     def _one_delayed(self, num_steps: int) -> ArrivalTrace:
@@ -135,42 +152,79 @@ def execute(
     *,
     evaluate_every: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_health: Callable[[Health], None] | None = None,
     checkpoint: Checkpoints | None = None,
-) -> dict[str, Any]:
-    """Train once and return the run's row for the records.
+    replay: ArrivalTrace | None = None,
+    ray: Ray | None = None,
+    audit: bool = False,
+) -> tuple[dict[str, Any], TrainingResult]:
+    """Train once; return the run's row for the records, and what came of it.
 
     Args:
         run: What to train.
         data_dir: The TFDS data_dir; None is TFDS's own default.
         evaluate_every: Global iterations between evaluations; None is a twentieth of the run.
         on_step: See :func:`orlomo_jax.simulate`.
+        on_health: See :func:`orlomo_jax.train`.
         checkpoint: Where to save, and to go on from.
+        replay: Arrivals to repeat in place of the scenario's (simulated runs).
+        ray: Where and with what the workers run (Ray).
+        audit: See :func:`orlomo_jax.train`.
 
     Returns:
-        The full configuration, versions and device, final metrics, the curve, virtual and wall
-        time, and the status.
+        The row: full configuration, versions and device, final metrics, the curve, virtual and
+        real time, and the status; and the result.
     """
     parts = _assemble(_shared(run), data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
-    trace = run.trace(num_steps)
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
     params, model_state = parts.network.init(init_key)
+    shared: dict[str, Any] = {
+        "key": run_key,
+        "model_state": model_state,
+        "local_learning_rate": _schedule(run.learning_rate, num_steps),
+        "evaluate": parts.evaluate,
+        "evaluate_every": evaluate_every or max(1, num_steps // 20),
+        "on_step": on_step,
+        "checkpoint": checkpoint,
+    }
+    job = (parts.method, parts.round_fn, parts.batch_fn, params)
     start = time.perf_counter()
-    result = simulate(
-        parts.method,
-        parts.round_fn,
-        parts.batch_fn,
-        params,
-        trace,
-        key=run_key,
-        model_state=model_state,
-        local_learning_rate=_schedule(run.learning_rate, num_steps),
-        evaluate=parts.evaluate,
-        evaluate_every=evaluate_every or max(1, num_steps // 20),
-        on_step=on_step,
-        checkpoint=checkpoint,
-    )
-    return _row(run, result, time.perf_counter() - start)
+    if run.runtime == "simulated":
+        result = simulate(*job, run.trace(num_steps) if replay is None else replay, **shared)
+    else:
+        workers = _workers(run, Ray() if ray is None else ray)
+        result = train(
+            *job, workers, num_steps=num_steps, on_health=on_health, audit=audit, **shared
+        )
+    return _row(run, result, time.perf_counter() - start), result
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Where and with what Ray's workers run."""
+
+    address: str | None = None
+    """Of a running cluster ("auto" for this host's); by default a local one is started."""
+    cpus_per_worker: float = 1
+    """Processors that Ray sets aside for a worker."""
+    gpus_per_worker: float = 0
+    """GPUs that Ray sets aside for a worker; with none it computes on the CPU."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """What Δw and Δu travel in."""
+
+
+def _workers(run: Run, ray: Ray) -> Workers:
+    """Return real workers, slowed as the scenario says."""
+    times = run.compute_times().mean_times(run.workers)
+    slowdowns = (times / times.min()).tolist()
+    if run.runtime == "threads":
+        return Threads(run.workers, slowdowns=slowdowns)
+    options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
+    if ray.gpus_per_worker:
+        options["num_gpus"] = ray.gpus_per_worker
+    narrow = None if ray.wire == "float32" else jnp.bfloat16
+    return RayWorkers(run.workers, ray.address, options, narrow, slowdowns)
 
 
 class _Parts(NamedTuple):
@@ -187,7 +241,14 @@ class _Parts(NamedTuple):
 def _shared(run: Run) -> Run:
     """Return the run with all that needs no other program set to its default."""
     return replace(
-        run, scenario="homogeneous", seed=0, epochs=1, learning_rate=0.0, slowdown=1, max_delay=0
+        run,
+        scenario="homogeneous",
+        seed=0,
+        epochs=1,
+        learning_rate=0.0,
+        slowdown=1,
+        max_delay=0,
+        runtime="simulated",
     )
 
 
@@ -257,9 +318,12 @@ def _schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
 
 def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     evaluations = result.history.evaluations
+    real, end = run.runtime != "simulated", float(result.trace.times[-1])
+    # What the scenario's speeds come to, beside the seconds that the workers really took.
+    virtual = float(run.trace(result.trace.num_steps).times[-1]) if real else end
     curve: dict[str, list] = {
         "step": [e.step for e in evaluations],
-        "virtual_time": [_short(e.time) for e in evaluations],
+        "real_time" if real else "virtual_time": [_short(e.time) for e in evaluations],
     }
     for metric in ("train_loss", "test_accuracy"):
         curve[metric] = [_short(e.metrics[metric]) for e in evaluations]
@@ -271,13 +335,27 @@ def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
         "diverged_at": result.diverged_at,
         "num_steps": result.trace.num_steps,
         "max_delay": result.trace.max_delay,
-        "virtual_time": _short(float(result.trace.times[-1])),
+        "virtual_time": _short(virtual),
+        **({"real_time": _short(end), "health": _summary(result.health)} if real else {}),
         "wall_time": round(wall_time, 3),
+        "parameters": digest(result.params),
         "train_loss": curve["train_loss"][-1] if finished else None,
         "test_accuracy": curve["test_accuracy"][-1] if finished else None,
         "curve": curve,
         "environment": records.environment(),
     }
+
+
+def digest(params: Any) -> str:
+    """Return the start of a hexadecimal SHA-256 of all parameters: equal for equal ones."""
+    content = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        content.update(np.asarray(leaf).tobytes())
+    return content.hexdigest()[:16]
+
+
+def _summary(health: Health | None) -> dict[str, Any] | None:
+    return None if health is None else health._asdict()
 
 
 def _short(value: float) -> float | None:

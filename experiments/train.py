@@ -2,11 +2,14 @@
 
 ``python -m experiments.train --method orlomo --model resnet20 --dataset cifar10 --data-dir DIR``
 prints a progress bar and appends one JSON row to ``--output``. With ``--checkpoint-dir`` it saves
-as it goes, and ``--resume`` goes on from there, to the bit.
+as it goes, and ``--resume`` goes on from there, to the bit. ``--runtime threads`` and ``--runtime
+ray`` train on real workers; ``--trace FILE`` keeps the order of their arrivals, and ``--replay
+FILE`` repeats it in the simulator.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments import data, records, runs
 from experiments.decoded import DataError
-from orlomo_jax import Checkpoints, StepRecord
+from orlomo_jax import ArrivalTrace, Checkpoints, Journal, RayWorkers, StepRecord
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Train:
     """Go on from the newest checkpoint in --checkpoint-dir."""
     tensorboard: Path | None = None
     """Folder for TensorBoard logs; by default none are written."""
+    trace: Path | None = None
+    """File for the order of arrivals; by default beside --output, named after the run."""
+    replay: Path | None = None
+    """A trace, or a killed run's arrivals.jsonl: repeat its arrivals in the simulator."""
+    audit: bool = False
+    """Hold Lemmas 1 and 2 against the server at each step (real runtimes, OrLoMo)."""
+    ray: runs.Ray = field(default_factory=runs.Ray)
+    """Where and with what Ray's workers run."""
 
 
 @contextmanager
@@ -122,6 +133,35 @@ def _claim(path: Path, run: runs.Run) -> None:
         raise SystemExit(f"{path} is of a run with another {', '.join(others)}")
 
 
+def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
+    """Read the arrivals to repeat, and hold them against the run."""
+    trace = Journal.load(path).trace() if path.suffix == ".jsonl" else ArrivalTrace.load(path)
+    if run.runtime != "simulated":
+        raise ValueError(f"--replay repeats a run in the simulator, not on {run.runtime}")
+    if trace.num_workers != run.workers:
+        raise ValueError(f"{path} is of {trace.num_workers} workers: add --workers")
+    if trace.num_steps > num_steps:
+        raise ValueError(f"{path} has {trace.num_steps} reports, the run has {num_steps}")
+    return trace
+
+
+def _check_runtime(settings: Train) -> None:
+    run = settings.run
+    if run.runtime == "simulated" and settings.audit:
+        raise ValueError("--audit needs --runtime threads or ray")
+    if run.runtime != "simulated":
+        run.compute_times()  # refuses an order of arrivals
+    if run.runtime == "ray":
+        RayWorkers(run.workers)  # says so where Ray is not installed
+
+
+def _trace_path(settings: Train) -> Path:
+    run = settings.run
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:8]
+    name = f"{settings.output.stem}-{run.method}-{run.runtime}-{name}.trace.json"
+    return settings.output.with_name(name)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
     settings = tyro.cli(Train, args=args, description=__doc__)
@@ -129,7 +169,8 @@ def main(args: Sequence[str] | None = None) -> None:
     checkpoint = None
     if settings.checkpoint_dir is not None:
         checkpoint = Checkpoints(settings.checkpoint_dir, settings.checkpoint_every)
-        if checkpoint.steps() and not settings.resume:
+        begun = checkpoint.steps() or (settings.checkpoint_dir / "arrivals.jsonl").exists()
+        if begun and not settings.resume:
             raise SystemExit(
                 f"{settings.checkpoint_dir} holds checkpoints: add --resume to go on from the "
                 "newest, or choose another --checkpoint-dir"
@@ -143,8 +184,11 @@ def main(args: Sequence[str] | None = None) -> None:
     run = settings.run
     try:
         source = data.load(run.dataset, settings.data_dir, pool=run.pool)
-        num_steps = run.trace(run.num_steps(len(source.train.labels))).num_steps
-    except (DataError, ValueError) as error:
+        num_steps = run.num_steps(len(source.train.labels))
+        replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
+        _check_runtime(settings)
+        num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
+    except (DataError, OSError, ValueError, ImportError) as error:
         raise SystemExit(str(error)) from None
     with progress_bar(console) as progress:
         listeners.append(reporter(progress, run.method, run.epochs, num_steps))
@@ -153,13 +197,20 @@ def main(args: Sequence[str] | None = None) -> None:
             for listen in listeners:
                 listen(record)
 
-        row = runs.execute(
+        row, result = runs.execute(
             run,
             settings.data_dir,
             evaluate_every=settings.evaluate_every,
             on_step=on_step,
+            on_health=lambda health: console.print(str(health), highlight=False),
             checkpoint=checkpoint,
+            replay=replay,
+            ray=settings.ray,
+            audit=settings.audit,
         )
+    if result.health is not None:
+        console.print(str(result.health), highlight=False)
+    result.trace.save(settings.trace or _trace_path(settings))
     records.append(settings.output, row)
     if row["status"] == "finished":
         console.print(

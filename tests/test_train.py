@@ -54,6 +54,27 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path):
     assert metrics(records.read(broken)[0]) == metrics(records.read(whole)[0])
 
 
+@pytest.mark.parametrize("runtime", ["threads", "ray"])
+def test_a_real_run_is_repeated_at_a_desk(tmp_path, capsys, runtime):
+    output, trace = tmp_path / "runs.jsonl", tmp_path / "real.json"
+    scenario = ["--scenario", "one_slow", "--slowdown", "3"]
+    real = ["--runtime", runtime, "--trace", str(trace), "--audit"]
+    train.main([*FLAGS, *scenario, *real, "--output", str(output)])
+    assert "share/idle" in capsys.readouterr().out
+    train.main([*FLAGS, *scenario, "--replay", str(trace), "--output", str(output)])
+    first, again = records.read(output)
+    assert first["parameters"] == again["parameters"]
+    assert first["real_time"] > 0
+    assert first["virtual_time"] > 0
+    assert first["health"]["rejected"] == {}
+
+
+def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"pip install 'orlomo-jax\[ray\]'"):
+        train.main([*FLAGS, "--runtime", "ray", "--output", str(tmp_path / "runs.jsonl")])
+
+
 def test_tensorboard_logs(tmp_path):
     flags = ["--output", str(tmp_path / "runs.jsonl"), "--tensorboard", str(tmp_path / "logs")]
     train.main([*FLAGS, *flags])
@@ -67,6 +88,9 @@ def test_tensorboard_logs(tmp_path):
         (["--epochs", "0.1"], "`epochs` must give each of 4 workers a report"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
         (["--scenario", "one_delayed", "--method", "prsgdm"], "must not be one_delayed for prsgdm"),
+        (["--scenario", "one_delayed", "--runtime", "threads"], "must be one of speeds"),
+        (["--audit"], "--audit needs --runtime threads or ray"),
+        (["--replay", "/nowhere/trace.json"], "No such file"),
     ],
 )
 def test_bad_flags(tmp_path, flags, message):
