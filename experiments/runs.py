@@ -152,11 +152,10 @@ def execute(
     *,
     evaluate_every: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
-    on_health: Callable[[Health], None] | None = None,
     checkpoint: Checkpoints | None = None,
     replay: ArrivalTrace | None = None,
     ray: Ray | None = None,
-    audit: bool = False,
+    **supervision: Any,
 ) -> tuple[dict[str, Any], TrainingResult]:
     """Train once; return the run's row for the records, and what came of it.
 
@@ -165,11 +164,10 @@ def execute(
         data_dir: The TFDS data_dir; None is TFDS's own default.
         evaluate_every: Global iterations between evaluations; None is a twentieth of the run.
         on_step: See :func:`orlomo_jax.simulate`.
-        on_health: See :func:`orlomo_jax.train`.
         checkpoint: Where to save, and to go on from.
         replay: Arrivals to repeat in place of the scenario's (simulated runs).
         ray: Where and with what the workers run (Ray).
-        audit: See :func:`orlomo_jax.train`.
+        **supervision: Of real workers; further arguments of :func:`orlomo_jax.train`.
 
     Returns:
         The row: full configuration, versions and device, final metrics, the curve, virtual and
@@ -194,9 +192,7 @@ def execute(
         result = simulate(*job, run.trace(num_steps) if replay is None else replay, **shared)
     else:
         workers = _workers(run, Ray() if ray is None else ray)
-        result = train(
-            *job, workers, num_steps=num_steps, on_health=on_health, audit=audit, **shared
-        )
+        result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
     return _row(run, result, time.perf_counter() - start), result
 
 

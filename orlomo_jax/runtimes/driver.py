@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ _POLL = 0.2
 """Seconds after which the driver looks at clocks and memberships though no report came."""
 
 _norm = jax.jit(optax.tree.norm)
+_log = logging.getLogger("orlomo_jax")
 
 
 class WorkersGone(RuntimeError):
@@ -172,8 +174,10 @@ class Driver:
                 self._lose(worker, f"no report within {self.plan.round_timeout:g} s", restart=True)
         if now >= self._health_due:
             self._health_due = now + self.plan.health_every
+            health = self._health()
+            _log.info("%s", health)
             if self.plan.on_health is not None:
-                self.plan.on_health(self._health())
+                self.plan.on_health(health)
 
     def _take(self, outcome: Outcome) -> None:
         worker = outcome.worker
@@ -228,6 +232,7 @@ class Driver:
         """Note a rejected report; a worker whose own round it was has lost that round."""
         worker = getattr(report, "worker", None)
         self.meter.rejected[error.reason] += 1
+        _log.warning("rejected a report, %s: %s", error.reason, error)
         self.journal.refused(worker, error.reason, str(error), self._seconds())
         if error.reason == "stale" or not isinstance(report, Report):
             return
@@ -244,6 +249,7 @@ class Driver:
         self.failures[worker] += 1
         self.last_failure[worker] = why
         self.journal.happened("lost", worker, self._seconds(), why)
+        _log.warning("worker %s lost its round: %s", worker, why)
         if self.failures[worker] > self.plan.max_failures:
             self._leave(worker, f"{self.failures[worker]} lost rounds in a row")
             return
@@ -258,6 +264,7 @@ class Driver:
         self._dispatch(worker, "joined")
 
     def _leave(self, worker: int, why: str) -> None:
+        _log.warning("worker %s leaves: %s", worker, why)
         self.workers.stop(worker)
         self.present.discard(worker)
         self.sent_at.pop(worker, None)

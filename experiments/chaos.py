@@ -1,0 +1,236 @@
+"""A run that is shot at from all sides must end as a calm one.
+
+``python -m experiments.chaos --kills 50`` trains on digits with Ray workers, and meanwhile kills
+workers and the driver at random moments (``kill -9``) and poisons reports: NaN, wrong shapes,
+duplicates, replays of old ones. A killed driver is started again and resumes. In the end
+
+- the journal is replayed in the simulator, which must arrive at the same parameters to the bit:
+  nothing that was applied was lost, and what was rejected changed nothing,
+- every (worker, round) was applied at most once,
+- every poisoned report stands in the journal as rejected, and why,
+- the accuracy is that of a calm run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import tyro
+from rich.console import Console
+
+from experiments import data, runs
+from orlomo_jax import Checkpoints, Journal, LocalUpdate, Report
+
+POISONS = ("not finite", "wrong shape", "duplicate", "replay")
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """How much of it."""
+
+    kills: int = 50
+    """Processes to kill, of workers and of the driver."""
+    driver_share: float = 0.15
+    """Share of the kills that hit the driver."""
+    poison_share: float = 0.05
+    """Share of the reports that are poisoned."""
+    workers: int = 4
+    """K."""
+    epochs: float = 600
+    """Passes over the digits."""
+    seed: int = 0
+    """Seeds the run, the kills and the poison."""
+    tolerance: float = 1.5
+    """Percentage points by which the accuracy may differ from the calm run's."""
+    folder: Path | None = None
+    """Where checkpoints and journal go; by default a temporary folder."""
+    victim: bool = False
+    """Be the process that is shot at (used by the command itself)."""
+
+    def run(self) -> runs.Run:
+        """Return the job: OrLoMo and an MLP on digits."""
+        return runs.Run(
+            method="orlomo",
+            model="mlp",
+            dataset="digits",
+            scenario="homogeneous",
+            workers=self.workers,
+            local_iterations=8,
+            seed=self.seed,
+            epochs=self.epochs,
+            batch_size=32,
+            weight_decay=0.0,
+            runtime="ray",
+        )
+
+
+class Poison:
+    """Turns some reports into bad ones, and adds duplicates and replays of old ones."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        """Draw from a stream of its own."""
+        self._share, self._random = share, random.Random(seed)
+        self._old: list[Report] = []
+
+    def __call__(self, report: Report) -> list[Report]:
+        """Return what the server sees in the place of this report."""
+        self._old = [*self._old[-20:], report]
+        if self._random.random() >= self._share:
+            return [report]
+        kind = self._random.choice(POISONS)
+        if kind == "duplicate":
+            return [report, report]
+        if kind == "replay":
+            return [self._random.choice(self._old[:-1] or [report]), report]
+        if kind == "wrong shape":
+            bad = jax.tree.map(lambda x: np.append(np.ravel(x), np.float32(0)), report.update)
+            return [report._replace(update=LocalUpdate(*bad))]
+        bad = jax.tree.map(np.array, report.update)
+        leaf = self._random.choice(jax.tree.leaves(bad))
+        leaf.flat[self._random.randrange(leaf.size)] = np.nan
+        return [report._replace(update=bad)]
+
+
+def be_the_victim(settings: Chaos, folder: Path) -> None:
+    """Train on Ray with poisoned reports, from wherever the last one of us was killed."""
+    attempt = len(list(folder.glob("attempt*")))
+    (folder / f"attempt{attempt}").touch()
+    row, _ = runs.execute(
+        settings.run(),
+        checkpoint=Checkpoints(folder, every=200),
+        inject=Poison(settings.poison_share, settings.seed + 1000 * attempt),
+        max_failures=20,
+        audit=True,
+    )
+    (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
+
+
+def shoot(settings: Chaos, folder: Path, num_steps: int) -> Iterator[str]:
+    """Start the victim, kill processes of it at random moments, and yield what was killed."""
+    rng = random.Random(settings.seed)
+    moments = sorted(rng.randrange(int(0.95 * num_steps)) for _ in range(settings.kills))
+    process = _start(settings, folder)
+    try:
+        for moment in moments:
+            while _progress(folder) < moment:
+                _check(process, folder)
+                time.sleep(0.02)
+            if rng.random() < settings.driver_share:
+                process.kill()
+                process.wait()
+                yield "driver"
+                process = _start(settings, folder)
+            else:
+                while not (alive := _actors(process.pid)):
+                    _check(process, folder)
+                    time.sleep(0.02)
+                with contextlib.suppress(psutil.Error):
+                    rng.choice(alive).kill()
+                yield "worker"
+        while process.poll() is None:
+            time.sleep(0.1)
+        _check(process, folder)
+    finally:
+        process.kill()
+
+
+def _start(settings: Chaos, folder: Path) -> subprocess.Popen[bytes]:
+    flags = ["--victim", "--folder", str(folder)]
+    for name in ("poison_share", "workers", "epochs", "seed"):
+        flags += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    with (folder / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "experiments.chaos", *flags]
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def _check(process: subprocess.Popen[bytes], folder: Path) -> None:
+    if process.poll() not in (None, 0):
+        raise SystemExit(f"the driver failed by itself: see {folder / 'log.txt'}")
+
+
+def _progress(folder: Path) -> int:
+    """Return how many reports stand in the journal."""
+    path = folder / "arrivals.jsonl"
+    return path.read_bytes().count(b'"loss"') if path.exists() else 0
+
+
+def _actors(pid: int) -> list[psutil.Process]:
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # of one that has just ended
+                if "OrlomoWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield what must hold: its name, what was found, whether it holds."""
+    row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    journal = Journal.load(folder / "arrivals.jsonl")
+    trace, simulated = journal.trace(), replace(settings.run(), runtime="simulated")
+    again, _ = runs.execute(simulated, replay=trace)
+    calm, _ = runs.execute(simulated)
+    same = row["parameters"] == again["parameters"]
+    yield "the replay in the simulator has the same parameters", row["parameters"], same
+    tags = set(zip(trace.workers.tolist(), trace.rounds.tolist(), strict=True))
+    found = f"{trace.num_steps} reports, {len(tags)} (worker, round)"
+    yield "each report was applied at most once", found, len(tags) == trace.num_steps
+    reasons = Counter(text.split(":")[0] for _, text in journal.rejected)
+    expected = {"stale", "malformed", "not finite"} if settings.poison_share else set()
+    lost = sum(event.kind == "lost" for event in trace.events)
+    found = ", ".join(f"{count} {why}" for why, count in sorted(reasons.items()))
+    yield "rejections and their reasons are in the journal", found, expected <= reasons.keys()
+    yield "lost rounds are events of the trace", f"{lost}", lost > 0
+    difference = abs(row["test_accuracy"] - calm["test_accuracy"])
+    found = f"{row['test_accuracy']:.2f} %, calm {calm['test_accuracy']:.2f} %"
+    yield "the accuracy is a calm run's", found, difference <= settings.tolerance
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Shoot, then judge."""
+    settings = tyro.cli(Chaos, args=args, description=__doc__)
+    if settings.victim:
+        if settings.folder is None:
+            raise SystemExit("--victim needs --folder")
+        be_the_victim(settings, settings.folder)
+        return
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        folder = settings.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        begin, killed = time.monotonic(), Counter()
+        num_steps = settings.run().num_steps(len(data.digits()[0].labels))
+        for victim in shoot(settings, folder, num_steps):
+            killed[victim] += 1
+            console.print(
+                f"{time.monotonic() - begin:.0f} s, report {_progress(folder)} of {num_steps}: "
+                f"kill {sum(killed.values())}, a {victim}",
+                highlight=False,
+            )
+        seconds = time.monotonic() - begin
+        console.print(f"{dict(killed)} killed in {seconds:.0f} s", highlight=False)
+        verdicts = list(judge(settings, folder))
+    for name, found, holds in verdicts:
+        console.print(f"{'holds' if holds else 'FAILS'}: {name} ({found})", highlight=False)
+    if not all(holds for _, _, holds in verdicts):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

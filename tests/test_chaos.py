@@ -1,0 +1,47 @@
+"""The chaos command at a small size: kills of workers and of the driver, and poison."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import chaos
+from orlomo_jax import LocalUpdate, Report
+from tests import helpers
+
+
+def test_a_run_that_is_shot_at_ends_as_a_calm_one(capsys):
+    chaos.main(["--kills", "3", "--driver-share", "0.5", "--poison-share", "0.2", "--epochs", "60"])
+    output = capsys.readouterr().out
+    assert output.count("holds: ") == 5
+    assert "'driver'" in output
+    assert "'worker'" in output
+
+
+def kinds(sent, report):
+    """What is wrong with what was sent in the place of a report."""
+    for bad in sent:
+        leaves = jax.tree.leaves(bad.update)
+        if bad.round < report.round:
+            yield "replay"
+        elif any(np.isnan(leaf).any() for leaf in leaves):
+            yield "not finite"
+        elif [leaf.shape for leaf in leaves] != [x.shape for x in jax.tree.leaves(report.update)]:
+            yield "wrong shape"
+    if len(sent) == 2 and sent[0] is sent[1]:
+        yield "duplicate"
+
+
+def test_poison_is_of_every_kind():
+    report = Report(0, 0, 0, LocalUpdate(helpers.tree(0), helpers.tree(1)))
+    poison, seen = chaos.Poison(1.0, seed=0), []
+    for round in range(40):
+        current = report._replace(round=round)
+        seen += kinds(poison(current), current)
+    assert set(seen) == set(chaos.POISONS)
+
+
+def test_a_driver_that_fails_by_itself_is_reported(tmp_path):
+    (tmp_path / "arrivals.jsonl").write_text("garbage\n")
+    with pytest.raises(SystemExit, match=r"the driver failed by itself: see .*log\.txt"):
+        chaos.main(["--kills", "1", "--folder", str(tmp_path)])
+    assert "arrivals.jsonl:1 is not JSON" in (tmp_path / "log.txt").read_text()
