@@ -162,9 +162,17 @@ def race(repeats: int) -> Iterator[dict[str, Any]]:
     """
     target, grid = 0.005, (0.03, 0.1, 0.3)
     base = runs.Run(
-        model="mlp", width=8, dataset="digits", scenario="one_slow", slowdown=4, workers=4, epochs=400,
-        local_iterations=32, batch_size=32, weight_decay=0.0,
-    )  # fmt: skip
+        model="mlp",
+        width=8,
+        dataset="digits",
+        scenario="one_slow",
+        slowdown=4,
+        workers=4,
+        epochs=400,
+        local_iterations=32,
+        batch_size=32,
+        weight_decay=0.0,
+    )
     seconds: dict[str, list[float]] = {"orlomo": [], "prsgdm": []}
     chosen = {}
     for method in seconds:
