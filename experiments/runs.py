@@ -31,6 +31,7 @@ from orlomo_jax import (
     heterogeneous,
     homogeneous,
     make_method,
+    narrow_reports,
     one_slow_worker,
     simulate,
     simulate_arrivals,
@@ -84,6 +85,8 @@ class Run:
     """Images are averaged over windows of this side."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """What Δw and Δu are rounded to, and travel in on Ray."""
     runtime: Literal["simulated", "threads", "ray"] = "simulated"
     """Virtual time, or real workers; those are slowed as the scenario says."""
 
@@ -206,8 +209,6 @@ class Ray:
     """Processors that Ray sets aside for a worker."""
     gpus_per_worker: float = 0
     """GPUs that Ray sets aside for a worker; with none it computes on the CPU."""
-    wire: Literal["float32", "bfloat16"] = "float32"
-    """What Δw and Δu travel in."""
 
 
 def _workers(run: Run, ray: Ray) -> Workers:
@@ -219,8 +220,7 @@ def _workers(run: Run, ray: Ray) -> Workers:
     options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
     if ray.gpus_per_worker:
         options["num_gpus"] = ray.gpus_per_worker
-    narrow = None if ray.wire == "float32" else jnp.bfloat16
-    return RayWorkers(run.workers, ray.address, options, narrow, slowdowns)
+    return RayWorkers(run.workers, ray.address, options, slowdowns)
 
 
 class _Parts(NamedTuple):
@@ -259,16 +259,17 @@ def _assemble(run: Run, data_dir: Path | None) -> _Parts:
         dtype=jnp.dtype(run.dtype),
     )
     method = make_method(run.method, run.workers, run.momentum)
+    round_fn = method.local_round(
+        source.training_loss(network.loss_fn), run.local_iterations, weight_decay=run.weight_decay
+    )
+    if run.wire != "float32":
+        round_fn = narrow_reports(round_fn, run.wire)
     return _Parts(
         method=method,
         network=network,
         train=source.train,
         batch_fn=data.shuffled_batches(source.train, run.batch_size, run.local_iterations),
-        round_fn=method.local_round(
-            source.training_loss(network.loss_fn),
-            run.local_iterations,
-            weight_decay=run.weight_decay,
-        ),
+        round_fn=round_fn,
         evaluate=_evaluation(network, source),
     )
 
@@ -314,9 +315,9 @@ def _schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
 
 def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     evaluations = result.history.evaluations
-    real, end = run.runtime != "simulated", float(result.trace.times[-1])
+    real, end = run.runtime != "simulated", float(result.trace.times.max(initial=0.0))
     # What the scenario's speeds come to, beside the seconds that the workers really took.
-    virtual = float(run.trace(result.trace.num_steps).times[-1]) if real else end
+    virtual = float(run.trace(result.trace.num_steps).times.max(initial=0.0)) if real else end
     curve: dict[str, list] = {
         "step": [e.step for e in evaluations],
         "real_time" if real else "virtual_time": [_short(e.time) for e in evaluations],
@@ -324,7 +325,7 @@ def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     for metric in ("train_loss", "test_accuracy"):
         curve[metric] = [_short(e.metrics[metric]) for e in evaluations]
     # An infinite loss of finite parameters is a failed run too.
-    finished = result.status == "finished" and curve["train_loss"][-1] is not None
+    finished = result.status == "finished" and curve["train_loss"][-1:] != [None]
     return {
         "run": asdict(run),
         "status": "finished" if finished else "diverged",

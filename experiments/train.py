@@ -175,7 +175,6 @@ def main(args: Sequence[str] | None = None) -> None:
                 f"{settings.checkpoint_dir} holds checkpoints: add --resume to go on from the "
                 "newest, or choose another --checkpoint-dir"
             )
-        _claim(settings.checkpoint_dir / "run.json", settings.run)
     elif settings.resume:
         raise SystemExit("--resume needs --checkpoint-dir")
     listeners = []
@@ -190,6 +189,13 @@ def main(args: Sequence[str] | None = None) -> None:
         num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
     except (DataError, OSError, ValueError, ImportError) as error:
         raise SystemExit(str(error)) from None
+    trace_path = settings.trace or _trace_path(settings)
+    journal = None  # beside the checkpoints
+    if checkpoint is not None and settings.checkpoint_dir is not None:
+        _claim(settings.checkpoint_dir / "run.json", settings.run)
+    else:  # what came of a run that dies is there to repeat
+        journal = trace_path.with_suffix(".arrivals.jsonl")
+        journal.unlink(missing_ok=True)
     with progress_bar(console) as progress:
         listeners.append(reporter(progress, run.method, run.epochs, num_steps))
 
@@ -207,10 +213,11 @@ def main(args: Sequence[str] | None = None) -> None:
             replay=replay,
             ray=settings.ray,
             audit=settings.audit,
+            journal=journal,
         )
     if result.health is not None:
         console.print(str(result.health), highlight=False)
-    result.trace.save(settings.trace or _trace_path(settings))
+    result.trace.save(trace_path)
     records.append(settings.output, row)
     if row["status"] == "finished":
         console.print(

@@ -34,8 +34,9 @@ class Audit:
     - u_{t+1} = Σ β^n η Δu,
     - w_{t+1} = w_0 − Σ η Δw − β/(1−β) Σ (1 − β^n) η Δu.
 
-    The server never computes these sums: it keeps u and w alone, and neither H = Σ ηΔu nor
-    Σ ηΔw. What rounding may do to each entry is reckoned beside them.
+    The server never computes these sums: it keeps u and w alone, and neither Σ ηΔu nor Σ ηΔw. What
+    rounding may do to each entry is reckoned beside them; since that grows with the run, what each
+    step adds to the sums is held against what it adds to u and w, too.
 
     Args:
         method: OrLoMo, as :func:`~orlomo_jax.make_method` makes it (in a chain with what changes
@@ -53,79 +54,98 @@ class Audit:
         >>> audit = Audit(method, server.params, server.state)
         >>> report = Report(*server.dispatch(0)[:3], LocalUpdate(jnp.ones(1), jnp.ones(1)))
         >>> _ = server.receive(report)
-        >>> audit.arrived(report, 0)
-        >>> audit.check(server.params, server.state)
+        >>> audit.applied(report, 0, server.params, server.state)
     """
 
     def __init__(self, method: Method, params: contract.Params, state: Any) -> None:
         """Start the ledger from (w, u)."""
-        if method.name != "orlomo" or method.num_workers is None or method.merge_weight is None:
-            raise ValueError(
-                f"`audit` needs OrLoMo, whose Lemmas 1 and 2 it checks, got method={method.name!r}"
-            )
-        self._method, self._num_workers = method, method.num_workers
+        check_auditable(method)
+        self._rate, self._num_workers = method.merge_weight, method.num_workers or 1
         self._decay = float(method.worker_momentum or 0.0)
-        self._start, self._momentum = _flat(params), _flat(start_momentum(state))
-        self._all_momentum = self._momentum.copy()  # H: Σ ηΔu, each at full weight
+        momentum = start_momentum(state)
+        self._params, self._momentum = _flat(params), _flat(momentum)  # the server's, step by step
+        self._start, self._u = self._params, self._momentum.copy()  # the ledger's
+        self._all_u = self._u.copy()  # Σ ηΔu, each at full weight
         self._descent = np.zeros_like(self._start)  # Σ ηΔw
-        leaves = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-        self._eps = _ROUNDINGS * max((float(jnp.finfo(d).eps) for d in leaves), default=0.0)
-        self._momentum_error = np.zeros_like(self._start)
-        self._params_error = np.zeros_like(self._start)
-        self._applied: set[tuple[int, int]] = set()
+        self._params_unit, self._momentum_unit = _units(params), _units(momentum)
+        self._u_error, self._w_error = np.zeros_like(self._u), np.zeros_like(self._u)
+        self._tags: set[tuple[int, int]] = set()
 
-    def arrived(self, report: Report, step: int) -> None:
-        """Enter a report that the server applied at ``step``.
+    def applied(self, report: Report, step: int, params: contract.Params, state: Any) -> None:
+        """Enter a report that the server applied at ``step``, and hold its w and u to the ledger.
 
         Raises:
-            AuditFailure: If the same worker's same round was applied before.
+            AuditFailure: If an entry is further away than rounding explains, or the same worker's
+                same round was applied before.
         """
         tag = (report.worker, report.round)
-        if tag in self._applied:
+        if tag in self._tags:
             raise AuditFailure(f"(worker, round) = {tag} was applied twice, again at step {step}")
-        self._applied.add(tag)
+        self._tags.add(tag)
         decay, num_workers = self._decay, self._num_workers
-        eta = merge_weight_on_host(self._method.merge_weight, step, step - report.dispatched_at)
-        if (step - 1) % num_workers == 0:  # group ⌈t/K⌉ opens
-            opens = 1.0
-            self._momentum *= decay
-            self._momentum_error *= decay
-        else:
-            opens = 0.0
+        eta = merge_weight_on_host(self._rate, step, step - report.dispatched_at)
+        opens = float((step - 1) % num_workers == 0)  # group ⌈t/K⌉ opens
         late = -(-step // num_workers) + (-report.dispatched_at // num_workers)  # n
-        momentum, delta = _flat(report.update.momentum), _flat(report.update.delta)
-        self._momentum += decay**late * eta * momentum
-        self._all_momentum += eta * momentum
-        self._descent += eta * delta
-        sizes = np.abs(self._momentum) + eta * np.abs(momentum)
-        self._momentum_error += self._eps * sizes
-        self._params_error += opens * self._momentum_error + self._eps * (
-            np.abs(self._params()) + sizes / (1 - decay) + eta * np.abs(delta)
+        scaled_u = eta * _flat(report.update.momentum)
+        scaled_w = eta * _flat(report.update.delta)
+        missed = decay * (1 - decay**late) / (1 - decay)
+        kept = decay if opens else 1.0
+
+        before_w, before_u = self._params, self._momentum
+        self._params, self._momentum = _flat(params), _flat(start_momentum(state))
+        if not (np.isfinite(self._params).all() and np.isfinite(self._momentum).all()):
+            return  # it overflowed, and the next reports will say so
+        self._u = kept * self._u + decay**late * scaled_u
+        self._all_u += scaled_u
+        self._descent += scaled_w
+        w = self._start - self._descent - decay / (1 - decay) * (self._all_u - self._u)
+
+        sizes = np.abs(kept * before_u) + np.abs(scaled_u)
+        u_rounding = _allowance(self._momentum_unit, sizes)
+        w_rounding = opens * u_rounding + _allowance(
+            self._params_unit,
+            np.abs(before_w) + opens * sizes + np.abs(scaled_w) + missed * np.abs(scaled_u),
+        )
+        self._u_error = kept * self._u_error + u_rounding
+        self._w_error += opens * self._u_error + w_rounding
+        step_u = kept * before_u + decay**late * scaled_u
+        step_w = before_w - opens * decay * before_u - scaled_w - missed * scaled_u
+        _hold("Lemma 1", step, self._momentum, step_u, u_rounding)
+        _hold("Lemma 2", step, self._params, step_w, w_rounding)
+        _hold("Lemma 1, summed,", step, self._momentum, self._u, self._u_error)
+        _hold("Lemma 2, summed,", step, self._params, w, self._w_error)
+
+
+def check_auditable(method: Method) -> None:
+    """Raise ValueError unless the method is OrLoMo with a known K and global learning rate."""
+    if method.name != "orlomo" or method.num_workers is None or method.merge_weight is None:
+        raise ValueError(
+            f"`audit` needs OrLoMo, whose Lemmas 1 and 2 it checks, got method={method.name!r}"
         )
 
-    def check(self, params: contract.Params, state: Any) -> None:
-        """Hold the server's w and u against the ledger.
 
-        Raises:
-            AuditFailure: If an entry is further away than rounding explains.
-        """
-        pairs = (
-            ("Lemma 1", start_momentum(state), self._momentum, self._momentum_error),
-            ("Lemma 2", params, self._params(), self._params_error),
+def _hold(lemma: str, step: int, found: NDArray, expected: NDArray, allowed: NDArray) -> None:
+    wrong = ~(np.abs(found - expected) <= allowed)
+    if wrong.any():
+        entry = int(np.argmax(wrong))
+        raise AuditFailure(
+            f"{lemma} fails at step {step}: entry {entry} is {found[entry]}, the ledger says "
+            f"{expected[entry]} ± {allowed[entry]:.2g}"
         )
-        for lemma, tree, expected, allowed in pairs:
-            excess = np.abs(_flat(tree) - expected) - allowed
-            if excess.size and not (excess <= 0).all():
-                worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
-                is_now = _flat(tree)[worst]
-                raise AuditFailure(
-                    f"{lemma} fails after {len(self._applied)} reports: entry {worst} is {is_now}, "
-                    f"the ledger says {expected[worst]} ± {allowed[worst]:.2g}"
-                )
 
-    def _params(self) -> NDArray[np.float64]:
-        missed = self._decay / (1 - self._decay) * (self._all_momentum - self._momentum)
-        return self._start - self._descent - missed
+
+def _allowance(units: tuple[NDArray, NDArray], sizes: NDArray) -> NDArray[np.float64]:
+    """Return what rounding may do to entries of these sizes, and flushing to what is tiny."""
+    eps, tiny = units
+    return _ROUNDINGS * (eps * sizes + tiny)
+
+
+def _units(tree: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return eps and the smallest normal number of each entry's dtype."""
+    infos = [(jnp.finfo(jnp.result_type(x)), _flat(x).size) for x in jax.tree.leaves(tree)]
+    sizes = [size for _, size in infos]
+    eps = np.repeat([float(info.eps) for info, _ in infos], sizes)
+    return eps, np.repeat([float(info.smallest_normal) for info, _ in infos], sizes)
 
 
 def _flat(tree: Any) -> NDArray[np.float64]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from orlomo_jax.trace import ArrivalTrace, Event
 
@@ -14,9 +15,11 @@ _FORMAT = "orlomo_jax.Journal"
 
 
 class Arrival(NamedTuple):
-    """An applied report: whose, when (seconds since the run began), and its mean loss."""
+    """An applied report: whose, of which task, when (seconds since the run began), mean loss."""
 
     worker: int
+    round: int
+    dispatched_at: int
     time: float
     loss: float
 
@@ -26,73 +29,73 @@ class Journal:
 
     A line is written when its report is applied and before anything follows from it, so that after
     a crash the file holds all that anybody has seen of the run. A line that a dying process left
-    unfinished is dropped.
+    unfinished is dropped. One process at a time writes to a file.
 
     Args:
-        num_workers: K of the run.
-        synchronous: Whether its method is.
-        path: The file; one that exists is continued. None keeps the journal in memory.
+        identity: What the run is, JSON-able: ``num_workers`` and ``synchronous``, ``absent`` (who
+            was not there at the start), and whatever else tells runs apart.
+        path: The file; one of the same run is continued. It is made with its first line. None keeps
+            the journal in memory.
 
     Attributes:
+        identity: Of the run; ``absent`` is that of the file where it is continued.
         arrivals: Every :class:`Arrival`, in order.
         events: Every :class:`~orlomo_jax.Event`, in order.
         rejected: Pairs of the step and the reason's text, in order.
 
     Raises:
-        ValueError: If the file is of another run or no journal; the message names file and line.
+        ValueError: If the file is of another run, or no journal; the message names file and line.
+        BlockingIOError: If another process writes to it.
 
     Example:
-        >>> journal = Journal(num_workers=2, synchronous=False)
-        >>> journal.arrived(1, time=0.5, loss=2.0)
+        >>> journal = Journal({"num_workers": 2, "synchronous": False})
+        >>> journal.arrived(Arrival(1, 0, 0, time=0.5, loss=2.0))
         >>> journal.happened("lost", 0, time=0.7, why="killed")
         >>> journal.happened("redispatched", 0, time=0.9)
-        >>> journal.arrived(0, time=1.5, loss=1.0)
+        >>> journal.arrived(Arrival(0, 1, 1, time=1.5, loss=1.0))
         >>> journal.trace().dispatched_at.tolist(), journal.trace().rounds.tolist()
         ([0, 1], [0, 1])
     """
 
     def __init__(
-        self, num_workers: int, synchronous: bool, path: str | os.PathLike[str] | None = None
+        self, identity: dict[str, Any], path: str | os.PathLike[str] | None = None
     ) -> None:
-        """Open the file, and read what is there."""
-        self.num_workers, self.synchronous = num_workers, synchronous
+        """Read what is there, and open the file."""
+        self.identity = {"absent": []} | json.loads(json.dumps(identity))
         self.path = None if path is None else Path(path)
         self.arrivals: list[Arrival] = []
         self.events: list[Event] = []
         self.rejected: list[tuple[int, str]] = []
-        header = {"format": _FORMAT, "num_workers": num_workers, "synchronous": synchronous}
-        if self.path is None:
+        self._file: IO[bytes] | None = None
+        if self.path is None or not self.path.exists() or not self._read(self.path):
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _whole_lines(self.path)
-        if not lines:
-            self._write(header)
-            return
-        if lines[0] != header:
-            raise ValueError(f"{self.path} must begin with {header}, got {lines[0]}")
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                self._remember(line)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}:{number} is no line of a journal: {line}") from error
+        for name, value in self.identity.items():
+            if name != "absent" and self._header.get(name) != value:
+                raise ValueError(
+                    f"{self.path} must be of this run, got one of another {name}: "
+                    f"{self._header.get(name)!r}"
+                )
+        self.identity["absent"] = self._header["absent"]
+        self._open()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Journal:
-        """Return the journal in a file, which must exist.
+        """Return the journal in a file, in memory: the file is only read.
 
         Raises:
             OSError: If the file cannot be read.
             ValueError: If it is no journal.
         """
-        lines = _whole_lines(Path(path)) if Path(path).stat().st_size else []
-        if not lines or lines[0].get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a journal of a run")
-        return cls(lines[0]["num_workers"], lines[0]["synchronous"], path)
+        journal = cls({})
+        if not journal._read(Path(path)):
+            raise ValueError(f"{path} is empty, not a journal of a run")
+        journal.identity = journal._header
+        return journal
 
-    def arrived(self, worker: int, time: float, loss: float) -> None:
-        """Note that the worker's report was applied."""
-        loss = loss if math.isfinite(loss) else math.nan
-        self._note({"worker": worker, "time": time, "loss": None if math.isnan(loss) else loss})
+    def arrived(self, arrival: Arrival) -> None:
+        """Note that a report was applied."""
+        loss = float(arrival.loss) if math.isfinite(arrival.loss) else None
+        self._note(arrival._asdict() | {"loss": loss})
 
     def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:
         """Note an event of an :class:`~orlomo_jax.Event`'s kind, before the next arrival."""
@@ -101,22 +104,46 @@ class Journal:
 
     def refused(self, worker: Any, reason: str, message: str, time: float) -> None:
         """Note that a report was rejected, and why."""
-        step = len(self.arrivals)
-        row = {"rejected": reason, "step": step, "worker": repr(worker), "time": time}
-        self._note({**row, "why": message})
+        row = {"rejected": reason, "step": len(self.arrivals), "worker": repr(worker)}
+        self._note({**row, "time": time, "why": message})
 
     def trace(self) -> ArrivalTrace:
-        """Return the order of arrivals so far, with its events; times in seconds."""
-        return ArrivalTrace.from_workers(
-            [arrival.worker for arrival in self.arrivals],
-            self.num_workers,
-            times=[arrival.time for arrival in self.arrivals],
-            synchronous=self.synchronous,
-            events=self.events,
+        """Return the order of arrivals so far, with its events; times in seconds.
+
+        Raises:
+            ValueError: If a report was applied that its worker did not hold, or held no longer.
+        """
+        workers, rounds, dispatched_at, times, _ = (
+            zip(*self.arrivals, strict=True) if self.arrivals else ((),) * len(Arrival._fields)
+        )
+        return ArrivalTrace(  # which holds the rounds to those that each worker was sent
+            num_workers=self.identity["num_workers"],
+            workers=list(workers),  # pyright: ignore[reportArgumentType]
+            rounds=list(rounds),  # pyright: ignore[reportArgumentType]
+            dispatched_at=list(dispatched_at),  # pyright: ignore[reportArgumentType]
+            times=list(times),  # pyright: ignore[reportArgumentType]
+            synchronous=self.identity["synchronous"],
+            events=tuple(self.events),
         )
 
+    def sync(self) -> None:
+        """Have all lines on the disk itself: a power failure takes none of them away."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _note(self, line: dict[str, Any]) -> None:
-        self._write(line)
+        if self.path is not None and self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+            self._write({"format": _FORMAT} | self.identity)
+        if self._file is not None:
+            self._write(line)
         self._remember(line)
 
     def _remember(self, line: dict[str, Any]) -> None:
@@ -125,39 +152,45 @@ class Journal:
         elif "rejected" in line:
             self.rejected.append((line["step"], f"{line['rejected']}: {line['why']}"))
         else:
-            loss = math.nan if line["loss"] is None else float(line["loss"])
-            self.arrivals.append(Arrival(int(line["worker"]), float(line["time"]), loss))
+            arrival = Arrival(**line)
+            known = math.nan if line["loss"] is None else arrival.loss
+            self.arrivals.append(arrival._replace(loss=known))
+
+    def _open(self) -> None:
+        assert self.path is not None
+        self._file = self.path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {self.path}: is it alive?") from None
+        data = self.path.read_bytes()
+        os.ftruncate(self._file.fileno(), data.rfind(b"\n") + 1)  # half a line of a dead process
 
     def _write(self, line: dict[str, Any]) -> None:
         """Append one line, whole or not at all; the kernel has it when this returns."""
-        if self.path is None:
-            return
+        assert self._file is not None
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
-        with self.path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the file's lines; cut off one that a dying process left unfinished."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    lines = []
-    for number, text in enumerate(data[:whole].splitlines(), 1):
+        end = self._file.seek(0, os.SEEK_END)
         try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise ValueError(f"{path}:{number} must be a JSON object, got {line!r}")
-        lines.append(line)
-    return lines
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+
+    def _read(self, path: Path) -> bool:
+        """Take in the file's whole lines; return whether there is a header."""
+        data = path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        for number, text in enumerate(lines, 1):
+            try:
+                line = json.loads(text)
+                if number > 1:
+                    self._remember(line)
+                elif line.pop("format") != _FORMAT:
+                    raise ValueError("it must begin with a journal's header")
+                else:
+                    self._header = line
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number} is no line of a journal: {error}") from None
+        return bool(lines)

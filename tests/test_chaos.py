@@ -31,9 +31,9 @@ def kinds(sent, report):
         yield "duplicate"
 
 
-def test_poison_is_of_every_kind():
+def test_poison_is_of_every_kind(tmp_path):
     report = Report(0, 0, 0, LocalUpdate(helpers.tree(0), helpers.tree(1)))
-    poison, seen = chaos.Poison(1.0, seed=0), []
+    poison, seen = chaos.Poison(1.0, 0, tmp_path / "poison.txt"), []
     for round in range(40):
         current = report._replace(round=round)
         seen += kinds(poison(current), current)
@@ -44,4 +44,4 @@ def test_a_driver_that_fails_by_itself_is_reported(tmp_path):
     (tmp_path / "arrivals.jsonl").write_text("garbage\n")
     with pytest.raises(SystemExit, match=r"the driver failed by itself: see .*log\.txt"):
         chaos.main(["--kills", "1", "--folder", str(tmp_path)])
-    assert "arrivals.jsonl:1 is not JSON" in (tmp_path / "log.txt").read_text()
+    assert "arrivals.jsonl:1 is no line of a journal" in (tmp_path / "log.txt").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,18 +18,20 @@ from orlomo_jax.audit import Audit
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.health import Health, Meter
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
-from orlomo_jax.journal import Journal
-from orlomo_jax.reports import Report, ReportRejected, Task
+from orlomo_jax.journal import Arrival, Journal
+from orlomo_jax.reports import Reason, Report, ReportRejected, Task
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.server_step import start_momentum
 from orlomo_jax.trace import Event
+from orlomo_jax.worker import all_finite
 
 _POLL = 0.2
-"""Seconds after which the driver looks at clocks and memberships though no report came."""
+"""Seconds between two looks at clocks and memberships."""
 
 _norm = jax.jit(optax.tree.norm)
+_all_finite = jax.jit(all_finite)
 _log = logging.getLogger("orlomo_jax")
 
 
@@ -45,61 +49,91 @@ class Plan(NamedTuple):
     on_health: Callable[[Health], None] | None
     health_every: float
     checkpoint: Checkpoints | None
+    journal: Any
     membership: Membership
     round_timeout: float
     max_failures: int
+    audit: bool
     inject: Callable[[Report], Iterable[Report]] | None
+
+
+class Failure(NamedTuple):
+    """Why a worker lost its round: in words, and where its report was rejected, the reason."""
+
+    why: str
+    reason: Reason | None = None
 
 
 class Driver:
     """One run: a server, its workers, and what is noted of them."""
 
     def __init__(self, server: ParameterServer, workers: Workers, work: Work, plan: Plan) -> None:
-        """Open the journal; it lies beside the checkpoints, where there are any."""
+        """Take up the run; nothing is written yet."""
         self.server, self.workers, self.work, self.plan = server, workers, work, plan
-        num_workers = server.num_workers
-        self.present = set(range(num_workers)) - plan.membership.absent
-        self.meter = Meter(num_workers)
-        self.failures = [0] * num_workers  # lost rounds in a row
-        self.last_failure = ["left"] * num_workers
+        self.meter = Meter(server.num_workers)
+        self.present: set[int] = set()
+        self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
+        self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.evaluations: list[Evaluation] = []
         self.audit: Audit | None = None
         self.diverged = False
-        path = None if plan.checkpoint is None else plan.checkpoint.directory / "arrivals.jsonl"
-        self.journal = Journal(num_workers, server.method.synchronous, path)
 
-    def run(self, *, audit: bool) -> TrainingResult:
+    def run(self) -> TrainingResult:
         """Go on from what is saved, and train to the end."""
-        seen = self._restore()
-        if audit:
-            self.audit = Audit(self.server.method, self.server.params, self.server.state)
-        self._repeat(seen)
-        earlier = self.journal.arrivals[-1].time if self.journal.arrivals else 0.0
-        self._began = time.monotonic() - earlier
-        self._looked = time.monotonic()
-        self._health_due = self._looked + self.plan.health_every
-        if self.server.step < self.plan.num_steps:
-            try:
-                self.workers.open(self.work)
-                self._begin()
-                while self.server.step < self.plan.num_steps and not self.diverged:
-                    self._turn()
-            finally:
-                self.workers.close()
-        return self._result()
+        plan, server = self.plan, self.server
+        self._began = self._looked = time.monotonic()
+        identity = self._identity()
+        saved = None if plan.checkpoint is None else plan.checkpoint.newest_of(identity)
+        absent = {"absent": sorted(plan.membership.absent)}
+        self.journal = Journal(identity | absent, plan.journal)
+        try:
+            self.present = set(range(server.num_workers)) - set(self.journal.identity["absent"])
+            self._repeat(self._restore(saved))
+            if self.journal.arrivals:
+                self._began -= self.journal.arrivals[-1].time
+            self._health_due = time.monotonic() + plan.health_every
+            if server.step < plan.num_steps:
+                self._train()
+            return self._result()
+        finally:
+            self.journal.close()
 
-    def _restore(self) -> int:
-        """Put the server where the newest checkpoint left it; return the events seen by then."""
-        checkpoint = self.plan.checkpoint
-        saved = None if checkpoint is None else checkpoint.newest_of(self._identity())
+    def _train(self) -> None:
+        try:
+            self.workers.open(self.work)
+            self._begin()
+            while self.server.step < self.plan.num_steps and not self.diverged:
+                self._turn()
+        finally:
+            self.workers.close()
+
+    def _restore(self, saved: Any) -> int:
+        """Put the server where a checkpoint left it; return the events seen by then."""
+        num_arrivals, seen = len(self.journal.arrivals), 0
+        if saved is not None:
+            self.server.restore(saved.arrays["server"], saved.notes["server"])
+            self.evaluations = [Evaluation(*e) for e in saved.notes["evaluations"]]
+            seen = saved.notes["events"]
+        for name, there, wanted in (
+            ("reports", num_arrivals, self.server.step),
+            ("events", len(self.journal.events), seen),
+        ):
+            if there < wanted:
+                raise ValueError(
+                    f"{self.journal.path} must hold the run up to its checkpoint, {wanted} {name}, "
+                    f"but it holds {there}"
+                )
+        if num_arrivals > self.plan.num_steps:
+            raise ValueError(
+                f"`num_steps` must be ≥ {num_arrivals}, the reports that the run to resume has "
+                f"applied, got num_steps={self.plan.num_steps}"
+            )
+        if self.plan.audit:
+            self.audit = Audit(self.server.method, self.server.params, self.server.state)
         if saved is None:
             for worker in sorted(self.present):
                 self.server.dispatch(worker)
-            return 0
-        self.server.restore(saved.arrays["server"], saved.notes["server"])
-        self.evaluations = [Evaluation(*e) for e in saved.notes["evaluations"]]
-        seen = saved.notes["events"]
         for event in self.journal.events[:seen]:
             self._count_in(event)
         return seen
@@ -109,19 +143,22 @@ class Driver:
         events: defaultdict[int, list[Event]] = defaultdict(list)
         for event in self.journal.events[seen:]:
             events[event.step].append(event)
-        for arrival in self.journal.arrivals[self.server.step :]:
+        arrivals = self.journal.arrivals[self.server.step :]
+        if arrivals:
+            _log.info("repeating %d reports since the checkpoint", len(arrivals))
+        for arrival in arrivals:
             self._happen_again(events.pop(self.server.step, []))
             task = self.server.held(arrival.worker)
-            if task is None:
+            if task is None or task[:3] != arrival[:3]:
                 raise ValueError(
-                    f"{self.journal.path} must go with its checkpoint, but worker "
-                    f"{arrival.worker} held no task at step {self.server.step}"
+                    f"{self.journal.path} must go with its checkpoint: at step {self.server.step} "
+                    f"it has {arrival}, but the worker holds {task and task[:3]}"
                 )
             result, _ = answer(self.work, task.worker, task.round, task[3:])
             report = task.report(result)
             for worker in self.server.receive(report):
                 self.server.dispatch(worker)
-            self._after_step(report, arrival.time, arrival.loss)
+            self._after_step(report, arrival)
         self._happen_again(events.pop(self.server.step, []))
 
     def _happen_again(self, events: list[Event]) -> None:
@@ -139,39 +176,47 @@ class Driver:
             self.present.discard(event.worker)
 
     def _begin(self) -> None:
-        """Start the workers, with the tasks that they hold."""
-        resumed = bool(self.journal.arrivals or self.journal.events)
+        """Start the workers, with the tasks that they hold; everybody but the absent takes part."""
         lost = set()  # and not sent anything since
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
-        for worker in sorted(self.present):
+        wanted = set(range(self.server.num_workers)) - self.plan.membership.absent
+        for worker in sorted(wanted - self.present):
+            self._join(worker)
+        for worker in sorted(self.present - wanted):
+            self._leave(worker, "absent since the run was resumed")
+        for worker in sorted(self.present - self.sent_at.keys()):
             self.workers.start(worker)
             if (task := self.server.held(worker)) is not None:
                 self._submit(task)
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
-        if resumed:  # whoever was given up has a fresh chance
-            gone = set(range(self.server.num_workers)) - self.present
-            for worker in sorted(gone - self.plan.membership.absent):
-                self._join(worker)
 
     def _turn(self) -> None:
-        """Take one outcome, if one comes soon, and look after the workers now and then."""
+        """Take an outcome, if one comes soon, and look after the workers now and then."""
         outcome = self.workers.wait(_POLL)
-        if outcome is not None:
+        ready = [] if outcome is None else [outcome]
+        if time.monotonic() > self._looked + _POLL:
+            while (outcome := self.workers.wait(0)) is not None:
+                ready.append(outcome)
+            self._look_after({outcome.worker for outcome in ready})
+            self._looked = time.monotonic()
+        for outcome in ready:
             self._take(outcome)
+
+    def _look_after(self, reported: set[int]) -> None:
         now = time.monotonic()
-        if now < self._looked + _POLL:
-            return
-        self._looked = now
-        for change, worker in self.plan.membership.changes():
-            if change == "join" and worker not in self.present:
+        joined, left = self.plan.membership.changes()
+        for worker in joined:
+            if worker not in self.present:
                 self._join(worker)
-            elif change == "leave" and worker in self.present:
+        for worker in left:
+            if worker in self.present:
                 self._leave(worker, "it was asked to")
         for worker, sent_at in list(self.sent_at.items()):
-            if now - sent_at > self.plan.round_timeout:
-                self._lose(worker, f"no report within {self.plan.round_timeout:g} s", restart=True)
+            if now - sent_at > self.plan.round_timeout and worker not in reported:
+                why = f"no report within {self.plan.round_timeout:g} s"
+                self._lose(worker, Failure(why), restart=True)
         if now >= self._health_due:
             self._health_due = now + self.plan.health_every
             health = self._health()
@@ -186,7 +231,7 @@ class Driver:
         if outcome.report is None:
             task = self.server.held(worker)
             if task is not None and task.round == outcome.round:
-                self._lose(worker, outcome.error, restart=True)
+                self._lose(worker, Failure(outcome.error), restart=True)
             return
         inject = self.plan.inject
         for report in [outcome.report] if inject is None else inject(outcome.report):
@@ -199,66 +244,67 @@ class Driver:
         except ReportRejected as error:
             self._refuse(report, error)
             return
-        seconds = self._seconds()
-        self.failures[report.worker] = 0
-        self.sent_at.pop(report.worker, None)
+        worker, round, index = map(int, report[:3])
+        arrival = Arrival(worker, round, index, self._seconds(), loss)
+        self.failures.pop(worker, None)
+        self.sent_at.pop(worker, None)
         # Only what is in the journal may have consequences: a resumed run repeats all of it.
-        self.journal.arrived(report.worker, seconds, loss)
-        for worker in waiting:
-            task = self.server.dispatch(worker)
+        self.journal.arrived(arrival)
+        for other in waiting:
+            task = self.server.dispatch(other)
             if self.server.step < self.plan.num_steps:
                 self._submit(task)
-        self._after_step(report, seconds, loss)
+        self._after_step(report, arrival)
 
-    def _after_step(self, report: Report, seconds: float, loss: float) -> None:
+    def _after_step(self, report: Report, arrival: Arrival) -> None:
         """Audit, evaluate, tell and save, as simulated runs do."""
         plan, step = self.plan, self.server.step
         last, metrics = step == plan.num_steps, None
-        delay = step - 1 - report.dispatched_at
-        self.meter.applied(report.worker, delay)
+        delay = step - 1 - arrival.dispatched_at
+        self.meter.applied(arrival.worker, delay)
         if self.audit is not None:
-            self.audit.arrived(report, step - 1)
-            self.audit.check(self.server.params, self.server.state)
+            self.audit.applied(report, step - 1, self.server.params, self.server.state)
         if plan.evaluate is not None and (step % plan.evaluate_every == 0 or last):
             values = plan.evaluate(self.server.params, self.server.model_state)
             metrics = {name: float(value) for name, value in values.items()}
-            self.evaluations.append(Evaluation(step, seconds, metrics))
+            self.evaluations.append(Evaluation(step, arrival.time, metrics))
         if plan.on_step is not None:
-            plan.on_step(StepRecord(step, seconds, report.worker, delay, loss, metrics))
+            record = StepRecord(step, arrival.time, arrival.worker, delay, arrival.loss, metrics)
+            plan.on_step(record)
         if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or last):
             self._save()
 
     def _refuse(self, report: Any, error: ReportRejected) -> None:
         """Note a rejected report; a worker whose own round it was has lost that round."""
-        worker = getattr(report, "worker", None)
         self.meter.rejected[error.reason] += 1
         _log.warning("rejected a report, %s: %s", error.reason, error)
+        worker = getattr(report, "worker", None)
         self.journal.refused(worker, error.reason, str(error), self._seconds())
         if error.reason == "stale" or not isinstance(report, Report):
             return
-        if isinstance(worker, int) and worker in self.present:
-            task = self.server.held(worker)
-            if task is not None and tuple(report[:3]) == tuple(task[:3]):
-                self._lose(worker, f"rejected, {error.reason}: {error}", restart=False)
+        for task in filter(None, map(self.server.held, sorted(self.present))):
+            if tuple(task[:3]) == tuple(report[:3]):
+                self._lose(task.worker, Failure(str(error), error.reason), restart=False)
 
-    def _lose(self, worker: int, why: str, *, restart: bool) -> None:
+    def _lose(self, worker: int, failure: Failure, *, restart: bool) -> None:
         """Give up the worker's round, and start it again unless it failed too often in a row."""
         self.server.release(worker)
         self.sent_at.pop(worker, None)
         self.meter.lost += 1
-        self.failures[worker] += 1
-        self.last_failure[worker] = why
-        self.journal.happened("lost", worker, self._seconds(), why)
-        _log.warning("worker %s lost its round: %s", worker, why)
-        if self.failures[worker] > self.plan.max_failures:
-            self._leave(worker, f"{self.failures[worker]} lost rounds in a row")
+        self.failures[worker].append(failure)
+        self.journal.happened("lost", worker, self._seconds(), failure.why)
+        _log.warning("worker %s lost its round: %s", worker, failure.why)
+        if (count := len(self.failures[worker])) > self.plan.max_failures:
+            self.given_up[worker] = failure
+            self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
             return
         if restart:
             self.workers.start(worker)
         self._dispatch(worker, "redispatched")
 
     def _join(self, worker: int) -> None:
-        self.failures[worker] = 0
+        self.failures.pop(worker, None)
+        self.given_up.pop(worker, None)
         self.present.add(worker)
         self.workers.start(worker)
         self._dispatch(worker, "joined")
@@ -268,23 +314,25 @@ class Driver:
         self.workers.stop(worker)
         self.present.discard(worker)
         self.sent_at.pop(worker, None)
-        if not self.server.method.synchronous:  # whose traces know no leaving
+        synchronous = self.server.method.synchronous
+        if not synchronous:  # whose traces know no leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
             self.journal.happened("left", worker, self._seconds(), why)
             if self.present:
                 return
-        if all("not finite" in failure for failure in self.last_failure):
-            self.diverged = True
-            return
+        reasons = {failure.reason for failure in self.given_up.values()}
+        self.diverged = reasons == {"not finite"}
         if self.plan.checkpoint is not None:
-            self._save()
-        failures = "; ".join(f"worker {w}: {why}" for w, why in enumerate(self.last_failure))
-        waits = ", and prsgdm waits for all" if self.server.method.synchronous else ""
-        raise WorkersGone(
-            f"at step {self.server.step} of {self.plan.num_steps} worker {worker} is gone ({why})"
-            f"{waits or ', the last one'}. Last failures: {failures}"
-        )
+            with contextlib.suppress(OSError):  # the journal holds it all; say what happened
+                self._save()
+        if not self.diverged:
+            waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
+            others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
+            raise WorkersGone(
+                f"worker {worker} is gone at step {self.server.step} of {self.plan.num_steps} and "
+                f"{waits}: {why}{others}"
+            )
 
     def _dispatch(self, worker: int, kind: str) -> None:
         task = self.server.dispatch(worker)
@@ -308,15 +356,19 @@ class Driver:
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with the run that resumes from it."""
         keys = (self.work.data_key, self.work.noise_key)
+        wire = getattr(self.work.round_fn, "wire_dtype", None)
         return {
             "runtime": "real",
             "method": self.server.method.name,
             "num_workers": self.server.num_workers,
+            "synchronous": self.server.method.synchronous,
             "keys": [jax.random.key_data(key).tolist() for key in keys],
+            "wire": None if wire is None else str(wire),
         }
 
     def _save(self) -> None:
         assert self.plan.checkpoint is not None
+        self.journal.sync()
         arrays, books = self.server.snapshot()
         notes = {
             "identity": self._identity(),
@@ -333,16 +385,17 @@ class Driver:
             time=trace.times,
             worker=trace.workers,
             delay=trace.delays,
-            loss=np.array([arrival.loss for arrival in self.journal.arrivals], np.float32),
+            loss=np.array([a.loss for a in self.journal.arrivals], jnp.result_type(float)),
             evaluations=tuple(self.evaluations),
         )
+        trees = (server.params, server.model_state, server.state)
+        overflowed = not self.diverged and not bool(_all_finite(trees))
+        diverged = self.diverged or overflowed
         return TrainingResult(
-            params=server.params,
-            model_state=server.model_state,
-            state=server.state,
+            *trees,
             history=history,
             trace=trace,
-            status="diverged" if self.diverged else "finished",
-            diverged_at=server.step if self.diverged else None,
+            status="diverged" if diverged else "finished",
+            diverged_at=server.step - overflowed if diverged else None,
             health=self._health(),
         )

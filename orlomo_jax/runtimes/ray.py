@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
-from orlomo_jax.rounds import narrow_reports, wire_dtype
+from orlomo_jax.rounds import wire_dtype
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
 
@@ -30,7 +31,8 @@ class RayWorkers:
 
     An actor is never restarted or retried by Ray itself, so that no report can be applied twice:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
-    travel once to each host.
+    travel once to each host; Δw and Δu travel in the dtype of
+    :func:`~orlomo_jax.narrow_reports`, where the round is of it.
 
     Args:
         num_workers: K ≥ 1.
@@ -38,8 +40,6 @@ class RayWorkers:
         actor_options: Ray's options of each actor, such as ``{"num_gpus": 1}``. The default is
             ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``. Without ``num_gpus`` actors
             compute on the CPU.
-        narrow: dtype of Δw and Δu on the wire where narrower than the leaf's, such as
-            ``jnp.bfloat16``. The server sees what :func:`~orlomo_jax.narrow_reports` gives.
         slowdowns: As of :class:`~orlomo_jax.Threads`.
 
     Raises:
@@ -57,7 +57,6 @@ class RayWorkers:
         num_workers: int,
         address: str | None = None,
         actor_options: Mapping[str, Any] | None = None,
-        narrow: Any = None,
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; actors start with the run."""
@@ -68,11 +67,13 @@ class RayWorkers:
         defaults = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         never_again = {"max_restarts": 0, "max_task_retries": 0}
         self._options = defaults | dict(actor_options or {}) | never_again
-        self._narrow = None if narrow is None else jnp.dtype(narrow)
-        if self._narrow is not None and not jnp.issubdtype(self._narrow, jnp.floating):
-            raise ValueError(f"`narrow` must be a floating dtype, got narrow={narrow!r}")
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, tuple[int, int, int]] = {}  # oldest first
+        self._known: Any = None
+        self._class: Any = None
+        self._version: tuple[int, Any, int] | None = None
+        self._dtypes: list[Any] = []
+        self._narrow: Any = None
         self._initialised_here = False
 
     def open(self, work: Work) -> None:
@@ -84,21 +85,20 @@ class RayWorkers:
         ray = self._ray
         if not ray.is_initialized():
             self._initialised_here = True
-            local = self._address is None and "RAY_ADDRESS" not in os.environ
+            local = self._address is None and not os.environ.get("RAY_ADDRESS")
             cpus = max(os.cpu_count() or 1, int(np.ceil(self._wanted("num_cpus"))))
             options: dict[str, Any] = (
                 {"num_cpus": cpus, "include_dashboard": False} if local else {}
             )
             ray.init(self._address, **options)
         self._check_resources()
-        if self._narrow is not None:
-            work = work._replace(round_fn=narrow_reports(work.round_fn, self._narrow))
+        self._narrow = getattr(work.round_fn, "wire_dtype", None)
         impl = str(jax.random.key_impl(work.data_key))
         keys = [jax.random.key_data(key) for key in (work.data_key, work.noise_key)]
         known = (work.round_fn, *jax.device_get((work.batch_fn, keys)), impl)
         self._known = ray.put(known)  # once, for all actors
         self._class = ray.remote(**self._options)(OrlomoWorker)
-        self._version: tuple[int, Any, int] | None = None
+        self._version = None
         self._pending.clear()
 
     def start(self, worker: int) -> None:
@@ -148,12 +148,15 @@ class RayWorkers:
 
     def close(self) -> None:
         """Kill all actors; leave Ray running if it ran before."""
-        for worker in list(self._actors):
-            self.stop(worker)
-        self._known = self._version = None
-        if self._initialised_here:
-            self._initialised_here = False
-            self._ray.shutdown()
+        try:
+            for worker in list(self._actors):
+                with contextlib.suppress(Exception):  # of a cluster that is gone
+                    self.stop(worker)
+        finally:
+            self._known = self._version = None
+            if self._initialised_here:
+                self._initialised_here = False
+                self._ray.shutdown()
 
     def _widen(self, update: LocalUpdate) -> LocalUpdate:
         """Return the update in the parameters' dtypes."""
@@ -194,6 +197,7 @@ class OrlomoWorker:
         keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
         self._work = Work(round_fn, batch_fn, *keys)
         self._worker, self._slowdown, self._narrow = worker, slowdown, narrow
+        self._warm = False
 
     def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
         """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
@@ -204,8 +208,10 @@ class OrlomoWorker:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
             update = jax.tree.map(cast, update)
         seconds = time.perf_counter() - begin
-        time.sleep((self._slowdown - 1) * seconds)
-        seconds *= self._slowdown
+        if self._warm:  # the first round compiles
+            time.sleep((self._slowdown - 1) * seconds)
+            seconds *= self._slowdown
+        self._warm = True
         finite = bool(result.finite)
         return update, result.model_state, result.loss, float(loss), finite, seconds
 

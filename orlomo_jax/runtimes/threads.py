@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -14,6 +15,11 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
 
+_PATIENCE = 60.0
+"""Seconds that the end of a run waits for the rounds that its threads are in."""
+
+_log = logging.getLogger("orlomo_jax")
+
 
 class Threads:
     """Workers that are threads of this process: several GPUs of one host, or a CPU.
@@ -24,7 +30,8 @@ class Threads:
         num_workers: K ≥ 1.
         devices: Worker k computes on ``devices[k % len(devices)]``; None is ``jax.devices()``.
         slowdowns: Factors ≥ 1, one a worker: after a round of c seconds worker k sleeps
-            (slowdowns[k] − 1)·c. Equal machines can so play unequal ones.
+            (slowdowns[k] − 1)·c, but for its first round, which compiles. Equal machines can so
+            play unequal ones.
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
@@ -61,13 +68,14 @@ class Threads:
         if devices is not None and not devices:
             raise ValueError("`devices` must hold a device, got none")
         self._devices = devices
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._inboxes: dict[int, queue.SimpleQueue[Task | None]] = {}
+        self._threads: dict[int, _Thread] = {}
         self._work: dict[Any, Work] = {}
+        self._used: list[Any] = []
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
     def open(self, work: Work) -> None:
         """Put the batches' arrays on every device."""
-        self._outcomes = queue.SimpleQueue()
+        self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
         devices = jax.devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
         self._work = {
@@ -78,51 +86,90 @@ class Threads:
     def start(self, worker: int) -> None:
         """Start a thread; one that hangs goes on by itself, and its report will be stale."""
         self.stop(worker)
-        inbox = self._inboxes[worker] = queue.SimpleQueue()
-        name = f"orlomo worker {worker}"
-        threading.Thread(target=self._run, args=(worker, inbox), name=name, daemon=True).start()
+        device = self._used[worker]
+        self._threads[worker] = _Thread(
+            worker, self._work[device], device, self.slowdowns[worker], self._outcomes
+        )
 
     def submit(self, task: Task) -> int:
         """Give the worker's thread a task; nothing goes over a wire."""
-        self._inboxes[task.worker].put(task)
+        self._threads[task.worker].inbox.put(task)
         return 0
 
     def wait(self, timeout: float) -> Outcome | None:
         """Return the next outcome, or None."""
         try:
-            return self._outcomes.get(timeout=timeout)
+            return self._outcomes.get(timeout=timeout) if timeout else self._outcomes.get_nowait()
         except queue.Empty:
             return None
 
     def stop(self, worker: int) -> None:
         """Let the worker's thread end after what it does now."""
-        if (inbox := self._inboxes.pop(worker, None)) is not None:
-            inbox.put(None)
+        if (thread := self._threads.pop(worker, None)) is not None:
+            thread.end()
 
     def close(self) -> None:
-        """Let all threads end."""
-        for worker in list(self._inboxes):
-            self.stop(worker)
+        """Let all threads end, and wait for the rounds that they are in.
 
-    def _run(self, worker: int, inbox: queue.SimpleQueue[Task | None]) -> None:
-        device, outcomes = self._used[worker], self._outcomes
-        work = self._work[device]
-        while (task := inbox.get()) is not None:
+        An interpreter that exits while a thread computes would abort.
+        """
+        threads = list(self._threads.values())
+        for worker in list(self._threads):
+            self.stop(worker)
+        deadline = time.monotonic() + _PATIENCE
+        for thread in threads:
+            if not thread.join(max(0.0, deadline - time.monotonic())):
+                _log.warning("the thread of worker %s hangs and is left to itself", thread.worker)
+
+
+class _Thread:
+    """A worker's thread, its inbox, and the means to end it."""
+
+    def __init__(
+        self,
+        worker: int,
+        work: Work,
+        device: Any,
+        slowdown: float,
+        outcomes: queue.SimpleQueue[Outcome],
+    ) -> None:
+        """Start it."""
+        self.worker, self._work, self._device = worker, work, device
+        self._slowdown, self._outcomes = slowdown, outcomes
+        self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"orlomo worker {worker}", daemon=True
+        )
+        self._thread.start()
+
+    def end(self) -> None:
+        """Let it end after its round."""
+        self._ending.set()
+        self.inbox.put(None)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for its end; return whether it came."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        slowdown = 1.0  # of the first round, which compiles
+        while (task := self.inbox.get()) is not None and not self._ending.is_set():
             begin = time.perf_counter()
             try:
-                outcome = _carry_out(work, task, device)
+                outcome = self._carry_out(task)
             except Exception as error:  # The driver decides what a failed round means.
-                outcome = Outcome(
-                    worker, task.round, None, error=f"{type(error).__name__}: {error}"
-                )
+                what = f"{type(error).__name__}: {error}"
+                outcome = Outcome(self.worker, task.round, None, error=what)
             seconds = time.perf_counter() - begin
-            time.sleep((self.slowdowns[worker] - 1) * seconds)
-            outcomes.put(outcome._replace(seconds=seconds * self.slowdowns[worker]))
+            self._ending.wait((slowdown - 1) * seconds)
+            self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
+            slowdown = self._slowdown
 
-
-def _carry_out(work: Work, task: Task, device: Any) -> Outcome:
-    start = jax.device_put(task[3:], device)
-    result, loss = answer(work, task.worker, task.round, start)
-    jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
-    report = task.report(result)._replace(finite=bool(result.finite))
-    return Outcome(task.worker, task.round, report, float(loss))
+    def _carry_out(self, task: Task) -> Outcome:
+        start = jax.device_put(task[3:], self._device)
+        result, loss = answer(self._work, task.worker, task.round, start)
+        jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
+        report = task.report(result)._replace(finite=bool(result.finite))
+        return Outcome(task.worker, task.round, report, float(loss))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import optax
 
+from orlomo_jax.audit import check_auditable
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count, check_number
 from orlomo_jax.health import Health
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree, Scalar
 
     Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
+
+JOURNAL = "arrivals.jsonl"
 
 
 def train(
@@ -43,6 +47,7 @@ def train(
     on_health: Callable[[Health], None] | None = None,
     health_every: float = 10.0,
     checkpoint: Checkpoints | None = None,
+    journal: str | os.PathLike[str] | None = None,
     membership: Membership | None = None,
     round_timeout: float = 600.0,
     max_failures: int = 3,
@@ -55,10 +60,12 @@ def train(
     randomness: ``simulate`` with the same arguments and ``result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A rejected report loses its round too. With ``checkpoint``, a
-    journal of the arrivals lies beside the checkpoints: a run that was killed resumes from the
-    newest checkpoint, repeats what the journal holds beyond it, and gives every worker the task
-    that it had. Nothing that was applied is lost or applied twice.
+    sent the newest parameters. A rejected report loses its round too.
+
+    With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals lies beside the checkpoints.
+    A run whose process was killed resumes from the newest checkpoint, repeats (here, one by one)
+    the rounds that the journal holds beyond it, and gives every worker the task that it had:
+    nothing that was applied is lost or applied twice. ``on_step`` sees the repeated steps too.
 
     Args:
         method: A :class:`~orlomo_jax.Method`.
@@ -77,6 +84,8 @@ def train(
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
         health_every: Seconds > 0 between two of them.
         checkpoint: Where to save as the run goes, and to go on from.
+        journal: File of the arrivals; None is ``arrivals.jsonl`` beside the checkpoints, or none
+            without. A run goes on from the one that is there.
         membership: Who joins late or leaves; not for a synchronous method.
         round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
             never.
@@ -86,13 +95,16 @@ def train(
         inject: Fault injection: maps each report that comes to those that the server sees.
 
     Returns:
-        A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. Where every
-        worker was given up and the last reports all held a NaN or an Inf, it has ``diverged``.
+        A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. It has
+        ``diverged`` where all workers were given up (of a synchronous method, one) since their
+        reports held a NaN or an Inf, or where the parameters do in the end.
 
     Raises:
         WorkersGone: If no worker is left, or one that a synchronous method needs is given up.
         AuditFailure: If ``audit`` finds the server at odds with a lemma.
-        ValueError: If an argument is out of range, or ``checkpoint`` is of another run.
+        ValueError: If an argument is out of range, or ``checkpoint`` or journal are of another run
+            or do not go together.
+        BlockingIOError: If another process is writing the journal.
         TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
 
     Example:
@@ -101,22 +113,33 @@ def train(
     plan = Plan(
         num_steps=check_count("num_steps", num_steps, 1),
         evaluate=evaluate,
-        evaluate_every=check_count("evaluate_every", evaluate_every or num_steps, 1),
+        evaluate_every=(
+            num_steps
+            if evaluate_every is None
+            else check_count("evaluate_every", evaluate_every, 1)
+        ),
         on_step=on_step,
         on_health=on_health,
         health_every=check_number("health_every", health_every, lambda x: x > 0, "> 0"),
         checkpoint=checkpoint,
-        membership=Membership() if membership is None else membership,
+        journal=journal if checkpoint is None or journal else checkpoint.directory / JOURNAL,
+        membership=Membership(workers.num_workers) if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
         max_failures=check_count("max_failures", max_failures),
+        audit=audit,
         inject=inject,
     )
     check_key(key)
-    for worker in plan.membership.absent:
-        check_count("membership.absent", worker, 0, workers.num_workers - 1)
+    if audit:
+        check_auditable(method)
+    if plan.membership.num_workers != workers.num_workers:
+        raise ValueError(
+            f"`membership` must be of the {workers.num_workers} workers, got one of "
+            f"{plan.membership.num_workers}"
+        )
     if method.synchronous and plan.membership.absent:
         raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
     server = ParameterServer(
         method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run(audit=audit)
+    return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run()
