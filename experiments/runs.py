@@ -150,7 +150,7 @@ def execute(
         The full configuration, versions and device, final metrics, the curve, virtual and wall
         time, and the status.
     """
-    parts = _assemble(_shared(run), data_dir)
+    parts = assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     trace = run.trace(num_steps)
     init_key, run_key = jax.random.split(jax.random.key(run.seed))
@@ -164,7 +164,7 @@ def execute(
         trace,
         key=run_key,
         model_state=model_state,
-        local_learning_rate=_schedule(run.learning_rate, num_steps),
+        local_learning_rate=schedule(run.learning_rate, num_steps),
         evaluate=parts.evaluate,
         evaluate_every=evaluate_every or max(1, num_steps // 20),
         on_step=on_step,
@@ -173,15 +173,21 @@ def execute(
     return _row(run, result, time.perf_counter() - start)
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What runs of one shape share, so that each shape is compiled once."""
 
     method: Method
     network: models.Network
     train: data.Split
+    loss_fn: Callable
     batch_fn: Callable
     round_fn: Callable
     evaluate: Callable
+
+
+def assemble(run: Run, data_dir: Path | None = None) -> Parts:
+    """Return the parts of a run, the same objects for runs of one shape."""
+    return _assemble(_shared(run), data_dir)
 
 
 def _shared(run: Run) -> Run:
@@ -192,7 +198,7 @@ def _shared(run: Run) -> Run:
 
 
 @lru_cache(maxsize=8)
-def _assemble(run: Run, data_dir: Path | None) -> _Parts:
+def _assemble(run: Run, data_dir: Path | None) -> Parts:
     source = data.load(run.dataset, data_dir, pool=run.pool)
     network = models.make(
         run.model,
@@ -202,21 +208,19 @@ def _assemble(run: Run, data_dir: Path | None) -> _Parts:
         dtype=jnp.dtype(run.dtype),
     )
     method = make_method(run.method, run.workers, run.momentum)
-    return _Parts(
+    loss_fn = source.training_loss(network.loss_fn)
+    return Parts(
         method=method,
         network=network,
         train=source.train,
+        loss_fn=loss_fn,
         batch_fn=data.shuffled_batches(source.train, run.batch_size, run.local_iterations),
-        round_fn=method.local_round(
-            source.training_loss(network.loss_fn),
-            run.local_iterations,
-            weight_decay=run.weight_decay,
-        ),
+        round_fn=method.local_round(loss_fn, run.local_iterations, weight_decay=run.weight_decay),
         evaluate=_evaluation(network, source),
     )
 
 
-def _evaluation(network: models.Network, source: data.Dataset, batch_size: int = 500) -> Callable:
+def _evaluation(network: models.Network, source: data.Dataset, batch_size: int = 100) -> Callable:
     """Return the jitted training loss and test accuracy, with the merged model state.
 
     The training loss is over at most 10 000 fixed training examples, as they are.
@@ -231,9 +235,10 @@ def _evaluation(network: models.Network, source: data.Dataset, batch_size: int =
             return statistic(logits, labels).sum()
 
         head = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), split)
-        tail = jax.tree.map(lambda x: x[whole:], split)
-        sums = jax.lax.map(lambda batch: over(*batch), head)
-        return (sums.sum() + over(*tail)) / count
+        total = jax.lax.map(lambda batch: over(*batch), head).sum()
+        if whole < count:
+            total += over(*jax.tree.map(lambda x: x[whole:], split))
+        return total / count
 
     @jax.jit
     def evaluate(params, model_state):
@@ -249,7 +254,7 @@ def _evaluation(network: models.Network, source: data.Dataset, batch_size: int =
 
 
 @lru_cache(maxsize=64)
-def _schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     """Return ×0.1 at each milestone of global progress; cached, since it is compiled in."""
     drops = {round(share * num_steps): 0.1 for share in MILESTONES}
     return optax.piecewise_constant_schedule(learning_rate, drops)

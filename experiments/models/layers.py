@@ -12,6 +12,7 @@ Height and width are axes 1 and 2 in both, so that a network is written once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ class Layers:
 class MatmulConv(nnx.Conv):
     """An ``nnx.Conv`` of float[channels, height, width, batch], as a matrix product."""
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map float[channels_in, height, width, batch] to float[channels, …, batch]."""
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype(
@@ -96,9 +97,10 @@ class MatmulConv(nnx.Conv):
         )
         cut = patches(inputs, self.kernel_size, self.strides, self.padding)
         pixels = cut.shape[1:]
-        outputs = kernel.reshape(-1, self.out_features).T @ cut.reshape(len(cut), -1)
+        columns = cut.reshape(len(cut), math.prod(pixels))
+        outputs = kernel.reshape(-1, self.out_features).T @ columns
         outputs = outputs if bias is None else outputs + bias[:, None]
-        return outputs.reshape(-1, *pixels)
+        return jnp.reshape(outputs, (self.out_features, *pixels), out_sharding=out_sharding)
 
 
 def patches(x: jax.Array, kernel_size, strides, padding) -> jax.Array:
