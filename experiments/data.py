@@ -108,7 +108,8 @@ def load(
     if pool < 1 or source.image_shape[0] % pool:
         raise ValueError(f"`pool` must divide the image size {source.image_shape[0]}, got {pool}")
     splits = decoded.arrays(name, data_dir, cache_dir)
-    train, test = (Split(average_pool(images, pool), jnp.asarray(y)) for images, y in splits)
+    shrink = jnp.asarray if pool == 1 else partial(average_pool, size=pool)
+    train, test = (Split(shrink(images), jnp.asarray(labels)) for images, labels in splits)
     padding = max(1, 4 // pool) if augmented else 0
     return Dataset(name, train, test, source.num_classes, source.mean, source.std, padding)
 
@@ -133,7 +134,7 @@ def digits(test_size: int = 360) -> tuple[Split, Split]:
     return Split(images[test_size:], labels[test_size:]), held_out
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnames="size")
 def average_pool(images: jax.Array, size: int) -> jax.Array:
     """Return the rounded means of size × size windows, uint8.
 

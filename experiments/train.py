@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import data, records, runs
+from experiments import records, runs
 from experiments.decoded import DataError
 from orlomo_jax import Checkpoints, StepRecord
 
@@ -142,8 +142,8 @@ def main(args: Sequence[str] | None = None) -> None:
         listeners.append(tensorboard_writer(settings.tensorboard))
     run = settings.run
     try:
-        source = data.load(run.dataset, settings.data_dir, pool=run.pool)
-        num_steps = run.trace(run.num_steps(len(source.train.labels))).num_steps
+        train_size = len(runs.assemble(run, settings.data_dir).train.labels)
+        num_steps = run.trace(run.num_steps(train_size)).num_steps
     except (DataError, ValueError) as error:
         raise SystemExit(str(error)) from None
     with progress_bar(console) as progress:
