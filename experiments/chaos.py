@@ -31,7 +31,7 @@ import psutil
 import tyro
 from rich.console import Console
 
-from experiments import data, runs
+from experiments import data, execution, runs
 from orlomo_jax import Checkpoints, Journal, LocalUpdate, Report
 
 POISONS = {
@@ -119,7 +119,7 @@ def be_the_victim(settings: Chaos, folder: Path) -> None:
     """Train on Ray with poisoned reports, from wherever the last one of us was killed."""
     attempt = len(list(folder.glob("attempt*")))
     (folder / f"attempt{attempt}").touch()
-    row, _ = runs.execute(
+    row, _ = execution.execute(
         settings.run(),
         checkpoint=Checkpoints(folder, every=200),
         inject=Poison(settings.poison_share, settings.seed + 1000 * attempt, folder / "poison.txt"),
@@ -147,9 +147,13 @@ def shoot(settings: Chaos, folder: Path, num_steps: int) -> Iterator[str]:
                 yield "driver"
                 process = _start(settings, folder)
             else:
-                while process.poll() is None and not (alive := _actors(process.pid)):
+                alive = _actors(process.pid)
+                while process.poll() is None and not alive:
                     time.sleep(0.02)
+                    alive = _actors(process.pid)
                 _check(process, folder)
+                if not alive:
+                    return
                 with contextlib.suppress(psutil.Error):
                     rng.choice(alive).kill()
                     yield "worker"
@@ -196,8 +200,8 @@ def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
     row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
     journal = Journal.load(folder / "arrivals.jsonl")
     trace, simulated = journal.trace(), replace(settings.run(), runtime="simulated")
-    again, _ = runs.execute(simulated, replay=trace)
-    calm, _ = runs.execute(simulated)
+    again, _ = execution.execute(simulated, replay=trace)
+    calm, _ = execution.execute(simulated)
     same = row["parameters"] == again["parameters"]
     yield "the replay in the simulator has the same parameters", row["parameters"], same
     tags = set(zip(trace.workers.tolist(), trace.rounds.tolist(), strict=True))

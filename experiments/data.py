@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import decoded
+from experiments.shuffle import examples_at
 
 NAMES = ("digits", *decoded.SOURCES)
 
@@ -107,7 +108,8 @@ def load(
     if pool < 1 or source.image_shape[0] % pool:
         raise ValueError(f"`pool` must divide the image size {source.image_shape[0]}, got {pool}")
     splits = decoded.arrays(name, data_dir, cache_dir)
-    train, test = (Split(average_pool(images, pool), jnp.asarray(y)) for images, y in splits)
+    shrink = jnp.asarray if pool == 1 else partial(average_pool, size=pool)
+    train, test = (Split(shrink(images), jnp.asarray(labels)) for images, labels in splits)
     padding = max(1, 4 // pool) if augmented else 0
     return Dataset(name, train, test, source.num_classes, source.mean, source.std, padding)
 
@@ -132,7 +134,7 @@ def digits(test_size: int = 360) -> tuple[Split, Split]:
     return Split(images[test_size:], labels[test_size:]), held_out
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnames="size")
 def average_pool(images: jax.Array, size: int) -> jax.Array:
     """Return the rounded means of size × size windows, uint8.
 
@@ -174,9 +176,9 @@ def augment(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Callable:
     """Return ``batch_fn(key, worker, round)``: each worker reads the whole split, epoch by epoch.
 
-    A worker's epoch e is in the order ``permutation(fold_in(fold_in(key, worker), e))``; its rounds
-    follow each other through it and into the next epoch, so that a batch depends on worker and
-    round alone and no example is left out.
+    A worker's epoch e is in a random order of the key ``fold_in(fold_in(key, worker), e)``; its
+    rounds follow each other through it and into the next epoch, so that a batch depends on worker
+    and round alone and no example is left out.
 
     Args:
         split: n examples.
@@ -204,11 +206,11 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
         first_epoch = first_epoch + cycles * per_round
         worker_key = jax.random.fold_in(key, worker)
 
-        def order(epoch):
-            return jax.random.permutation(jax.random.fold_in(worker_key, epoch), size)
-
-        orders = jnp.concatenate([order(first_epoch + e) for e in range(num_epochs)])
-        chosen = jax.lax.dynamic_slice_in_dim(orders, offset, per_round)
+        epoch_keys = jax.vmap(lambda epoch: jax.random.fold_in(worker_key, epoch))(
+            first_epoch + jnp.arange(num_epochs)
+        )
+        epochs, places = jnp.divmod(offset + jnp.arange(per_round), size)
+        chosen = examples_at(epoch_keys, epochs, places, size)
         chosen = chosen.reshape(num_local_steps, batch_size)
         return Split(split.images[chosen], split.labels[chosen])
 

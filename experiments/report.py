@@ -101,16 +101,18 @@ def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
         names = list(cells.METHODS)
         lines += [
             f"**{LABELS[metric]}, {model} on {dataset}** (paper: {paper.model} on "
-            f"{paper.dataset}); ours ± std (n) / paper's ± std / difference",
+            f"{paper.dataset}); ours ± std (n) / paper's ± std / difference; time: PRSGDm's "
+            "virtual time over OrLoMo's",
             "",
-            f"| scenario | K | S | {' | '.join(names)} | best here | best in paper |",
-            "|---|---|---|" + "---|" * (len(names) + 2),
+            f"| scenario | K | S | {' | '.join(names)} | best here | best in paper | time |",
+            "|---|---|---|" + "---|" * (len(names) + 3),
         ]
         for (*_, scenario, workers, local_iterations), group in members.items():
             numbers = [_against_paper(group.get(method)) for method in cells.METHODS.values()]
             lines.append(
                 f"| {scenario} | {workers} | {local_iterations} | {' | '.join(numbers)} | "
-                f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} |"
+                f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} | "
+                f"{_slower(group)} |"
             )
         lines.append("")
     return lines
@@ -135,7 +137,8 @@ def _ours(entry: Entry) -> str:
     mean, places = entry.mean(), DIGITS[entry.number.metric]
     if mean is None:
         return "diverged at every rate"
-    return f"{mean:.{places}f} ± {entry.std():.{places}f} ({len(entry.rows)})"
+    spread = f" ± {entry.std():.{places}f}" if len(entry.rows) > 1 else ""
+    return f"{mean:.{places}f}{spread} ({len(entry.rows)})"
 
 
 def _against_paper(entry: Entry | None) -> str:
@@ -156,6 +159,15 @@ def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
     known = {name: value for name, value in values.items() if value is not None}
     pick = max if metric == "test_accuracy" else min
     return pick(known, key=lambda name: known[name]) if known else "–"
+
+
+def _slower(group: dict[str, Entry]) -> str:
+    """Return how many times longer the synchronous method takes for the same epochs."""
+    both = [group[method].rows for method in ("prsgdm", "orlomo") if method in group]
+    if len(both) < 2 or not all(both):
+        return "–"
+    times = [np.mean([row["curve"]["virtual_time"][-1] for row in rows]) for rows in both]
+    return f"{times[0] / times[1]:.2f}×"
 
 
 def provenance(rows: Rows, scale: cells.Scale) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from experiments import cells, data, records, runs
+from experiments import cells, execution, records
 from experiments.decoded import DataError
 from experiments.runs import Run
 from experiments.train import progress_bar, reporter
@@ -105,9 +105,11 @@ def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console
     start = time.perf_counter()
     try:
         with progress_bar(console) as progress:
-            train_size = len(data.load(run.dataset, settings.data_dir).train.labels)
+            train_size = len(execution.assemble(run, settings.data_dir).train.labels)
             on_step = reporter(progress, label, run.epochs, run.num_steps(train_size))
-            row, _ = runs.execute(run, settings.data_dir, on_step=on_step, checkpoint=checkpoint)
+            row, _ = execution.execute(
+                run, settings.data_dir, on_step=on_step, checkpoint=checkpoint
+            )
     except DataError:
         raise
     except Exception as error:

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments import data, records, runs
+from experiments import execution, records, runs
 from experiments.decoded import DataError
 from orlomo_jax import ArrivalTrace, Checkpoints, Journal, RayWorkers, StepRecord
 
@@ -53,7 +53,7 @@ class Train:
     """A trace, or a killed run's arrivals.jsonl: repeat its arrivals in the simulator."""
     audit: bool = False
     """Hold Lemmas 1 and 2 against the server at each step (real runtimes, OrLoMo)."""
-    ray: runs.Ray = field(default_factory=runs.Ray)
+    ray: execution.Ray = field(default_factory=execution.Ray)
     """Where and with what Ray's workers run."""
 
 
@@ -182,8 +182,8 @@ def main(args: Sequence[str] | None = None) -> None:
         listeners.append(tensorboard_writer(settings.tensorboard))
     run = settings.run
     try:
-        source = data.load(run.dataset, settings.data_dir, pool=run.pool)
-        num_steps = run.num_steps(len(source.train.labels))
+        train_size = len(execution.assemble(run, settings.data_dir).train.labels)
+        num_steps = run.num_steps(train_size)
         replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
         _check_runtime(settings)
         num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
@@ -203,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> None:
             for listen in listeners:
                 listen(record)
 
-        row, result = runs.execute(
+        row, result = execution.execute(
             run,
             settings.data_dir,
             evaluate_every=settings.evaluate_every,

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from experiments import models
-from experiments.models import resnet, squeezenet
+from experiments.models import layers, resnet, squeezenet
+from experiments.models.layers import Layers
 
 KEY = jax.random.key(0)
+FORMS = ("xla", "matmul")
 quickly = partial(jax.jit, compiler_options=models.QUICK_TO_COMPILE)
 
 
@@ -91,35 +93,84 @@ def test_an_unknown_name_is_refused():
         models.make("resnet18", 10, (32, 32, 3))
 
 
-def test_stride_two_pads_as_pytorch_does():
+def swapped(images, form):
+    """Channels last to the form's layout of features, and back."""
+    return jnp.transpose(images, (3, 1, 2, 0)) if form == "matmul" else images
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stride_two_pads_as_pytorch_does(form):
     """The first output of a row sees pixels −1, 0, 1; with "SAME" it would see 0, 1, 2."""
-    conv = resnet.conv3x3(1, 1, strides=2, rngs=nnx.Rngs(0))
+    conv = Layers(form).conv(1, 1, 3, stride=2, bias=False, rngs=nnx.Rngs(0))
     conv.kernel[...] = jnp.ones((3, 3, 1, 1))
-    row = conv(jnp.arange(64.0).reshape(1, 8, 8, 1))[0, 0, :, 0]
-    image = np.pad(np.arange(64.0).reshape(8, 8), 1)
-    np.testing.assert_array_equal(row, [image[:3, 2 * x : 2 * x + 3].sum() for x in range(4)])
+    image = jnp.arange(64.0).reshape(1, 8, 8, 1)
+    row = swapped(conv(swapped(image, form)), form)[0, 0, :, 0]
+    padded = np.pad(np.arange(64.0).reshape(8, 8), 1)
+    np.testing.assert_array_equal(row, [padded[:3, 2 * x : 2 * x + 3].sum() for x in range(4)])
 
 
-def test_the_shortcut_subsamples_and_pads_channels_with_zeros():
-    block = resnet.Block(2, 4, jnp.float32, nnx.Rngs(0))
+@pytest.mark.parametrize("form", FORMS)
+def test_the_shortcut_subsamples_and_pads_channels_with_zeros(form):
+    block = resnet.Block(2, 4, Layers(form), nnx.Rngs(0))
     block.norm2.scale[...] = jnp.zeros(4)  # leaves the shortcut alone
     x = jax.random.uniform(KEY, (1, 4, 4, 2))
     expected = np.zeros((1, 2, 2, 4))
     expected[..., 1:3] = x[:, ::2, ::2]
-    np.testing.assert_array_equal(block(x), expected)
+    np.testing.assert_array_equal(swapped(block(swapped(x, form)), form), expected)
+
+
+def evaluate_everything(name, form, variables, batch):
+    """Return loss, statistics, gradients and logits of a slim network in one form."""
+    network = models.make(name, 10, batch[0].shape[1:], width=0.25, convolution=form)
+
+    @quickly
+    def run(params, model_state):
+        value_and_grad = jax.value_and_grad(network.loss_fn, has_aux=True)
+        (loss, (statistics, _)), gradients = value_and_grad(params, model_state, batch, KEY)
+        return loss, statistics, gradients, network.predict(params, statistics, batch[0])
+
+    return run(*variables)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "squeezenet"])
+def test_both_forms_of_convolution_are_the_same_network(name):
+    """Parameters to the bit; loss, statistics, gradients and logits to rounding."""
+    batch = jax.random.normal(KEY, (6, 16, 16, 3)), jnp.arange(6)
+    made = {
+        form: models.make(name, 10, (16, 16, 3), width=0.25, convolution=form).init(KEY)
+        for form in FORMS
+    }
+    jax.tree.map(np.testing.assert_array_equal, made["xla"], made["matmul"])
+    # Biases and scales off their initial 0 and 1.
+    params, model_state = jax.tree.map(lambda x: x + 0.1, made["xla"])
+    xla, matmul = (evaluate_everything(name, form, (params, model_state), batch) for form in FORMS)
+
+    def close(mine, theirs):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-4 * max(scale, 0.1))
+
+    jax.tree.map(close, matmul, xla)
+
+
+def test_a_cpu_takes_matrix_products_of_its_own_accord():
+    network = models.make("resnet8", 10, (8, 8, 3), width=0.125)
+    variables = jax.eval_shape(network.init, KEY)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    convolves = "conv_general_dilated" in str(jax.make_jaxpr(network.predict)(*variables, images))
+    assert convolves == (jax.default_backend() != "cpu")
 
 
 def test_squeezenet_bypasses_fires_three_five_and_seven():
     """Where each bypassed fire gives zeros, the network is as if they were not there."""
-    net = squeezenet.SqueezeNet(10, width=0.0625, rngs=nnx.Rngs(0))
+    net = squeezenet.SqueezeNet(10, width=0.0625, layers=Layers(), rngs=nnx.Rngs(0))
     for index in (1, 3, 5):
         for unit in (net.fires[index].expand1, net.fires[index].expand3):
             unit.norm.scale[...] = jnp.zeros_like(unit.norm.scale[...])
 
     def without(net, images):
-        x = squeezenet.max_pool(net.stem(images))
-        x = squeezenet.max_pool(net.fires[2](net.fires[0](x)))
-        x = squeezenet.max_pool(net.fires[6](net.fires[4](x)))
+        x = layers.max_pool(net.stem(images))
+        x = layers.max_pool(net.fires[2](net.fires[0](x)))
+        x = layers.max_pool(net.fires[6](net.fires[4](x)))
         return net.classifier(net.fires[7](x)).mean((1, 2))
 
     graphdef, state = nnx.split(net)
@@ -129,5 +180,5 @@ def test_squeezenet_bypasses_fires_three_five_and_seven():
 
 
 def test_he_initialisation():
-    kernel = resnet.HE_NORMAL(KEY, (3, 3, 64, 64), jnp.float32)
+    kernel = layers.HE_NORMAL(KEY, (3, 3, 64, 64), jnp.float32)
     assert float(kernel.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)

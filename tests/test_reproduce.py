@@ -114,7 +114,7 @@ class TestCommand:
     flags = ("--table", "2", "--scale", "smoke", "--only", "method=orlomo,workers=8")
 
     def reproduce(self, monkeypatch, path, execute, *flags):
-        monkeypatch.setattr(reproduce.runs, "execute", execute)
+        monkeypatch.setattr(reproduce.execution, "execute", execute)
         reproduce.main([*self.flags, "--output", str(path), *flags])
 
     def test_a_killed_command_goes_on(self, monkeypatch, tmp_path):
@@ -124,7 +124,7 @@ class TestCommand:
             if len(executed) == 3:
                 raise KeyboardInterrupt
             executed.append(run)
-            return row_of(run)
+            return row_of(run), None
 
         with pytest.raises(KeyboardInterrupt):
             self.reproduce(monkeypatch, path, execute)
@@ -183,7 +183,7 @@ class TestReport:
         (line,) = [x for x in lines if x.startswith("| heterogeneous | 16 | 32 |")]
         columns = [column.strip() for column in line.strip("|").split("|")]
         assert columns[6] == "99.98 ± 0.01 (3) / 90.15 ± 0.23 / +9.83"
-        assert columns[-2] == "OrLoMo"
+        assert columns[-3:] == ["OrLoMo", "OrLoMo", "1.00×"]
 
     def test_all_of_it_is_built_from_rows(self, tmp_path):
         rows = self.rows()
@@ -202,6 +202,16 @@ class TestReport:
         fill([run], rows, status="diverged")
         text = "\n".join(report.table_lines(2, rows, SCALE))
         assert "diverged at every rate" in text
+
+    def test_part_of_a_cell(self):
+        """One seed has no spread, and methods that are not there yet leave dashes."""
+        run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        rows = {}
+        fill([run], rows, seeds=1)
+        (line,) = [x for x in report.table_lines(2, rows, SCALE) if x.startswith("| homogeneous")]
+        assert "| 100.00 (1) / 9" in line
+        assert line.count("| – ") == 3 + 1
+        assert line.endswith("| – |")
 
     def test_table_3(self):
         rows = {}

@@ -47,3 +47,36 @@ class TestDigits:
     def test_local_ormo_da_collapses_at_many_workers_and_local_steps(self, scenario):
         cell = self.losses()[scenario, 16, 32]
         assert np.mean(cell["local_ormo_da"]) > 5 * np.mean(cell["orlomo"])
+
+
+class TestSmall:
+    """Table 2's column K = 16, S = 32 of CIFAR10."""
+
+    scale = cells.SCALES["small"]
+
+    def cells(self):
+        rows = recorded(RESULTS / "small.jsonl")
+        for scenario in ("homogeneous", "heterogeneous"):
+            yield {
+                entry.run.method: entry
+                for entry in report.entries(2, rows, self.scale)
+                if (entry.run.scenario, entry.run.workers, entry.run.local_iterations)
+                == (scenario, 16, 32)
+                and entry.run.dataset == "cifar10"
+            }
+
+    def test_the_column_is_whole(self):
+        for cell in self.cells():
+            assert set(cell) == set(cells.METHODS.values())
+            assert {len(entry.rows) for entry in cell.values()} == {self.scale.seeds}
+
+    def test_the_papers_order_of_the_asynchronous_methods(self):
+        for cell in self.cells():
+            accuracy = {method: entry.mean() for method, entry in cell.items()}
+            assert accuracy["orlomo"] > accuracy["al_sgd"] > accuracy["local_ormo_da"] + 1.5
+
+    def test_waiting_for_every_worker_takes_longer(self):
+        """By half among equals, and by more than twice where a quarter is half as fast."""
+        for cell, factor in zip(self.cells(), (1.5, 2.0), strict=True):
+            last = {m: cell[m].rows[0]["curve"]["virtual_time"][-1] for m in ("prsgdm", "orlomo")}
+            assert last["prsgdm"] > factor * last["orlomo"]

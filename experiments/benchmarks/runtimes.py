@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runs
+from experiments import execution, runs
 from experiments.models import mlp
 from orlomo_jax import RayWorkers, Threads, make_method, train
 
@@ -192,7 +192,7 @@ def race(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def _time_to(target: float, run: runs.Run, clock: str) -> float:
-    row, _ = runs.execute(run, evaluate_every=run.workers)
+    row, _ = execution.execute(run, evaluate_every=run.workers)
     curve = row["curve"]
     reached = [t for t, loss in zip(curve[clock], curve["train_loss"], strict=True)
                if loss is not None and loss <= target]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from experiments.models import mlp
+from experiments.models.layers import Form, Layers
 from experiments.models.resnet import ResNet
 from experiments.models.squeezenet import SqueezeNet
 from orlomo_jax import from_nnx
@@ -49,6 +50,7 @@ def make(
     *,
     width: float = 1.0,
     dtype=jnp.float32,
+    convolution: Literal["auto", Form] = "auto",
 ) -> Network:
     """Return the network of that name.
 
@@ -59,6 +61,9 @@ def make(
         width: Scales the channels of a convolutional network, and the MLP's 64 hidden units: 1 is
             the paper's, less is slim.
         dtype: In which features are computed, float32 or bfloat16.
+        convolution: How convolutions are computed, see :mod:`experiments.models.layers`: the same
+            parameters and, to rounding, the same numbers. ``auto`` is ``matmul`` on a CPU and
+            ``xla`` elsewhere.
 
     Raises:
         ValueError: If there is no such network.
@@ -76,7 +81,9 @@ def make(
             loss_fn=partial(mlp.loss_fn, dtype=dtype),
             predict=lambda params, model_state, images: mlp.logits(params, images, dtype),
         )
-    shape = {"channels": image_shape[-1], "dtype": dtype}
+    if convolution == "auto":
+        convolution = "matmul" if jax.default_backend() == "cpu" else "xla"
+    shape = {"channels": image_shape[-1], "layers": Layers(convolution, dtype)}
     if name == "squeezenet":
         build = partial(SqueezeNet, num_classes, width=width, **shape)
     elif name in BLOCKS:

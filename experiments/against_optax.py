@@ -1,0 +1,154 @@
+"""One worker with one local step against a plain optax loop: the same batches, the same keys.
+
+``python -m experiments.against_optax --model resnet20 --epochs 0.5 --data-dir DIR`` trains twice at
+a constant learning rate and prints both accuracies and how far the parameters are apart. The exit
+status is 1 where the last accuracies differ by more than ``--tolerance``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import optax
+import tyro
+
+from experiments import execution, runs
+from experiments.decoded import DataError
+from orlomo_jax import simulate
+
+
+@dataclass(frozen=True)
+class AgainstOptax:
+    """Settings of the comparison."""
+
+    run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: runs.Run(workers=1, local_iterations=1, epochs=1)
+    )
+    """What to train."""
+    data_dir: Path | None = None
+    """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
+    evaluations: int = 4
+    """How often to evaluate, the last time after the last step."""
+    tolerance: float = 1.0
+    """By how many points the last accuracies may differ."""
+
+    def __post_init__(self) -> None:
+        """Refuse what plain optax has no counterpart of."""
+        if (self.run.workers, self.run.local_iterations) != (1, 1):
+            raise ValueError(
+                "`workers` and `local_iterations` must be 1, got "
+                f"workers={self.run.workers}, local_iterations={self.run.local_iterations}"
+            )
+        if self.evaluations < 1:
+            raise ValueError(f"`evaluations` must be ≥ 1, got evaluations={self.evaluations}")
+
+
+class Comparison(NamedTuple):
+    """Both sides of one training run.
+
+    Attributes:
+        simulated: {step: metrics} of this library's simulator.
+        plain: {step: metrics} of the optax loop.
+        distance: Of the last parameters from each other, over the way from the first parameters.
+    """
+
+    simulated: dict[int, dict[str, float]]
+    plain: dict[int, dict[str, float]]
+    distance: float
+
+
+def compare(run: runs.Run, data_dir: Path | None = None, evaluations: int = 4) -> Comparison:
+    """Train by the simulator and by optax."""
+    parts = execution.assemble(run, data_dir)
+    num_steps = run.num_steps(len(parts.train.labels))
+    every = max(1, num_steps // evaluations)
+    init_key, key = jax.random.split(jax.random.key(run.seed))
+    params, model_state = parts.network.init(init_key)
+    result = simulate(
+        parts.method,
+        parts.round_fn,
+        parts.batch_fn,
+        params,
+        run.trace(num_steps),
+        key=key,
+        model_state=model_state,
+        local_learning_rate=run.learning_rate,
+        evaluate=parts.evaluate,
+        evaluate_every=every,
+    )
+    plain, last = {}, params
+    for step, (last, statistics) in enumerate(plain_optax(run, parts, params, model_state, key), 1):
+        if step % every == 0 or step == num_steps:
+            plain[step] = _floats(parts.evaluate(last, statistics))
+        if step == num_steps:
+            break
+    norm, minus = optax.tree.norm, optax.tree.sub
+    return Comparison(
+        {evaluation.step: dict(evaluation.metrics) for evaluation in result.history.evaluations},
+        plain,
+        float(norm(minus(result.params, last)) / norm(minus(last, params))),
+    )
+
+
+def plain_optax(
+    run: runs.Run, parts: execution.Parts, params: Any, model_state: Any, key: jax.Array
+) -> Iterator[tuple[Any, Any]]:
+    """Yield parameters and model state after each step of ``optax.sgd`` with weight decay.
+
+    Batches and keys are those that :func:`orlomo_jax.simulate` gives to its only worker.
+    """
+    momentum = None if run.method == "al_sgd" else run.momentum
+    optimizer = optax.chain(
+        optax.add_decayed_weights(run.weight_decay), optax.sgd(run.learning_rate, momentum)
+    )
+    data_key, noise_key = jax.random.split(key)
+
+    @jax.jit
+    def step(batch_fn: Callable, params, model_state, opt_state, round):
+        batch = jax.tree.map(lambda x: x[0], batch_fn(data_key, 0, round))
+        step_key = jax.random.fold_in(noise_key, 0)
+        for number in (round, 0):
+            step_key = jax.random.fold_in(step_key, number)
+        value_and_grad = jax.value_and_grad(parts.loss_fn, has_aux=True)
+        (_, (model_state, _)), gradient = value_and_grad(params, model_state, batch, step_key)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), model_state, opt_state
+
+    opt_state, round = optimizer.init(params), 0
+    while True:
+        params, model_state, opt_state = step(parts.batch_fn, params, model_state, opt_state, round)
+        round += 1
+        yield params, model_state
+
+
+def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare from the command line."""
+    settings = tyro.cli(AgainstOptax, args=args, description=__doc__)
+    try:
+        comparison = compare(settings.run, settings.data_dir, settings.evaluations)
+    except (DataError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    last = 0.0
+    for step, plain in comparison.plain.items():
+        ours = comparison.simulated[step]
+        last = ours["test_accuracy"] - plain["test_accuracy"]
+        print(
+            f"step {step}: test accuracy {ours['test_accuracy']:.2f} % simulated, "
+            f"{plain['test_accuracy']:.2f} % plain optax, difference {last:+.2f}; training loss "
+            f"{ours['train_loss']:.4f}, {plain['train_loss']:.4f}"
+        )
+    print(f"parameters apart by {comparison.distance:.2g} of the way that they have gone")
+    if not abs(last) <= settings.tolerance:
+        raise SystemExit(f"accuracies differ by more than --tolerance {settings.tolerance:g}")
+
+
+if __name__ == "__main__":
+    main()

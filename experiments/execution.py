@@ -1,0 +1,256 @@
+"""How a run of the experiments is carried out, and the row that it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import data, models, records
+from experiments.runs import Run
+from orlomo_jax import (
+    ArrivalTrace,
+    Checkpoints,
+    Health,
+    Method,
+    RayWorkers,
+    StepRecord,
+    Threads,
+    TrainingResult,
+    Workers,
+    make_method,
+    narrow_reports,
+    simulate,
+    train,
+)
+
+MILESTONES = (0.5, 0.75)
+"""Shares of a run after which the local learning rate falls to a tenth: epochs 80, 120 of 160."""
+
+
+def execute(
+    run: Run,
+    data_dir: Path | None = None,
+    *,
+    evaluate_every: int | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    checkpoint: Checkpoints | None = None,
+    replay: ArrivalTrace | None = None,
+    ray: Ray | None = None,
+    **supervision: Any,
+) -> tuple[dict[str, Any], TrainingResult]:
+    """Train once; return the run's row for the records, and what came of it.
+
+    Args:
+        run: What to train.
+        data_dir: The TFDS data_dir; None is TFDS's own default.
+        evaluate_every: Global iterations between evaluations; None is a twentieth of the run.
+        on_step: See :func:`orlomo_jax.simulate`.
+        checkpoint: Where to save, and to go on from.
+        replay: Arrivals to repeat in place of the scenario's (simulated runs).
+        ray: Where and with what the workers run (Ray).
+        **supervision: Of real workers; further arguments of :func:`orlomo_jax.train`.
+
+    Returns:
+        The row: full configuration, versions and device, final metrics, the curve, virtual and
+        real time, and the status; and the result.
+    """
+    parts = assemble(run, data_dir)
+    num_steps = run.num_steps(len(parts.train.labels))
+    init_key, run_key = jax.random.split(jax.random.key(run.seed))
+    params, model_state = parts.network.init(init_key)
+    shared: dict[str, Any] = {
+        "key": run_key,
+        "model_state": model_state,
+        "local_learning_rate": schedule(run.learning_rate, num_steps),
+        "evaluate": parts.evaluate,
+        "evaluate_every": evaluate_every or max(1, num_steps // 20),
+        "on_step": on_step,
+        "checkpoint": checkpoint,
+    }
+    job = (parts.method, parts.round_fn, parts.batch_fn, params)
+    start = time.perf_counter()
+    if run.runtime == "simulated":
+        result = simulate(*job, run.trace(num_steps) if replay is None else replay, **shared)
+    else:
+        workers = _workers(run, Ray() if ray is None else ray)
+        result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
+    return _row(run, result, time.perf_counter() - start), result
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Where and with what Ray's workers run."""
+
+    address: str | None = None
+    """Of a running cluster ("auto" for this host's); by default a local one is started."""
+    cpus_per_worker: float = 1
+    """Processors that Ray sets aside for a worker."""
+    gpus_per_worker: float = 0
+    """GPUs that Ray sets aside for a worker; with none it computes on the CPU."""
+
+
+def _workers(run: Run, ray: Ray) -> Workers:
+    """Return real workers, slowed as the scenario says."""
+    times = run.compute_times().mean_times(run.workers)
+    slowdowns = (times / times.min()).tolist()
+    if run.runtime == "threads":
+        return Threads(run.workers, slowdowns=slowdowns)
+    options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
+    if ray.gpus_per_worker:
+        options["num_gpus"] = ray.gpus_per_worker
+    return RayWorkers(run.workers, ray.address, options, slowdowns)
+
+
+class Parts(NamedTuple):
+    """What runs of one shape share, so that each shape is compiled once."""
+
+    method: Method
+    network: models.Network
+    train: data.Split
+    loss_fn: Callable
+    batch_fn: Callable
+    round_fn: Callable
+    evaluate: Callable
+
+
+def assemble(run: Run, data_dir: Path | None = None) -> Parts:
+    """Return the parts of a run, the same objects for runs of one shape."""
+    return _assemble(_shared(run), data_dir)
+
+
+def _shared(run: Run) -> Run:
+    """Return the run with all that needs no other program set to its default."""
+    return replace(
+        run,
+        scenario="homogeneous",
+        seed=0,
+        epochs=1,
+        learning_rate=0.0,
+        slowdown=1,
+        max_delay=0,
+        runtime="simulated",
+    )
+
+
+@lru_cache(maxsize=8)
+def _assemble(run: Run, data_dir: Path | None) -> Parts:
+    source = data.load(run.dataset, data_dir, pool=run.pool)
+    network = models.make(
+        run.model,
+        source.num_classes,
+        source.image_shape,
+        width=run.width,
+        dtype=jnp.dtype(run.dtype),
+    )
+    method = make_method(run.method, run.workers, run.momentum)
+    loss_fn = source.training_loss(network.loss_fn)
+    round_fn = method.local_round(loss_fn, run.local_iterations, weight_decay=run.weight_decay)
+    if run.wire != "float32":
+        round_fn = narrow_reports(round_fn, run.wire)
+    return Parts(
+        method=method,
+        network=network,
+        train=source.train,
+        loss_fn=loss_fn,
+        batch_fn=data.shuffled_batches(source.train, run.batch_size, run.local_iterations),
+        round_fn=round_fn,
+        evaluate=_evaluation(network, source),
+    )
+
+
+def _evaluation(network: models.Network, source: data.Dataset, batch_size: int = 100) -> Callable:
+    """Return the jitted training loss and test accuracy, with the merged model state.
+
+    The training loss is over at most 10 000 fixed training examples, as they are.
+    """
+
+    def summed(params, model_state, split, statistic):
+        count = len(split.labels)
+        whole = count - count % batch_size
+
+        def over(images, labels):
+            logits = network.predict(params, model_state, source.preprocess(images))
+            return statistic(logits, labels).sum()
+
+        head = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), split)
+        total = jax.lax.map(lambda batch: over(*batch), head).sum()
+        if whole < count:
+            total += over(*jax.tree.map(lambda x: x[whole:], split))
+        return total / count
+
+    @jax.jit
+    def evaluate(params, model_state):
+        sample = jax.tree.map(lambda x: x[:10_000], source.train)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        accuracy = lambda logits, labels: logits.argmax(-1) == labels  # noqa: E731
+        return {
+            "train_loss": summed(params, model_state, sample, cross_entropy),
+            "test_accuracy": 100 * summed(params, model_state, source.test, accuracy),
+        }
+
+    return evaluate
+
+
+@lru_cache(maxsize=64)
+def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+    """Return ×0.1 at each milestone of global progress; cached, since it is compiled in."""
+    drops = {round(share * num_steps): 0.1 for share in MILESTONES}
+    return optax.piecewise_constant_schedule(learning_rate, drops)
+
+
+def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
+    evaluations = result.history.evaluations
+    real, end = run.runtime != "simulated", float(result.trace.times.max(initial=0.0))
+    # What the scenario's speeds come to, beside the seconds that the workers really took.
+    virtual = float(run.trace(result.trace.num_steps).times.max(initial=0.0)) if real else end
+    curve: dict[str, list] = {
+        "step": [e.step for e in evaluations],
+        "real_time" if real else "virtual_time": [_short(e.time) for e in evaluations],
+    }
+    for metric in ("train_loss", "test_accuracy"):
+        curve[metric] = [_short(e.metrics[metric]) for e in evaluations]
+    # An infinite loss of finite parameters is a failed run too.
+    finished = result.status == "finished" and curve["train_loss"][-1:] != [None]
+    return {
+        "run": asdict(run),
+        "status": "finished" if finished else "diverged",
+        "diverged_at": result.diverged_at,
+        "num_steps": result.trace.num_steps,
+        "max_delay": result.trace.max_delay,
+        "virtual_time": _short(virtual),
+        **({"real_time": _short(end), "health": _summary(result.health)} if real else {}),
+        "wall_time": round(wall_time, 3),
+        "parameters": digest(result.params),
+        "train_loss": curve["train_loss"][-1] if finished else None,
+        "test_accuracy": curve["test_accuracy"][-1] if finished else None,
+        "curve": curve,
+        "environment": records.environment(),
+    }
+
+
+def digest(params: Any) -> str:
+    """Return the start of a hexadecimal SHA-256 of all parameters: equal for equal ones."""
+    content = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        content.update(np.asarray(leaf).tobytes())
+    return content.hexdigest()[:16]
+
+
+def _summary(health: Health | None) -> dict[str, Any] | None:
+    return None if health is None else health._asdict()
+
+
+def _short(value: float) -> float | None:
+    """Return six significant digits, which keep the rows small; None for a NaN or an Inf."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

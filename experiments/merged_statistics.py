@@ -1,0 +1,108 @@
+"""The merged BatchNorm statistics against freshly computed ones.
+
+``python -m experiments.merged_statistics --model resnet8 --data-dir DIR`` trains once and prints
+the test accuracy of the same last parameters with three statistics: those that the server merged
+from the workers' reports; those of a pass over the training set with the parameters held still;
+and the initial ones, which a server that merges nothing would be left with. The exit status is 1
+where the first two accuracies differ by more than ``--tolerance``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from experiments import execution, runs
+from experiments.decoded import DataError
+from orlomo_jax import simulate
+
+
+@dataclass(frozen=True)
+class MergedStatistics:
+    """Settings of the comparison."""
+
+    run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(default_factory=runs.Run)
+    """What to train."""
+    data_dir: Path | None = None
+    """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
+    tolerance: float = 0.5
+    """By how many points the accuracies may differ."""
+
+
+def recomputed(
+    parts: execution.Parts, params: Any, model_state: Any, num_batches: int = 100
+) -> Any:
+    """Return the statistics of one pass over the training set, its images augmented as ever.
+
+    They are running averages, which after 100 batches remember 0.9¹⁰⁰ = 3e-5 of ``model_state``.
+    """
+    size = len(parts.train.labels) // num_batches
+
+    @jax.jit
+    def over(train, params, model_state):
+        batches = jax.tree.map(
+            lambda x: x[: num_batches * size].reshape(num_batches, size, *x.shape[1:]), train
+        )
+
+        def see(model_state, inputs):
+            batch, key = inputs
+            _, (model_state, _) = parts.loss_fn(params, model_state, batch, key)
+            return model_state, None
+
+        keys = jax.random.split(jax.random.key(0), num_batches)
+        return jax.lax.scan(see, model_state, (batches, keys))[0]
+
+    return over(parts.train, params, model_state)
+
+
+def accuracies(run: runs.Run, data_dir: Path | None = None) -> dict[str, float]:
+    """Train, and return the test accuracy with merged, recomputed and initial statistics."""
+    parts = execution.assemble(run, data_dir)
+    num_steps = run.num_steps(len(parts.train.labels))
+    init_key, key = jax.random.split(jax.random.key(run.seed))
+    params, initial = parts.network.init(init_key)
+    result = simulate(
+        parts.method,
+        parts.round_fn,
+        parts.batch_fn,
+        params,
+        run.trace(num_steps),
+        key=key,
+        model_state=initial,
+        local_learning_rate=execution.schedule(run.learning_rate, num_steps),
+    )
+    if result.status != "finished":
+        raise ValueError(f"`learning_rate` must let the run finish, got {run.learning_rate:g}")
+    statistics = {
+        "merged": result.model_state,
+        "recomputed": recomputed(parts, result.params, initial),
+        "initial": initial,
+    }
+    return {
+        name: float(parts.evaluate(result.params, state)["test_accuracy"])
+        for name, state in statistics.items()
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare from the command line."""
+    settings = tyro.cli(MergedStatistics, args=args, description=__doc__)
+    try:
+        found = accuracies(settings.run, settings.data_dir)
+    except (DataError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    for name, accuracy in found.items():
+        print(f"{name} statistics: test accuracy {accuracy:.2f} %")
+    difference = found["merged"] - found["recomputed"]
+    print(f"merged − recomputed: {difference:+.2f}")
+    if abs(difference) > settings.tolerance:
+        raise SystemExit(f"accuracies differ by more than --tolerance {settings.tolerance:g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Random orders of which any place can be read without computing the others."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+FEISTEL_ROUNDS = 8
+
+
+def examples_at(keys: jax.Array, which: jax.Array, places: jax.Array, size: int) -> jax.Array:
+    """Return what stands at places of random orders of the numbers 0, …, size − 1.
+
+    An order is a Feistel network on pairs of digits in base ⌈√size⌉, whose round functions are
+    tables of random digits: a bijection whatever the tables hold (Luby and Rackoff 1988). A result
+    that is no number below ``size`` goes through again, which keeps it a bijection (Black and
+    Rogaway 2002). ``jax.random.permutation`` sorts all the numbers instead, 22 ms for 50 000 on two
+    cores: as long as a round of a small network.
+
+    Args:
+        keys: key[orders], one for each order.
+        which: int32[n], the order that each place is in.
+        places: int32[n] in [0, size).
+        size: The length of the orders, 1 to 46 340².
+
+    Returns:
+        int32[n] in [0, size).
+
+    Example:
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> order = examples_at(keys, jnp.ones(5, int), jnp.arange(5), 5)
+        >>> sorted(order.tolist())
+        [0, 1, 2, 3, 4]
+    """
+    base = math.isqrt(size - 1) + 1
+
+    def digits(key):
+        return jax.random.randint(key, (FEISTEL_ROUNDS, base), 0, base, jnp.int32)
+
+    tables = jax.vmap(digits)(keys)
+
+    def once(numbers):
+        left, right = jnp.divmod(numbers, base)
+        for step in range(FEISTEL_ROUNDS):
+            left, right = right, (left + tables[which, step, right]) % base
+        return left * base + right
+
+    def again(numbers):
+        return jnp.where(numbers < size, numbers, once(numbers))
+
+    return jax.lax.while_loop(lambda numbers: (numbers >= size).any(), again, once(places))
