@@ -159,7 +159,7 @@ SCALES = {
             "slim models on real images averaged down, batch 16: ResNet8 of half the width on 8×8, "
             "12 epochs; SqueezeNet of an eighth of the width on 16×16, 4 epochs",
             _small,
-            (0.02, 0.1, 0.5),
+            (0.004, 0.02, 0.1, 0.5, 2.5),
             seeds=2,
         ),
         Scale(
