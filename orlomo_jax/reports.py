@@ -72,6 +72,18 @@ def check_payload(
 ) -> None:
     """Raise unless the report's trees are like the server's and hold no NaN and no Inf.
 
+    Raises:
+        TypeError, ValueError: As :func:`check_form`, and where a value is not finite.
+    """
+    check_form(report, params, model_state, momentum=momentum)
+    _check_finite(report)
+
+
+def check_form(
+    report: Report, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
+) -> None:
+    """Raise unless the report's trees are like the server's; abstract leaves will do.
+
     Args:
         report: The report.
         params: The server's parameters.
@@ -80,8 +92,8 @@ def check_payload(
 
     Raises:
         TypeError: If ``report.update`` is no LocalUpdate.
-        ValueError: If a tree has another structure, a leaf another shape or dtype, or a value is
-            not finite; the message names the leaf by its path.
+        ValueError: If a tree has another structure, or a leaf another shape or dtype; the message
+            names the leaf by its path.
     """
     if not isinstance(report.update, LocalUpdate):
         kind = type(report.update).__name__
@@ -99,7 +111,6 @@ def check_payload(
     for name, like in expected.items():
         if _signature(got[name]) != _signature(like):
             contract.check_like(name, got[name], like, dtypes=True)  # slower, but says where
-    _check_finite(report)
 
 
 def _signature(tree: PyTree[ArrayLike]) -> tuple:

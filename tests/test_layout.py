@@ -15,19 +15,25 @@ ORDER = (
     "checks",
     "trace",
     "arrivals",
+    "books",
+    "plan",
     "rules",
     "worker",
     "methods",
+    "buffers",
     "reports",
     "server_step",
     "server",
     "rounds",
+    "driven",
+    "compiled",
+    "form",
     "checkpoint",
     "history",
     "simulator",
     "adapters",
 )
-NUMPY_ONLY = ("checks", "trace", "arrivals")
+NUMPY_ONLY = ("checks", "trace", "arrivals", "books", "plan")
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
