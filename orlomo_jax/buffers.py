@@ -38,9 +38,13 @@ class Buffers:
     Off the CPU, for small leaves and for arrays on several devices the array itself is lent, and
     never comes back.
 
+    Args:
+        like: A tree like those that will be lent.
+
     Example:
         >>> import jax.numpy as jnp
-        >>> buffers, mine = Buffers(), jnp.ones(LARGE)
+        >>> mine = jnp.ones(LARGE)
+        >>> buffers = Buffers(mine)
         >>> lent = buffers.lend(mine)
         >>> buffers.retire(mine)
         >>> alias = lent.addressable_data(0)
@@ -53,14 +57,17 @@ class Buffers:
         [True]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: PyTree[Array]) -> None:
         """Start with nothing lent."""
+        self._worth_it = any(_is_large(leaf) for leaf in jax.tree.leaves(like))
         self._loan: weakref.ref[_Loan] | None = None  # of the newest tree
         self._lent: dict[int, tuple[weakref.ref[_Loan], list[Array]]] = {}
         self._free: deque[list[Array]] = deque(maxlen=2)  # enough for one step after another
 
     def lend(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Return the tree for others to hold; every array in it is equal to the owner's."""
+        if not self._worth_it:
+            return tree
         loan = _Loan()
         lent = jax.tree.map(lambda leaf: _view(leaf, loan) if _is_large(leaf) else leaf, tree)
         self._loan = weakref.ref(loan, self._returned)
@@ -69,9 +76,9 @@ class Buffers:
     def retire(self, tree: PyTree[Array]) -> None:
         """Give up the tree that was lent last: it is free once its loan is dead."""
         loan, self._loan = self._loan, None
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_large(leaf)]
-        if loan is None or not leaves:
+        if loan is None:
             return
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_large(leaf)]
         self._lent[id(loan)] = loan, leaves
         if loan() is None:  # before or since it was written down
             self._returned(loan)

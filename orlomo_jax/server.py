@@ -123,7 +123,7 @@ class ParameterServer:
         self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
         # What was handed out to a worker or a caller is never donated while they can see it.
         self._handed_out, self._state_shared = self._params, False
-        self._buffers = Buffers()
+        self._buffers = Buffers(self._params)
         self.schedule = local_learning_rate if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
         contract.check_learning_rate("local_learning_rate", first)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from orlomo_jax.checkpoint import Checkpoints, Saved
 from orlomo_jax.checks import check_count
@@ -124,7 +125,9 @@ def simulate(
     server = ParameterServer(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    job = Job(round_fn, jax.tree_util.Partial(batch_fn), trace, data_key, noise_key)
+    if not isinstance(batch_fn, Partial):  # one round another would hide its arrays, as constants
+        batch_fn = Partial(batch_fn)
+    job = Job(round_fn, batch_fn, trace, data_key, noise_key)
     identity = _identity(method, trace, key)
     saved = None if checkpoint is None else checkpoint.newest()
     if saved is not None:

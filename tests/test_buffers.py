@@ -127,7 +127,7 @@ def test_values_are_those_of_a_server_that_allocates(monkeypatch):
 def test_lent_arrays_are_like_the_owners(dtype):
     device = jax.devices()[1]
     for mine in (jnp.ones((2, LARGE), dtype), jax.device_put(jnp.ones((2, LARGE), dtype), device)):
-        lent = Buffers().lend(mine)
+        lent = Buffers(mine).lend(mine)
         assert lent is not mine
         assert address(lent) == address(mine)
         assert (lent.aval, lent.sharding, lent.committed) == (
@@ -141,7 +141,7 @@ def test_small_and_sharded_leaves_are_lent_as_they_are():
     mesh = jax.make_mesh((2,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     tree = [jnp.ones(3), jax.device_put(jnp.ones(2 * SIZE), sharding)]
-    buffers = Buffers()
+    buffers = Buffers(tree)
     lent = buffers.lend(tree)
     assert [a is b for a, b in zip(lent, tree, strict=True)] == [True, True]
     buffers.retire(tree)
