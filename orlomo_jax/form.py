@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -69,17 +71,30 @@ def choose(
         )
     together = worker_axis in ("map", "vmap")
     cpu = jax.default_backend() == "cpu"
-    slow = "auto" in (compiled, worker_axis) and not together and _convolves(server, job)
     if compiled == "auto":
-        compiled = together or not (cpu and slow)
+        compiled = together or not (cpu and _convolves(server, job))
     if worker_axis == "auto":
-        worker_axis = "vmap" if compiled and not cpu and not slow else "loop"
+        worker_axis = "loop" if not compiled or cpu or _convolves(server, job) else "vmap"
     if worker_axis == "loop":
         return Form(bool(compiled), "loop", 1)
     return Form(True, worker_axis, min(cap, _mean_group(job)))
 
 
 def _convolves(server: ParameterServer, job: Job) -> bool:
+    """Return whether the job's rounds convolve; to look costs a trace, so once for each round."""
+    seen = _seen(job.round_fn)
+    if not seen:
+        seen.append(_look(server, job))
+    return seen[0]
+
+
+@lru_cache(maxsize=32)
+def _seen(round_fn: Callable) -> list[bool]:
+    del round_fn
+    return []
+
+
+def _look(server: ParameterServer, job: Job) -> bool:
     def run(batch_fn, version, key):
         batches = batch_fn(job.data_key, np.int32(0), np.int32(0))
         rate = version.local_learning_rate

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orlomo_jax.books import Books, Ticket
 from orlomo_jax.trace import ArrivalTrace, Event
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Dispatches(Protocol):

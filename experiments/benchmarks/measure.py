@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -73,9 +74,13 @@ def rate(name: str, count: float, timing: Timing, unit: str, against: str, bar=N
 
 
 def fresh_process(code: str) -> str:
-    """Return what a fresh Python process prints that runs ``code``."""
+    """Return what a fresh Python process prints that runs ``code``.
+
+    It may keep bytecode, as an installed package does.
+    """
     run = [sys.executable, "-c", code]
-    return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
 
 
 def _seconds(function: Callable[[], Any]) -> float:
