@@ -81,7 +81,10 @@ def execute(
     job = (parts.method, parts.round_fn, parts.batch_fn, params)
     start = time.perf_counter()
     if run.runtime == "simulated":
-        result = simulate(*job, run.trace(num_steps) if replay is None else replay, **shared)
+        if replay is None:
+            result = simulate(*job, run.trace(num_steps), **shared)
+        else:  # by the programs that the workers ran
+            result = simulate(*job, replay, compiled=False, **shared)
     else:
         workers = _workers(run, Ray() if ray is None else ray)
         result = train(*job, workers, num_steps=num_steps, **shared, **supervision)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import cells, quickstart, records, report
+from experiments.benchmarks import chart
 from experiments.reproduce import RESULTS, recorded
 from proofs_check.registry import STATEMENTS
 
@@ -96,7 +97,7 @@ def _both_metrics(entry: report.Entry | None) -> str:
 
 def benchmark_table() -> str:
     """Return the benchmarks' figures beside their limits."""
-    return "\n".join(report.benchmark_lines(records.read(RESULTS / "benchmarks.jsonl")))
+    return "\n".join(chart.table(chart.newest(records.read(RESULTS / "benchmarks.jsonl"))))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

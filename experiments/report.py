@@ -2,7 +2,7 @@
 
 ``python -m experiments.report --scale digits`` writes Markdown tables and PNG and SVG figures of
 all that the records hold to ``experiments/results/SCALE/``. ``--trace FILE`` draws the timeline of
-an arrival trace instead.
+an arrival trace instead, ``--benchmarks FILE`` the table and the plot of the benchmarks' rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments import cells, figures
+from experiments import cells, figures, records
+from experiments.benchmarks import chart
 from experiments.reproduce import RESULTS, cell_of, chosen_rate, recorded
 from experiments.runs import Run
 from orlomo_jax import ArrivalTrace
@@ -40,6 +41,8 @@ class Report:
     """Folder of the report; by default experiments/results/SCALE/."""
     trace: Path | None = None
     """An arrival trace: draw its timeline to --output instead."""
+    benchmarks: Path | None = None
+    """Rows of the benchmarks: write benchmarks.md, .png and .svg to --output, or beside them."""
 
 
 class Entry(NamedTuple):
@@ -221,10 +224,27 @@ def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
     write(output / "report.md", "\n".join(lines))
 
 
+def benchmarks(path: Path, output: Path) -> Path:
+    """Write the table and the plot of the benchmarks' newest rows; return the table's path."""
+    try:
+        rows = chart.newest(records.read(path))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not rows:
+        raise SystemExit(f"no rows in {path}: run python -m experiments.benchmarks --output {path}")
+    lines = ["# Benchmarks", "", "![Shares of the limits](benchmarks.png)", "", *chart.table(rows)]
+    write(output / "benchmarks.md", "\n".join(lines))
+    chart.draw(rows, output / "benchmarks")
+    return output / "benchmarks.md"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Write the report."""
     settings = tyro.cli(Report, args=args, description=__doc__)
     plt.switch_backend("agg")
+    if settings.benchmarks is not None:
+        print(benchmarks(settings.benchmarks, settings.output or settings.benchmarks.parent))
+        return
     output = settings.output or RESULTS / settings.scale
     if settings.trace is not None:
         try:

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orlomo_jax.checks import check_count, check_nonnegative, check_number
 from orlomo_jax.trace import ArrivalTrace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _VARIATION = 0.7  # see `homogeneous`
 _POSITIVE = (lambda x: 1e-100 <= x <= 1e100, "in [1e-100, 1e100] seconds")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,12 @@ from orlomo_jax.trace import ArrivalTrace
 from orlomo_jax.worker import all_finite
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PyTree
+    from jaxtyping import Array, Float, PyTree, Scalar
+
+    from orlomo_jax.compiled import Compiled
+    from orlomo_jax.driven import Driven
+
+    Engine: TypeAlias = Driven | Compiled
 
 _all_finite = jax.jit(all_finite)
 
@@ -101,20 +106,18 @@ class Progress:
         """Start anew, or from what a checkpoint holds."""
         self.losses = [] if losses is None else list(losses)
         self.evaluations = [] if evaluations is None else [Evaluation(*e) for e in evaluations]
-        self.waiting_losses: list[Array] = []
-        self.first_bad = jnp.int32(-1)
+        self.waiting_losses: list[Scalar] = []
 
-    def look(self, server: ParameterServer) -> int:
+    def look(self, engine: Engine, step: int) -> int:
         """Fetch the losses; return the index of the first non-finite step, or −1.
 
         Where every report was finite and only the merge was not, that is the newest step.
         """
         self.losses += jax.device_get(self.waiting_losses)
         self.waiting_losses = []
-        bad = int(self.first_bad)
-        if bad < 0 and not bool(_all_finite((server.params, server.state, server.model_state))):
-            self.first_bad = jnp.int32(server.step - 1)
-        return int(self.first_bad)
+        if int(engine.first_bad) < 0 and not bool(_all_finite(engine.peek())):
+            engine.first_bad = jnp.int32(step - 1)
+        return int(engine.first_bad)
 
     def history(self, trace: ArrivalTrace, length: int) -> History:
         """Return the first ``length`` steps."""

@@ -79,10 +79,10 @@ class ReportRejected(ValueError):
         self.reason: Reason = reason
 
 
-def check_payload(
+def check_form(
     report: Report, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
 ) -> None:
-    """Raise unless the report's trees are like the server's.
+    """Raise unless the report's trees are like the server's; abstract leaves will do.
 
     Args:
         report: The report.

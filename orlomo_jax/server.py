@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.books import Books
+from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
-from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finite, check_payload
+from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finite, check_form
 from orlomo_jax.rules import contract
 from orlomo_jax.server_step import (
     beside,
+    check_merge_weight,
     merge_weight_on_host,
     own,
     server_step,
@@ -26,7 +28,19 @@ from orlomo_jax.server_step import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, PyTree
+    from jaxtyping import Array, ArrayLike, PyTree, Scalar
+
+
+class Holdings(NamedTuple):
+    """All that a server holds, for who runs it ahead; fields as in the server."""
+
+    books: Books
+    params: contract.Params
+    state: Any
+    merging: PyTree[Array]
+    model_state: PyTree[Array]
+    local_learning_rate: Scalar
+    tasks: dict[int, Task]
 
 
 def _transaction(method: Callable[..., Any]) -> Any:
@@ -58,6 +72,7 @@ class ParameterServer:
 
     Attributes:
         step: t, the number of reports applied.
+        schedule: The schedule of γ, or None where it is constant.
 
     Raises:
         ValueError: If ``num_workers`` is not the method's K, or a number is out of range.
@@ -100,28 +115,32 @@ class ParameterServer:
         contract.check_floating("model_state", model_state)
         if jax.tree.leaves(model_state) and method.merge_weight is None:
             raise ValueError(f"`model_state` needs a method with merge_weight, got {method.name!r}")
-        self.method, self.num_workers, self.step = method, num_workers, 0
+        self.method, self.num_workers = method, num_workers
+        self._books = Books(method.name, num_workers, method.synchronous)
         self._params, self._model_state = own((params, model_state))
         self._merging = self._model_state  # ahead of it within a synchronous round
         # A rule may keep params, or one array twice: copies of its own can be donated.
         self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
-        # What was handed out to a worker or a caller is never donated to the next step.
-        self._params_shared, self._state_shared = True, False
-        self._schedule = local_learning_rate if callable(local_learning_rate) else None
+        # What was handed out to a worker or a caller is never donated while they can see it.
+        self._handed_out, self._state_shared = self._params, False
+        self._buffers = Buffers(self._params)
+        self.schedule = local_learning_rate if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
         contract.check_learning_rate("local_learning_rate", first)
         self._local_learning_rate = jnp.asarray(first, float)
         self._lock = threading.RLock()
         self._held: dict[int, Task] = {}
-        self._rounds = [0] * num_workers
-        self._reported_at = [-1] * num_workers
+
+    @property
+    def step(self) -> int:
+        """t, the number of reports applied."""
+        return self._books.step
 
     @property
     @_transaction
     def params(self) -> contract.Params:
         """w_t. Reading it keeps the arrays alive through the next step."""
-        self._params_shared = True
-        return self._params
+        return self._hand_out()
 
     @property
     @_transaction
@@ -139,7 +158,7 @@ class ParameterServer:
     @_transaction
     def held(self, worker: int) -> Task | None:
         """Return the task that ``worker`` holds, or None."""
-        return self._held.get(self._check_worker(worker))
+        return self._held.get(self._books.check_worker(worker))
 
     @_transaction
     def dispatch(self, worker: int) -> Task:
@@ -149,31 +168,11 @@ class ParameterServer:
             ValueError: If the worker is unknown or busy, or, in a synchronous method, has already
                 reported in this round.
         """
-        worker = self._check_worker(worker)
-        if worker in self._held:
-            index = self._held[worker].dispatched_at
-            raise ValueError(f"worker {worker} is busy with the task dispatched at step {index}")
-        dispatched_at, momentum = self.step, None
-        if self.method.synchronous:
-            dispatched_at -= self.step % self.num_workers
-            if self._reported_at[worker] >= dispatched_at:
-                raise ValueError(
-                    f"worker {worker} has reported in this round: {self.method.name} dispatches "
-                    f"it again at step {dispatched_at + self.num_workers}, not at step {self.step}"
-                )
-            momentum = start_momentum(self.state)
-        self._params_shared = True
-        task = Task(
-            worker,
-            self._rounds[worker],
-            dispatched_at,
-            self._params,
-            self._model_state,
-            momentum,
-            self._local_learning_rate,
-        )
-        self._rounds[worker] += 1
-        self._held[worker] = task
+        momentum = start_momentum(self.state) if self.method.synchronous else None
+        ticket = self._books.dispatch(worker)
+        params = self._hand_out()
+        task = Task(*ticket, params, self._model_state, momentum, self._local_learning_rate)
+        self._held[ticket.worker] = task
         return task
 
     @_transaction
@@ -186,10 +185,7 @@ class ParameterServer:
         Raises:
             ValueError: If the worker is unknown or holds nothing.
         """
-        worker = self._check_worker(worker)
-        if worker not in self._held:
-            raise ValueError(f"worker {worker} holds no task")
-        return self._held.pop(worker)
+        return self._held.pop(self._books.release(worker).worker)
 
     @_transaction
     def receive(self, report: Report) -> tuple[int, ...]:
@@ -206,14 +202,16 @@ class ParameterServer:
                 [0, 1]. Nothing has changed then.
         """
         self._check_report(report)
+        shared = self._handed_out is not None
         step_fn = server_step(
             self.method.rule,
             self.method.merge_weight,
-            self._schedule,
-            not self._params_shared,
+            self.schedule,
+            not shared,
             not self._state_shared,
         )
-        self._params, self._state, self._merging, rate = step_fn(
+        params, self._state, self._merging, rate = step_fn(
+            self._buffers.take() if shared else [],
             self._params,
             self._state,
             self._merging,
@@ -222,17 +220,50 @@ class ParameterServer:
             np.int32(self.step),
             np.int32(report.dispatched_at),
         )
-        self._params_shared = self._state_shared = False
+        if shared:
+            self._buffers.retire(self._params)
+        self._params, self._handed_out, self._state_shared = params, None, False
         worker = int(report.worker)
         del self._held[worker]
-        self._reported_at[worker] = self.step
-        self.step += 1
-        if self.method.synchronous and self.step % self.num_workers:
-            return ()
-        self._model_state = self._merging
-        if rate is not None:
-            self._local_learning_rate = rate
-        return tuple(range(self.num_workers)) if self.method.synchronous else (worker,)
+        waiting = self._books.receive(worker)
+        if self.step == self._books.version:  # not within a synchronous round
+            self._model_state = self._merging
+            if rate is not None:
+                self._local_learning_rate = rate
+        return waiting
+
+    @_transaction
+    def lend(self) -> Holdings:
+        """Return all that the server holds, and let go of it until :meth:`settle`.
+
+        The arrays may be shared with callers: to donate one, copy it first.
+        """
+        holdings = Holdings(
+            self._books,
+            self._params,
+            self._state,
+            self._merging,
+            self._model_state,
+            self._local_learning_rate,
+            self._held,
+        )
+        del self._params, self._state, self._merging, self._model_state, self._handed_out
+        self._held = {}
+        return holdings
+
+    @_transaction
+    def settle(self, holdings: Holdings) -> None:
+        """Take back what was lent, further on."""
+        (
+            self._books,
+            self._params,
+            self._state,
+            self._merging,
+            self._model_state,
+            self._local_learning_rate,
+            self._held,
+        ) = holdings
+        self._handed_out, self._state_shared = self._params, False
 
     @_transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -258,13 +289,7 @@ class ParameterServer:
             "local_learning_rate": self._local_learning_rate,
             "versions": versions,
         }
-        books = {
-            "step": self.step,
-            "rounds": self._rounds,
-            "reported_at": self._reported_at,
-            "held": [task[:3] for task in self._held.values()],
-        }
-        return jax.device_get(arrays), json.loads(json.dumps(books))
+        return jax.device_get(arrays), self._books.snapshot()
 
     @_transaction
     def restore(self, arrays: dict[str, Any], books: dict[str, Any]) -> None:
@@ -304,14 +329,15 @@ class ParameterServer:
         ]
         self._params, self._state = trees["params"], trees["state"]
         self._model_state, self._merging = trees["model_state"], trees["merging"]
-        self._params_shared, self._state_shared = True, False
+        self._handed_out, self._state_shared = self._params, False
         self._local_learning_rate = jnp.asarray(arrays["local_learning_rate"])
         self._held = {task.worker: task for task in tasks}
-        self.step, self._rounds = books["step"], list(books["rounds"])
-        self._reported_at = list(books["reported_at"])
+        self._books.restore(books)
 
-    def _check_worker(self, worker: Any) -> int:
-        return check_count("worker", worker, 0, self.num_workers - 1)
+    def _hand_out(self) -> contract.Params:
+        if self._handed_out is None:
+            self._handed_out = self._buffers.lend(self._params)
+        return self._handed_out
 
     def _check_report(self, report: Report) -> None:
         reason: Reason = "malformed"
@@ -336,7 +362,7 @@ class ParameterServer:
                     f"{kind} one"
                 )
             self._check_merge_weight(index)
-            check_payload(
+            check_form(
                 report,
                 self._params,
                 self._model_state,
@@ -352,8 +378,4 @@ class ParameterServer:
             return
         delay = self.step - dispatched_at
         weight = merge_weight_on_host(self.method.merge_weight, self.step, delay)
-        if not 0 <= weight <= 1:
-            raise ValueError(
-                "the weight of a report's model state must be in [0, 1], got "
-                f"learning_rate · delay_weight = {weight} at step={self.step}, delay={delay}"
-            )
+        check_merge_weight(float(weight), self.step, delay)

@@ -25,9 +25,13 @@ def server_step(
     donate_params: bool,
     donate_state: bool,
 ) -> Callable:
-    """Return update, apply and merge as one compiled program, which works in place where it may."""
+    """Return update, apply and merge as one compiled program, which works in place where it may.
 
-    def step_fn(params, state, model_state, update, end_state, step, dispatched_at):
+    Its first argument, a list of arrays like leaves of params or of none, is memory to write over.
+    """
+
+    def step_fn(scratch, params, state, model_state, update, end_state, step, dispatched_at):
+        del scratch
         updates, state = rule.update(update, state, params, dispatched_at=dispatched_at)
         params = optax.apply_updates(params, updates)
         if jax.tree.leaves(model_state):
@@ -43,22 +47,35 @@ def server_step(
         return params, state, model_state, rate
 
     donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]
-    return jax.jit(step_fn, donate_argnames=donated)
+    return jax.jit(step_fn, donate_argnames=["scratch", *donated], keep_unused=True)
 
 
 @lru_cache(maxsize=64)
 def _compiled(function: Callable) -> Callable:
-    return jax.jit(function)
+    """Return the function of scalars, compiled, also for arrays."""
+    return jax.jit(jnp.vectorize(function))
 
 
-def merge_weight_on_host(merge_weight: Any, step: int, delay: int) -> float:
-    """Evaluate on the CPU where there is one, so that no accelerator's queue is waited for."""
+def merge_weight_on_host(merge_weight: Any, step: Any, delay: Any) -> np.ndarray:
+    """Evaluate on the CPU where there is one, so that no accelerator's queue is waited for.
+
+    Step and delay are int[] or int[n] each; so is the weight's shape.
+    """
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         device = None
     with jax.default_device(device):
-        return float(_compiled(merge_weight)(np.int32(step), np.int32(delay)))
+        return np.asarray(_compiled(merge_weight)(np.int32(step), np.int32(delay)))
+
+
+def check_merge_weight(weight: float, step: int, delay: int) -> None:
+    """Raise ValueError unless a report's weight in the model state is in [0, 1]."""
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            "the weight of a report's model state must be in [0, 1], got "
+            f"learning_rate · delay_weight = {weight} at step={step}, delay={delay}"
+        )
 
 
 def start_momentum(state: Any) -> contract.Params:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.tree_util import Partial
 
-from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.checkpoint import Checkpoints, Saved
 from orlomo_jax.checks import check_count
+from orlomo_jax.compiled import LENGTH
+from orlomo_jax.driven import Job
+from orlomo_jax.form import choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
-from orlomo_jax.rounds import fused_round
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
-from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Int, PyTree, Scalar
 
+    from orlomo_jax.compiled import WorkerAxis
+
     BatchFn = Callable[[Array, Int[Array, ""], Int[Array, ""]], PyTree[Array]]
     Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
-
-_LOOK_EVERY = 256
-"""Steps between two looks at the device's first non-finite step: a rare, cheap wait."""
 
 
 def simulate(
@@ -45,6 +44,9 @@ def simulate(
     evaluate_every: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     checkpoint: Checkpoints | None = None,
+    compiled: Literal["auto"] | bool = "auto",
+    worker_axis: Literal["auto"] | WorkerAxis = "auto",
+    compute_batch: int | None = None,
 ) -> TrainingResult:
     """Train with K delayed workers whose reports arrive in the order of ``trace``.
 
@@ -69,17 +71,31 @@ def simulate(
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`StepRecord` after each step; of a diverging run also for
-            some steps after the one that ``diverged_at`` will name.
+        on_step: Called with a :class:`StepRecord` for each step, in order: after it, or after the
+            compiled stretch that it belongs to. Of a diverging run also for some steps after the
+            one that ``diverged_at`` will name.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
-            method, trace and key goes on from the newest, and ends as the unbroken run does, to
-            the bit; ``on_step`` then sees the steps after it alone.
+            method, trace, key and program (the three arguments below) goes on from the newest, and
+            ends as the unbroken run does, to the bit; ``on_step`` then sees the steps after it
+            alone.
+        compiled: Whether stretches of at most 256 steps, up to the next evaluation or checkpoint,
+            run as one compiled program each, or every step is driven from Python. "auto" is True
+            but for a loss that convolves on a CPU, where XLA runs convolution gradients inside a
+            loop 6 to 39 times slower. Both keep the same books; their parameters differ by
+            rounding.
+        worker_axis: How compiled rounds that do not depend on one another's reports are computed:
+            one by one ("loop"), or together, up to K of them whatever the delays, by
+            ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap"). "auto" is "loop" on a CPU, where
+            vmap gains nothing, and where the loss convolves, which vmap turns into slow grouped
+            convolutions; else "vmap".
+        compute_batch: The most rounds computed together, ≥ 1, which bounds the memory: that many
+            reports wait to be applied. None is as many as can be on average over the trace.
 
     Returns:
         A :class:`TrainingResult`.
 
     Raises:
-        ValueError: If method and trace do not fit together, a hyperparameter is out of range, or
+        ValueError: If method and trace do not fit together, an argument is out of range, or
             ``checkpoint`` is of another run.
         TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
 
@@ -109,83 +125,80 @@ def simulate(
     server = ParameterServer(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    run_round = partial(fused_round(round_fn), jax.tree_util.Partial(batch_fn))
-    evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
-    events: defaultdict[int, list[Event]] = defaultdict(list)
-    for event in trace.events:
-        events[event.step].append(event)
+    if not isinstance(batch_fn, Partial):  # one round another would hide its arrays, as constants
+        batch_fn = Partial(batch_fn)
+    job = Job(round_fn, batch_fn, trace, data_key, noise_key)
     identity = _identity(method, trace, key)
-    progress = _resume(checkpoint, identity, server)
-    if progress is None:
+    saved = None if checkpoint is None else checkpoint.newest()
+    if saved is not None:
+        _check_identity(checkpoint, saved, identity)
+        server.restore(saved.arrays["server"], saved.notes["server"])
+    form = choose(compiled, worker_axis, compute_batch, server, job)
+    identity["program"] = str(form)
+    if saved is None:
         progress = Progress()
         for worker in set(range(trace.num_workers)) - _late_joiners(trace):
             server.dispatch(worker)
+    else:
+        _check_identity(checkpoint, saved, identity)
+        progress = Progress(saved.arrays["losses"], saved.notes["evaluations"])
+    engine = form.engine(server, job)
+    evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
+    every = [evaluate_every, LENGTH] + ([] if checkpoint is None else [checkpoint.every])
+    delays = trace.delays
 
-    for t in range(server.step, trace.num_steps):
-        _apply_events(events[t], server)
-        worker, time = int(trace.workers[t]), float(trace.times[t])
-        task = server.held(worker)
-        assert task is not None  # the trace's own ledger says so
-        result, loss, progress.first_bad = run_round(
-            task.params,
-            task.model_state,
-            task.momentum,
-            task.local_learning_rate,
-            data_key,
-            noise_key,
-            np.int32(worker),
-            np.int32(task.round),
-            np.int32(t),
-            progress.first_bad,
-        )
-        # The device remembers the first non-finite round: to look here would stall each step.
-        for waiting in server.receive(task.report(result)._replace(finite=True)):
-            server.dispatch(waiting)
-        progress.waiting_losses.append(loss)
-        step, metrics = t + 1, None
-        last = step == trace.num_steps
-        evaluates = evaluate is not None and (step % evaluate_every == 0 or last)
-        saves = checkpoint is not None and (step % checkpoint.every == 0 or last)
-        looks = evaluates or saves or last or step % _LOOK_EVERY == 0
-        if looks and progress.look(server) >= 0:
+    def record(step: int, loss: Scalar, metrics: dict[str, float] | None = None) -> StepRecord:
+        worker, delay = int(trace.workers[step - 1]), int(delays[step - 1])
+        return StepRecord(step, float(trace.times[step - 1]), worker, delay, loss, metrics)
+
+    def announced(losses: Iterable[Scalar], start: int, stop: int) -> Iterator[Scalar]:
+        for step, loss in enumerate(losses, start + 1):
+            if on_step and step < stop:
+                on_step(record(step, loss))
+            yield loss
+
+    step = server.step
+    while step < trace.num_steps:
+        stop = min([trace.num_steps, *(step - step % n + n for n in every)])
+        losses = engine.advance(stop)
+        progress.waiting_losses.extend(announced(losses, step, stop) if on_step else losses)
+        step, metrics, loss = stop, None, progress.waiting_losses[-1]
+        if progress.look(engine, step) >= 0:
             break
-        if evaluates:
-            assert evaluate is not None
-            values = evaluate(server.params, server.model_state)
+        last = step == trace.num_steps
+        if evaluate is not None and (step % evaluate_every == 0 or last):
+            params, model_state, _ = engine.arrays()
+            values = evaluate(params, model_state)
             metrics = {name: float(value) for name, value in values.items()}
-            progress.evaluations.append(Evaluation(step, time, metrics))
+            progress.evaluations.append(Evaluation(step, float(trace.times[step - 1]), metrics))
         if on_step is not None:
-            on_step(StepRecord(step, time, worker, t - task.dispatched_at, loss, metrics))
-        if saves:
-            assert checkpoint is not None
+            on_step(record(step, loss, metrics))
+        if checkpoint is not None and (step % checkpoint.every == 0 or last):
+            engine.settle()
             checkpoint.save(step, *progress.snapshot(server, identity))
 
-    bad = progress.look(server)
+    engine.settle()
+    bad = progress.look(engine, step)
     return TrainingResult(
         params=server.params,
         model_state=server.model_state,
         state=server.state,
-        history=progress.history(trace, server.step if bad < 0 else bad + 1),
+        history=progress.history(trace, step if bad < 0 else bad + 1),
         trace=trace,
         status="finished" if bad < 0 else "diverged",
         diverged_at=None if bad < 0 else bad,
     )
 
 
-def _resume(
-    checkpoint: Checkpoints | None, identity: dict[str, Any], server: ParameterServer
-) -> Progress | None:
-    """Put the server where the newest checkpoint left it; None where there is none."""
-    if checkpoint is None or (saved := checkpoint.newest()) is None:
-        return None
+def _check_identity(checkpoint: Any, saved: Saved, identity: dict[str, Any]) -> None:
+    """Raise unless a checkpoint is of the run that would resume from it."""
     for name, value in identity.items():
-        if saved.notes["identity"].get(name) != value:
+        if (other := saved.notes["identity"].get(name)) != value:
+            detail = f": it was written with {other}, this is {value}" * (name == "program")
             raise ValueError(
                 f"`checkpoint` must be of this run, got one of another {name} in "
-                f"{checkpoint.directory}"
+                f"{checkpoint.directory}{detail}"
             )
-    server.restore(saved.arrays["server"], saved.notes["server"])
-    return Progress(saved.arrays["losses"], saved.notes["evaluations"])
 
 
 def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
@@ -202,14 +215,6 @@ def _late_joiners(trace: ArrivalTrace) -> set[int]:
     for event in trace.events:
         first_kinds.setdefault(event.worker, event.kind)
     return {worker for worker, kind in first_kinds.items() if kind == "joined"}
-
-
-def _apply_events(events: list[Event], server: ParameterServer) -> None:
-    for event in events:
-        if event.kind in ("redispatched", "joined"):
-            server.dispatch(event.worker)
-        elif server.held(event.worker) is not None:
-            server.release(event.worker)
 
 
 def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:

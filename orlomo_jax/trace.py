@@ -10,12 +10,14 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orlomo_jax.checks import check_count
+
+if TYPE_CHECKING:  # numpy.typing takes half as long to import as all of this library
+    from numpy.typing import NDArray
 
 
 class Event(NamedTuple):

@@ -216,6 +216,7 @@ class ServerThatTakesAnything(ParameterServer):
     def _check_report(self, report):
         if report.worker < self.num_workers and self.held(report.worker) is None:
             self._held[report.worker] = Task(*report[:3], None, None, None, self._params)
+            self._books.dispatch(report.worker)
 
 
 def without_past_descent(num_workers: int, **options: Any) -> optax.GradientTransformationExtraArgs:

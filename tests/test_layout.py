@@ -15,14 +15,20 @@ ORDER = (
     "checks",
     "trace",
     "arrivals",
+    "books",
+    "plan",
     "rules",
     "worker",
     "methods",
+    "buffers",
     "reports",
     "server_step",
     "server",
     "audit",
     "rounds",
+    "driven",
+    "compiled",
+    "form",
     "checkpoint",
     "journal",
     "health",
@@ -31,7 +37,7 @@ ORDER = (
     "runtimes",
     "adapters",
 )
-NUMPY_ONLY = ("checks", "trace", "arrivals")
+NUMPY_ONLY = ("checks", "trace", "arrivals", "books", "plan")
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:

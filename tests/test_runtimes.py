@@ -80,7 +80,9 @@ def run(name="orlomo", workers=None, *, num_steps=T, **options):
 def assert_replays(result, name="orlomo"):
     """The simulator repeats the run from its trace: to the bit, the programs being the same."""
     method, round_fn = setup(name)
-    again = simulate(method, round_fn, batch_fn, PARAMS, result.trace, **arguments())
+    again = simulate(
+        method, round_fn, batch_fn, PARAMS, result.trace, compiled=False, **arguments()
+    )
     for part in ("params", "model_state", "state"):
         helpers.assert_trees_equal(getattr(result, part), getattr(again, part))
     np.testing.assert_array_equal(result.history.loss, again.history.loss)

@@ -87,6 +87,35 @@ def test_simulation_is_the_replay_by_hand(name):
     np.testing.assert_allclose(simulated.history.loss, losses, rtol=1e-4, atol=1e-6)
 
 
+def test_arrays_of_a_partial_are_arguments():
+    """Runs whose batches differ in a Partial's arrays alone share one compiled program."""
+    method, traces = make_method("al_sgd", 2), []
+
+    def counting(scale, key, worker, round):
+        traces.append(1)
+        return scale * jnp.ones((1, 1))
+
+    round_fn = method.local_round(lambda p, m, batch, key: ((p * batch).sum(), (m, {})), 1)
+    for form in (True, False):
+        counts = []
+        for scale in (1.0, 2.0, 3.0):
+            batches = jax.tree_util.Partial(counting, jnp.array(scale))
+            trace = ArrivalTrace.from_workers([0, 1], 2)
+            result = simulate(
+                method,
+                round_fn,
+                batches,
+                jnp.zeros(1),
+                trace,
+                key=jax.random.key(0),
+                local_learning_rate=1.0,
+                compiled=form,
+            )
+            np.testing.assert_allclose(result.params, -scale)
+            counts.append(len(traces))
+        assert counts[1] - counts[0] == counts[2] - counts[1] <= 2  # to look at it, not to compile
+
+
 def test_one_worker_one_step_is_optax_sgd():
     trace = ArrivalTrace.from_workers([0] * 20, 1)
     method = make_method("orlomo", 1)

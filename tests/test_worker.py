@@ -237,3 +237,15 @@ def test_bad_calls(problem):
         local_momentum_sgd(loss_fn, S, None)(*args, momentum=params)
     with pytest.raises(ValueError, match="structure"):
         local_momentum_sgd(loss_fn, S)(*args, momentum=params["a"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_all_finite_finds_any_bad_value(dtype, bad):
+    largest = float(jnp.finfo(dtype).max)
+    good = jnp.array([-largest, 0.0, largest], dtype)
+    if dtype == jnp.complex64:
+        good = good * (1 + 1j)  # whose absolute value overflows
+    assert bool(all_finite([good, jnp.zeros((0, 3), dtype), jnp.arange(3)]))
+    for index in range(3):
+        assert not bool(all_finite([good, good.at[index].set(bad)]))

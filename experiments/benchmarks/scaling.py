@@ -1,0 +1,121 @@
+"""Time and memory as the work grows: workers, local steps, parameters, arrivals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.measure import Row, fresh_process, in_turn, rate
+from experiments.benchmarks.simulator import perceptron
+from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, simulate, simulate_arrivals
+
+
+def workers(repeats: int) -> Iterator[Row]:
+    """Time per global iteration as K grows, against K = 8; every worker has reported by the end."""
+    repeats, few = min(repeats, 5), perceptron((64, 512, 80), 1, 8, 1536)
+    for num_workers in (1, 64, 1024):
+        many = perceptron((64, 512, 80), 1, num_workers, 1536)
+        (timing,) = in_turn(repeats, many.simulated, few.simulated)
+        bar = 1 / 1.2 if num_workers == 1024 else None
+        yield rate(many.name, 1536, timing, "iterations/s", "K = 8", bar)
+
+
+def local_steps(repeats: int) -> Iterator[Row]:
+    """Local steps a second as S grows, against bare rounds."""
+    for num_local_steps in (1, 8, 32, 128):
+        count = max(8, 1024 // num_local_steps)
+        job = perceptron((64, 32, 10), num_local_steps, 4, count)
+        (timing,) = in_turn(repeats, job.simulated, job.rounds)
+        steps = count * num_local_steps
+        yield rate(f"local steps, {job.name}", steps, timing, "local steps/s", "bare rounds")
+
+
+def parameters(repeats: int) -> Iterator[Row]:
+    """Time per global iteration as d grows, against a round's and a server step's bare programs."""
+    for exponent in range(3, 9):
+        size, count = 10**exponent, 64 if exponent < 7 else 8
+        job = perceptron((1, size // 3, 1), 1, 4, count, batch_size=1)
+        (timing,) = in_turn(
+            repeats if exponent < 7 else min(repeats, 3), job.simulated, job.rounds_and_steps
+        )
+        against = "bare rounds and server steps"
+        yield rate(f"d = 10^{exponent}, {job.name}", count, timing, "iterations/s", against)
+
+
+def arrivals(repeats: int) -> Iterator[Row]:
+    """A million arrivals of 1024 workers, and simulated runs of up to a million steps."""
+    count, num_workers = 1_000_000, 1024
+    times = np.random.default_rng(0).random(count)
+
+    def ours() -> ArrivalTrace:
+        return simulate_arrivals(one_slow_worker(5), num_workers, count, 8, 0)
+
+    (timing,) = in_turn(min(repeats, 3), ours, lambda: np.argsort(times, kind="stable"))
+    name = f"arrivals, T={count}, K={num_workers}"
+    yield Row(name, timing.seconds, 1.0, "s", "one second", 1 / timing.seconds, 1.0)
+    few = perceptron((4, 2), 1, 4, 10_000, batch_size=1)
+    for num_steps in (100_000, 1_000_000):
+        many = perceptron((4, 2), 1, 4, num_steps, batch_size=1)
+        (timing,) = in_turn(1, many.simulated, few.simulated)
+        figure, limit = num_steps / timing.seconds, 10_000 / timing.limit
+        yield Row(f"T={num_steps}", figure, limit, "iterations/s", "T = 10000", figure / limit)
+
+
+def memory(repeats: int) -> Iterator[Row]:
+    """Peak memory of a run's arrays in a fresh process, against the bound of the design.
+
+    The bound is one copy of w for each version that workers hold, w and u and the step's own, and
+    one report of 2 copies.
+    """
+    del repeats
+    size = 4_000_000
+    for num_workers in (1, 8, 64):
+        for compiled in (True, False):
+            code = f"from experiments.benchmarks import scaling; scaling.peak({size}, "
+            peak = json.loads(fresh_process(f"{code}{num_workers}, {compiled})"))
+            bound = (num_workers + 3 + 2) * 4 * size / 1e6
+            form = "compiled" if compiled else "driven from Python"
+            name = f"memory, {form}, d={size}, K={num_workers}"
+            yield Row(name, peak, bound, "MB", "(K + 5) · 4d bytes", bound / peak)
+
+
+def peak(size: int, num_workers: int, compiled: bool) -> None:
+    """Print the growth of this process's peak memory over a run, in MB."""
+    method = make_method("orlomo", num_workers)
+    round_fn = method.local_round(_quadratic, 1)
+
+    def run(size: int) -> None:
+        result = simulate(
+            method,
+            round_fn,
+            _no_data,
+            jnp.ones(size),
+            simulate_arrivals(one_slow_worker(2), num_workers, 4 * num_workers + 4, 1, 0),
+            key=jax.random.key(0),
+            local_learning_rate=0.01,
+            compiled=compiled,
+        )
+        jax.block_until_ready(result.params)
+
+    run(10)  # what compiling takes is not the run's
+    before = _peak_memory()
+    run(size)
+    print(json.dumps(_peak_memory() - before))
+
+
+def _quadratic(params, model_state, batch, key):
+    return 0.5 * params @ params, (model_state, {})
+
+
+def _no_data(key, worker, round):
+    return jnp.zeros(1)
+
+
+def _peak_memory() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,171 @@
+"""Rounds and simulated runs, against the bare compiled programs that they contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import models
+from experiments.benchmarks.measure import Row, in_turn, rate
+from experiments.models import mlp
+from orlomo_jax import ArrivalTrace, Method, make_method, one_slow_worker, simulate
+from orlomo_jax import simulate_arrivals as arrivals_of
+
+APPFL = 85
+"""Global iterations a second of APPFL 1.12's simulator at the job of 2 400 parameters."""
+
+
+class Job(NamedTuple):
+    """A run to be timed.
+
+    Attributes:
+        name: What it is called in rows.
+        method: OrLoMo, for K workers.
+        round_fn: Its local round.
+        params: w_0.
+        model_state: What goes with it.
+        batches: What every worker reads in every round.
+        trace: The last worker is 5 times slower.
+    """
+
+    name: str
+    method: Method
+    round_fn: Callable
+    params: Any
+    model_state: Any
+    batches: Any
+    trace: ArrivalTrace
+
+    def simulated(self, **options: Any) -> None:
+        """Run it in the simulator."""
+        result = simulate(
+            self.method,
+            self.round_fn,
+            jax.tree_util.Partial(_same, self.batches),
+            self.params,
+            self.trace,
+            key=jax.random.key(0),
+            model_state=self.model_state,
+            local_learning_rate=0.01,
+            **options,
+        )
+        jax.block_until_ready(result.params)
+
+    def rounds(self) -> Any:
+        """Call the jitted round as often, and nothing else."""
+        args = (self.params, self.model_state, self.batches, 0.01, jax.random.key(0))
+        results = [self.round_fn(*args) for _ in range(self.trace.num_steps)]
+        return jax.block_until_ready(results)[-1]
+
+    def rounds_and_steps(self) -> None:
+        """Call the jitted round and the jitted server step, with the delays of the trace."""
+        state, versions = self.method.rule.init(self.params), [self.params]
+        step, key = _bare_step(self.method.rule), jax.random.key(0)
+        for index in self.trace.dispatched_at:
+            held = versions[index]
+            result = self.round_fn(held, self.model_state, self.batches, 0.01, key)
+            params, state = step(versions[-1], state, result.update, np.int32(index))
+            versions.append(params)
+        jax.block_until_ready(versions[-1])
+
+
+def perceptron(widths, num_local_steps, num_workers, num_steps, batch_size=32) -> Job:
+    """Return the job of a multilayer perceptron."""
+    params = mlp.init(jax.random.key(0), widths)
+    shape = (num_local_steps, batch_size)
+    batches = jnp.ones((*shape, widths[0])), jnp.zeros(shape, jnp.int32)
+    return _job("MLP", mlp.loss_fn, params, None, batches, num_workers, num_steps)
+
+
+def resnet(num_local_steps=4, num_workers=4, num_steps=6, batch_size=64) -> Job:
+    """Return the job of ResNet8 on 32×32 images."""
+    network = models.make("resnet8", 10, (32, 32, 3))
+    params, model_state = network.init(jax.random.key(0))
+    shape = (num_local_steps, batch_size)
+    batches = jnp.ones((*shape, 32, 32, 3)), jnp.zeros(shape, jnp.int32)
+    return _job("ResNet8", network.loss_fn, params, model_state, batches, num_workers, num_steps)
+
+
+def simulator(repeats: int) -> Iterator[Row]:
+    """Global iterations a second, driven from Python and compiled."""
+    small = perceptron((64, 32, 10), 8, 4, 1000)
+    for form, bar in (("compiled", 1.2), ("driven from Python", 0.5)):
+        run = partial(small.simulated, compiled=form == "compiled")
+        (timing,) = in_turn(repeats, run, small.rounds)
+        name = f"simulator, {form}, {small.name}"
+        yield rate(name, small.trace.num_steps, timing, "iterations/s", "bare rounds", bar)
+        if form == "compiled":
+            figure = small.trace.num_steps / timing.seconds
+            yield Row(name, figure, APPFL, "iterations/s", "APPFL 1.12", figure / APPFL, 80.0)
+    jobs = (
+        (perceptron((64, 512, 80), 8, 4, 200), repeats),
+        (perceptron((64, 256, 200, 10), 32, 16, 64), repeats),
+        (resnet(), min(repeats, 3)),
+    )
+    for job, count in jobs:
+        (timing,) = in_turn(count, job.simulated, job.rounds_and_steps)
+        against = "bare rounds and server steps"
+        steps = job.trace.num_steps
+        yield rate(f"simulator, {job.name}", steps, timing, "iterations/s", against, 1 / 1.05)
+
+
+def worker(repeats: int) -> Iterator[Row]:
+    """A local round of S steps, against S calls of one jitted step of momentum SGD."""
+    for job, count in ((perceptron((64, 512, 80), 8, 1, 20), repeats), (resnet(4, 1, 1), 3)):
+        steps = job.trace.num_steps * len(jax.tree.leaves(job.batches)[0])
+        loss_fn = (
+            mlp.loss_fn if "MLP" in job.name else models.make("resnet8", 10, (32, 32, 3)).loss_fn
+        )
+
+        @jax.jit
+        def local_step(params, buffer, model_state, batch, key, loss_fn=loss_fn):
+            gradient, (model_state, _) = jax.grad(loss_fn, has_aux=True)(
+                params, model_state, batch, key
+            )
+            buffer = jax.tree.map(lambda u, g: 0.9 * u + 0.01 * g, buffer, gradient)
+            return jax.tree.map(jnp.subtract, params, buffer), buffer, model_state
+
+        def bare(job=job, steps=steps, local_step=local_step):
+            batch, key = jax.tree.map(lambda x: x[0], job.batches), jax.random.key(0)
+            carry = (job.params, jax.tree.map(jnp.zeros_like, job.params), job.model_state)
+            for _ in range(steps):
+                carry = local_step(*carry, batch, key)
+            jax.block_until_ready(carry)
+
+        (timing,) = in_turn(count, job.rounds, bare)
+        yield rate(f"worker round, {job.name}", steps, timing, "local steps/s", "bare steps")
+
+
+def _job(name, loss_fn, params, model_state, batches, num_workers, num_steps) -> Job:
+    images, _ = batches
+    num_local_steps, batch_size = images.shape[:2]
+    method = make_method("orlomo", num_workers)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Job(
+        f"{name} of {size}, S={num_local_steps}, batch {batch_size}, K={num_workers}",
+        method,
+        method.local_round(loss_fn, num_local_steps),
+        params,
+        model_state,
+        batches,
+        arrivals_of(one_slow_worker(5), num_workers, num_steps, num_local_steps, 0),
+    )
+
+
+def _same(batches: Any, key: Any, worker: Any, round: Any) -> Any:
+    return batches
+
+
+def _bare_step(rule: optax.GradientTransformationExtraArgs) -> Callable:
+    @partial(jax.jit, donate_argnames="state")
+    def step(params, state, update, index):
+        updates, state = rule.update(update, state, params, dispatched_at=index)
+        return optax.apply_updates(params, updates), state
+
+    return step

@@ -1,0 +1,114 @@
+"""Who holds which task: the one bookkeeping of staleness, for server and planner alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from orlomo_jax.checks import check_count
+
+
+class Ticket(NamedTuple):
+    """A task without its arrays.
+
+    Attributes:
+        worker: k in [K].
+        round: How many tasks this worker was sent before.
+        dispatched_at: The step t of the task's parameters; K⌊t/K⌋ for a synchronous method.
+    """
+
+    worker: int
+    round: int
+    dispatched_at: int
+
+
+class Books:
+    """The tickets that workers hold, and what a synchronous method allows.
+
+    Args:
+        name: The method's name, for messages.
+        num_workers: K ≥ 1.
+        synchronous: Whether all workers wait for one another after a round.
+
+    Attributes:
+        step: t, the number of reports applied.
+        held: The ticket of every busy worker.
+
+    Example:
+        >>> books = Books("orlomo", num_workers=2, synchronous=False)
+        >>> books.dispatch(1), books.receive(1)
+        (Ticket(worker=1, round=0, dispatched_at=0), (1,))
+        >>> books.dispatch(1)
+        Ticket(worker=1, round=1, dispatched_at=1)
+    """
+
+    def __init__(self, name: str, num_workers: int, synchronous: bool) -> None:
+        """Start at step 0 with every worker idle."""
+        self.name, self.num_workers, self.synchronous = name, num_workers, synchronous
+        self.step = 0
+        self.held: dict[int, Ticket] = {}
+        self._rounds = [0] * num_workers
+        self._reported_at = [-1] * num_workers
+
+    @property
+    def version(self) -> int:
+        """The step whose parameters a task dispatched now carries."""
+        return self.step - self.step % self.num_workers if self.synchronous else self.step
+
+    def check_worker(self, worker: Any) -> int:
+        """Return ``worker`` as an int in [0, K), or raise."""
+        return check_count("worker", worker, 0, self.num_workers - 1)
+
+    def dispatch(self, worker: int) -> Ticket:
+        """Write down a new task.
+
+        Raises:
+            ValueError: If the worker is unknown or busy, or, in a synchronous method, has already
+                reported in this round.
+        """
+        worker, version = self.check_worker(worker), self.version
+        if worker in self.held:
+            index = self.held[worker].dispatched_at
+            raise ValueError(f"worker {worker} is busy with the task dispatched at step {index}")
+        if self.synchronous and self._reported_at[worker] >= version:
+            raise ValueError(
+                f"worker {worker} has reported in this round: {self.name} dispatches "
+                f"it again at step {version + self.num_workers}, not at step {self.step}"
+            )
+        ticket = self.held[worker] = Ticket(worker, self._rounds[worker], version)
+        self._rounds[worker] += 1
+        return ticket
+
+    def release(self, worker: int) -> Ticket:
+        """Strike out a worker's task.
+
+        Raises:
+            ValueError: If the worker is unknown or holds nothing.
+        """
+        worker = self.check_worker(worker)
+        if worker not in self.held:
+            raise ValueError(f"worker {worker} holds no task")
+        return self.held.pop(worker)
+
+    def receive(self, worker: int) -> tuple[int, ...]:
+        """Write down the report of a busy worker; return who waits for a task now."""
+        del self.held[worker]
+        self._reported_at[worker] = self.step
+        self.step += 1
+        if not self.synchronous:
+            return (worker,)
+        return () if self.step % self.num_workers else tuple(range(self.num_workers))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything as JSON-able data."""
+        return {
+            "step": self.step,
+            "rounds": list(self._rounds),
+            "reported_at": list(self._reported_at),
+            "held": [list(ticket) for ticket in self.held.values()],
+        }
+
+    def restore(self, books: dict[str, Any]) -> None:
+        """Take what :meth:`snapshot` returned."""
+        self.step = books["step"]
+        self._rounds, self._reported_at = list(books["rounds"]), list(books["reported_at"])
+        self.held = {worker: Ticket(worker, *rest) for worker, *rest in books["held"]}

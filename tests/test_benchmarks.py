@@ -1,0 +1,73 @@
+"""The benchmarks run, and their rows become a table and a plot."""
+
+import pytest
+
+from experiments import records, report
+from experiments.benchmarks import chart, measure
+from experiments.benchmarks.__main__ import GROUPS, main
+
+ENVIRONMENT = {"device": "cpu", "cpus": 2, "jax": "1", "jaxlib": "1", "python": "3"}
+
+
+def row(ratio=1.5, bar=1.2, **changes):
+    fields = measure.Row("a step", 3.0, 2.0, "GB/s", "np.add", ratio, bar)._asdict()
+    return {"group": "server_step", **fields, "environment": ENVIRONMENT} | changes
+
+
+def test_pairs_are_timed_in_turn(monkeypatch):
+    """The ratio is the median over pairs: a disturbance of whole pairs leaves it alone."""
+    now = iter([0, 0, 0, 2, 0, 1, 0, 20, 0, 10, 0, 2, 0, 1])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    calls = []
+    next(now), next(now)
+    (timing,) = measure.in_turn(3, lambda: calls.append(1), lambda: calls.append(2))
+    assert calls == [1, 2] * 4
+    assert timing == measure.Timing(2, 1, 0.5)
+
+
+def test_rows_are_appended_with_device_and_versions(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    main(["--only", "startup", "--repeats", "1", "--output", str(path)])
+    (written,) = records.read(path)
+    assert written["group"] == "startup"
+    assert written["benchmark"] == "import orlomo_jax"
+    assert written["ratio"] == pytest.approx(50 / written["figure"])
+    assert {"device", "cpus", "jax", "jaxlib", "python"} <= written["environment"].keys()
+    assert "import orlomo_jax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--only", "nothing"], "--only must be of"), (["--repeats", "0"], "--repeats must be ≥ 1")],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(SystemExit, match=message):
+        main(args)
+
+
+def test_every_group_is_documented():
+    assert all(group.__doc__ for group in GROUPS.values())
+
+
+def test_report_draws_the_newest_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for entry in (row(ratio=0.1), row(), row(benchmark="another", ratio=0.5, bar=None)):
+        records.append(path, entry)
+    report.main(["--benchmarks", str(path)])
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "| a step | 3 | 2 (np.add) | GB/s | 1.50 | ≥ 1.20 |" in text
+    assert "| another | 3 | 2 (np.add) | GB/s | 0.50 |  |" in text
+    assert "0.10" not in text
+    assert "cpu, 2 processors, jax 1" in text
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"benchmarks.{suffix}").stat().st_size > 1000
+
+
+def test_report_without_rows(tmp_path):
+    with pytest.raises(SystemExit, match="no rows in"):
+        report.main(["--benchmarks", str(tmp_path / "rows.jsonl")])
+
+
+def test_newest_keeps_devices_apart():
+    other = row(environment=ENVIRONMENT | {"device": "gpu"})
+    assert len(chart.newest([row(), row(ratio=2.0), other])) == 2
