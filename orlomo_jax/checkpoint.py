@@ -15,6 +15,17 @@ class Saved(NamedTuple):
 
     arrays: dict[str, Any]
     notes: dict[str, Any]
+    directory: Path
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raise ValueError unless the notes hold this ``identity``; the message says what not."""
+        theirs = self.notes["identity"]
+        for name, value in identity.items():
+            if (other := theirs.get(name)) != value:
+                raise ValueError(
+                    f"`checkpoint` must be of this run, got one of another {name} in "
+                    f"{self.directory}: it was written with {other}, this is {value}"
+                )
 
 
 class Checkpoints:
@@ -82,15 +93,8 @@ class Checkpoints:
         Raises:
             ValueError: If it is of another run; the message says by what.
         """
-        if (saved := self.newest()) is None:
-            return None
-        theirs = saved.notes["identity"]
-        for name, value in identity.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"`checkpoint` must be of this run, got one of another {name} in "
-                    f"{self.directory}"
-                )
+        if (saved := self.newest()) is not None:
+            saved.check(identity)
         return saved
 
     def newest(self) -> Saved | None:
@@ -107,5 +111,5 @@ class Checkpoints:
                 where = self.directory / str(step)
                 warnings.warn(f"{where} is damaged and passed over: {error}", stacklevel=2)
             else:
-                return Saved(saved["arrays"], saved["notes"])
+                return Saved(saved["arrays"], saved["notes"], self.directory)
         return None

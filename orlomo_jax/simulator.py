@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from orlomo_jax.checkpoint import Checkpoints, Saved
+from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import LENGTH
 from orlomo_jax.driven import Job
 from orlomo_jax.form import choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
+from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace
@@ -129,9 +129,8 @@ def simulate(
         batch_fn = Partial(batch_fn)
     job = Job(round_fn, batch_fn, trace, data_key, noise_key)
     identity = _identity(method, trace, key)
-    saved = None if checkpoint is None else checkpoint.newest()
+    saved = None if checkpoint is None else checkpoint.newest_of(identity)
     if saved is not None:
-        _check_identity(checkpoint, saved, identity)
         server.restore(saved.arrays["server"], saved.notes["server"])
     form = choose(compiled, worker_axis, compute_batch, server, job)
     identity["program"] = str(form)
@@ -140,7 +139,7 @@ def simulate(
         for worker in set(range(trace.num_workers)) - _late_joiners(trace):
             server.dispatch(worker)
     else:
-        _check_identity(checkpoint, saved, identity)
+        saved.check(identity)
         progress = Progress(saved.arrays["losses"], saved.notes["evaluations"])
     engine = form.engine(server, job)
     evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
@@ -190,17 +189,6 @@ def simulate(
     )
 
 
-def _check_identity(checkpoint: Any, saved: Saved, identity: dict[str, Any]) -> None:
-    """Raise unless a checkpoint is of the run that would resume from it."""
-    for name, value in identity.items():
-        if (other := saved.notes["identity"].get(name)) != value:
-            detail = f": it was written with {other}, this is {value}" * (name == "program")
-            raise ValueError(
-                f"`checkpoint` must be of this run, got one of another {name} in "
-                f"{checkpoint.directory}{detail}"
-            )
-
-
 def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
     """Return what a checkpoint must have in common with the run that resumes from it."""
     return {
@@ -223,7 +211,6 @@ def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: An
             f"`trace` must have synchronous={method.synchronous} for {method.name}, "
             f"got synchronous={trace.synchronous}"
         )
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"`key` must be a jax.random.key, got key={key!r}")
+    check_key(key)
     if evaluate_every is not None:
         check_count("evaluate_every", evaluate_every, 1)
