@@ -16,9 +16,9 @@ from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, simulate, sim
 
 def workers(repeats: int) -> Iterator[Row]:
     """Time per global iteration as K grows, against K = 8; every worker has reported by the end."""
-    repeats, few = min(repeats, 5), perceptron((64, 512, 80), 1, 8, 1536)
+    repeats, few = min(repeats, 3), perceptron((64, 512, 80), 8, 8, 1536)
     for num_workers in (1, 64, 1024):
-        many = perceptron((64, 512, 80), 1, num_workers, 1536)
+        many = perceptron((64, 512, 80), 8, num_workers, 1536)
         (timing,) = in_turn(repeats, many.simulated, few.simulated)
         bar = 1 / 1.2 if num_workers == 1024 else None
         yield rate(many.name, 1536, timing, "iterations/s", "K = 8", bar)
