@@ -6,24 +6,17 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from orlomo_jax.audit import Audit
-from orlomo_jax.checkpoint import Checkpoints
-from orlomo_jax.health import Health, Meter
-from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
-from orlomo_jax.journal import Arrival, Journal
+from orlomo_jax.history import TrainingResult
+from orlomo_jax.journal import Arrival
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task
-from orlomo_jax.runtimes.membership import Membership
+from orlomo_jax.runtimes.notes import Notes, Plan
 from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
 from orlomo_jax.server import ParameterServer
-from orlomo_jax.server_step import start_momentum
 from orlomo_jax.trace import Event
 from orlomo_jax.worker import all_finite
 
@@ -39,24 +32,6 @@ class WorkersGone(RuntimeError):
     """No worker is left, or one that a synchronous method waits for; all before it is saved."""
 
 
-class Plan(NamedTuple):
-    """The arguments of :func:`~orlomo_jax.train` that its loop needs, checked."""
-
-    num_steps: int
-    evaluate: Callable | None
-    evaluate_every: int
-    on_step: Callable[[StepRecord], None] | None
-    on_health: Callable[[Health], None] | None
-    health_every: float
-    checkpoint: Checkpoints | None
-    journal: Any
-    membership: Membership
-    round_timeout: float
-    max_failures: int
-    audit: bool
-    inject: Callable[[Report], Iterable[Report]] | None
-
-
 class Failure(NamedTuple):
     """Why a worker lost its round: in words, and where its report was rejected, the reason."""
 
@@ -70,36 +45,36 @@ class Driver:
     def __init__(self, server: ParameterServer, workers: Workers, work: Work, plan: Plan) -> None:
         """Take up the run; nothing is written yet."""
         self.server, self.workers, self.work, self.plan = server, workers, work, plan
-        self.meter = Meter(server.num_workers)
+        self.notes = Notes(server, work, plan)
         self.present: set[int] = set()
         self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
         self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
-        self.evaluations: list[Evaluation] = []
-        self.audit: Audit | None = None
         self.diverged = False
 
     def run(self) -> TrainingResult:
         """Go on from what is saved, and train to the end."""
-        plan, server = self.plan, self.server
-        self._began = self._looked = time.monotonic()
-        identity = self._identity()
-        saved = None if plan.checkpoint is None else plan.checkpoint.newest_of(identity)
-        absent = {"absent": sorted(plan.membership.absent)}
-        self.journal = Journal(identity | absent, plan.journal)
+        seen = self.notes.open()
+        self.journal = self.notes.journal
         try:
-            self.present = set(range(server.num_workers)) - set(self.journal.identity["absent"])
-            self._repeat(self._restore(saved))
-            if self.journal.arrivals:
-                self._began -= self.journal.arrivals[-1].time
-            self._health_due = time.monotonic() + plan.health_every
-            if server.step < plan.num_steps:
+            self.present = set(range(self.server.num_workers))
+            self.present -= set(self.journal.identity["absent"])
+            if seen is None:
+                for worker in sorted(self.present):
+                    self.server.dispatch(worker)
+            for event in self.journal.events[: seen or 0]:
+                self._count_in(event)
+            self._repeat(seen or 0)
+            self.notes.resume_clock()
+            if self.server.step < self.plan.num_steps:
                 self._train()
-            return self._result()
+            return self.notes.result(diverged=self.diverged, present=self.present)
         finally:
             self.journal.close()
 
     def _train(self) -> None:
+        self._looked = time.monotonic()
+        self._health_due = self._looked + self.plan.health_every
         try:
             self.workers.open(self.work)
             self._begin()
@@ -107,36 +82,6 @@ class Driver:
                 self._turn()
         finally:
             self.workers.close()
-
-    def _restore(self, saved: Any) -> int:
-        """Put the server where a checkpoint left it; return the events seen by then."""
-        num_arrivals, seen = len(self.journal.arrivals), 0
-        if saved is not None:
-            self.server.restore(saved.arrays["server"], saved.notes["server"])
-            self.evaluations = [Evaluation(*e) for e in saved.notes["evaluations"]]
-            seen = saved.notes["events"]
-        for name, there, wanted in (
-            ("reports", num_arrivals, self.server.step),
-            ("events", len(self.journal.events), seen),
-        ):
-            if there < wanted:
-                raise ValueError(
-                    f"{self.journal.path} must hold the run up to its checkpoint, {wanted} {name}, "
-                    f"but it holds {there}"
-                )
-        if num_arrivals > self.plan.num_steps:
-            raise ValueError(
-                f"`num_steps` must be ≥ {num_arrivals}, the reports that the run to resume has "
-                f"applied, got num_steps={self.plan.num_steps}"
-            )
-        if self.plan.audit:
-            self.audit = Audit(self.server.method, self.server.params, self.server.state)
-        if saved is None:
-            for worker in sorted(self.present):
-                self.server.dispatch(worker)
-        for event in self.journal.events[:seen]:
-            self._count_in(event)
-        return seen
 
     def _repeat(self, seen: int) -> None:
         """Repeat what the journal holds beyond the checkpoint: the same rounds, in its order."""
@@ -158,7 +103,7 @@ class Driver:
             report = task.report(result)
             for worker in self.server.receive(report):
                 self.server.dispatch(worker)
-            self._after_step(report, arrival)
+            self.notes.after_step(report, arrival)
         self._happen_again(events.pop(self.server.step, []))
 
     def _happen_again(self, events: list[Event]) -> None:
@@ -219,15 +164,15 @@ class Driver:
                 self._lose(worker, Failure(why), restart=True)
         if now >= self._health_due:
             self._health_due = now + self.plan.health_every
-            health = self._health()
+            health = self.notes.health(self.present)
             _log.info("%s", health)
             if self.plan.on_health is not None:
                 self.plan.on_health(health)
 
     def _take(self, outcome: Outcome) -> None:
         worker = outcome.worker
-        self.meter.busy[worker] += outcome.seconds
-        self.meter.received_bytes += outcome.received_bytes
+        self.notes.meter.busy[worker] += outcome.seconds
+        self.notes.meter.received_bytes += outcome.received_bytes
         if outcome.report is None:
             task = self.server.held(worker)
             if task is not None and task.round == outcome.round:
@@ -245,7 +190,7 @@ class Driver:
             self._refuse(report, error)
             return
         worker, round, index = map(int, report[:3])
-        arrival = Arrival(worker, round, index, self._seconds(), loss)
+        arrival = Arrival(worker, round, index, self.notes.seconds(), loss)
         self.failures.pop(worker, None)
         self.sent_at.pop(worker, None)
         # Only what is in the journal may have consequences: a resumed run repeats all of it.
@@ -254,32 +199,14 @@ class Driver:
             task = self.server.dispatch(other)
             if self.server.step < self.plan.num_steps:
                 self._submit(task)
-        self._after_step(report, arrival)
-
-    def _after_step(self, report: Report, arrival: Arrival) -> None:
-        """Audit, evaluate, tell and save, as simulated runs do."""
-        plan, step = self.plan, self.server.step
-        last, metrics = step == plan.num_steps, None
-        delay = step - 1 - arrival.dispatched_at
-        self.meter.applied(arrival.worker, delay)
-        if self.audit is not None:
-            self.audit.applied(report, step - 1, self.server.params, self.server.state)
-        if plan.evaluate is not None and (step % plan.evaluate_every == 0 or last):
-            values = plan.evaluate(self.server.params, self.server.model_state)
-            metrics = {name: float(value) for name, value in values.items()}
-            self.evaluations.append(Evaluation(step, arrival.time, metrics))
-        if plan.on_step is not None:
-            record = StepRecord(step, arrival.time, arrival.worker, delay, arrival.loss, metrics)
-            plan.on_step(record)
-        if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or last):
-            self._save()
+        self.notes.after_step(report, arrival)
 
     def _refuse(self, report: Any, error: ReportRejected) -> None:
         """Note a rejected report; a worker whose own round it was has lost that round."""
-        self.meter.rejected[error.reason] += 1
+        self.notes.meter.rejected[error.reason] += 1
         _log.warning("rejected a report, %s: %s", error.reason, error)
         worker = getattr(report, "worker", None)
-        self.journal.refused(worker, error.reason, str(error), self._seconds())
+        self.journal.refused(worker, error.reason, str(error), self.notes.seconds())
         if error.reason == "stale" or not isinstance(report, Report):
             return
         for task in filter(None, map(self.server.held, sorted(self.present))):
@@ -290,9 +217,9 @@ class Driver:
         """Give up the worker's round, and start it again unless it failed too often in a row."""
         self.server.release(worker)
         self.sent_at.pop(worker, None)
-        self.meter.lost += 1
+        self.notes.meter.lost += 1
         self.failures[worker].append(failure)
-        self.journal.happened("lost", worker, self._seconds(), failure.why)
+        self.journal.happened("lost", worker, self.notes.seconds(), failure.why)
         _log.warning("worker %s lost its round: %s", worker, failure.why)
         if (count := len(self.failures[worker])) > self.plan.max_failures:
             self.given_up[worker] = failure
@@ -318,14 +245,14 @@ class Driver:
         if not synchronous:  # whose traces know no leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
-            self.journal.happened("left", worker, self._seconds(), why)
+            self.journal.happened("left", worker, self.notes.seconds(), why)
             if self.present:
                 return
         reasons = {failure.reason for failure in self.given_up.values()}
         self.diverged = reasons == {"not finite"}
         if self.plan.checkpoint is not None:
             with contextlib.suppress(OSError):  # the journal holds it all; say what happened
-                self._save()
+                self.notes.save()
         if not self.diverged:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
             others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
@@ -336,66 +263,9 @@ class Driver:
 
     def _dispatch(self, worker: int, kind: str) -> None:
         task = self.server.dispatch(worker)
-        self.journal.happened(kind, worker, self._seconds())
+        self.journal.happened(kind, worker, self.notes.seconds())
         self._submit(task)
 
     def _submit(self, task: Task) -> None:
         self.sent_at[task.worker] = time.monotonic()
-        self.meter.sent_bytes += self.workers.submit(task)
-
-    def _seconds(self) -> float:
-        """Return the seconds since the run began, without those in which it was down."""
-        return time.monotonic() - self._began
-
-    def _health(self) -> Health:
-        momentum = start_momentum(self.server.state)
-        norm = None if momentum is None else float(_norm(momentum))
-        present = tuple(worker in self.present for worker in range(self.server.num_workers))
-        return self.meter.view(self.server.step, present, norm)
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with the run that resumes from it."""
-        keys = (self.work.data_key, self.work.noise_key)
-        wire = getattr(self.work.round_fn, "wire_dtype", None)
-        return {
-            "runtime": "real",
-            "method": self.server.method.name,
-            "num_workers": self.server.num_workers,
-            "synchronous": self.server.method.synchronous,
-            "keys": [jax.random.key_data(key).tolist() for key in keys],
-            "wire": None if wire is None else str(wire),
-        }
-
-    def _save(self) -> None:
-        assert self.plan.checkpoint is not None
-        self.journal.sync()
-        arrays, books = self.server.snapshot()
-        notes = {
-            "identity": self._identity(),
-            "server": books,
-            "evaluations": self.evaluations,
-            "events": len(self.journal.events),
-        }
-        self.plan.checkpoint.save(self.server.step, {"server": arrays}, notes)
-
-    def _result(self) -> TrainingResult:
-        trace, server = self.journal.trace(), self.server
-        history = History(
-            step=np.arange(1, trace.num_steps + 1, dtype=np.int32),
-            time=trace.times,
-            worker=trace.workers,
-            delay=trace.delays,
-            loss=np.array([a.loss for a in self.journal.arrivals], jnp.result_type(float)),
-            evaluations=tuple(self.evaluations),
-        )
-        trees = (server.params, server.model_state, server.state)
-        overflowed = not self.diverged and not bool(_all_finite(trees))
-        diverged = self.diverged or overflowed
-        return TrainingResult(
-            *trees,
-            history=history,
-            trace=trace,
-            status="diverged" if diverged else "finished",
-            diverged_at=server.step - overflowed if diverged else None,
-            health=self._health(),
-        )
+        self.notes.meter.sent_bytes += self.workers.submit(task)

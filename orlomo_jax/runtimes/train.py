@@ -17,8 +17,9 @@ from orlomo_jax.methods import Method
 from orlomo_jax.reports import Report
 from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
-from orlomo_jax.runtimes.driver import Driver, Plan
+from orlomo_jax.runtimes.driver import Driver
 from orlomo_jax.runtimes.membership import Membership
+from orlomo_jax.runtimes.notes import Plan
 from orlomo_jax.runtimes.workers import Work, Workers
 from orlomo_jax.server import ParameterServer
 
