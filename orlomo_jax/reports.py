@@ -13,6 +13,8 @@ from orlomo_jax.worker import RoundResult, all_finite
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Scalar
 
+_all_finite = jax.jit(all_finite)
+
 Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
 
 
@@ -125,12 +127,14 @@ def check_finite(report: Report) -> None:
         TypeError: If ``report.finite`` is neither a bool nor None.
         ValueError: If a value is not finite, or ``report.finite`` is false.
     """
-    payload = (report.update, report.model_state)
-    leaves = jax.tree.leaves(payload)
-    finite = all_finite(payload) if report.finite is None else report.finite
+    leaves = jax.tree.leaves((report.update, report.model_state))
+    on_host = [x for x in leaves if isinstance(x, np.ndarray)]
+    finite = report.finite
+    if finite is None:
+        finite = _all_finite([x for x in leaves if not isinstance(x, np.ndarray)])
     if not isinstance(finite, bool | np.bool_ | jax.Array) or np.shape(finite) != ():
         raise TypeError(f"`finite` must be a bool or None, got finite={finite!r}")
-    if bool(finite) and all(_is_finite(x) for x in leaves if isinstance(x, np.ndarray)):
+    if bool(finite) and all(map(_is_finite, on_host)):
         return
     for name, tree in (("update", report.update), ("model_state", report.model_state)):
         for path, leaf in jax.tree.leaves_with_path(tree):
