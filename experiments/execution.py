@@ -205,11 +205,14 @@ def _evaluation(network: models.Network, source: data.Dataset, batch_size: int =
     return evaluate
 
 
-@lru_cache(maxsize=64)
 def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
-    """Return ×0.1 at each milestone of global progress; cached, since it is compiled in."""
-    drops = {round(share * num_steps): 0.1 for share in MILESTONES}
-    return optax.piecewise_constant_schedule(learning_rate, drops)
+    """Return ×0.1 at each milestone of global progress; all share one compiled program."""
+    drops = np.array([round(share * num_steps) for share in MILESTONES], np.int32)
+    return jax.tree_util.Partial(_in_steps, np.float32(learning_rate), drops)
+
+
+def _in_steps(start: jax.Array, drops: jax.Array, step: jax.Array) -> jax.Array:
+    return start * 0.1 ** (step >= drops).sum()
 
 
 def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:

@@ -87,7 +87,6 @@ class Compiled:
         self._program = stretch_program(
             server.method,
             server.num_workers,
-            server.schedule,
             fused_round(job.round_fn),
             axis,
             batch,
@@ -113,6 +112,7 @@ class Compiled:
         groups = int(np.count_nonzero(stretch.sizes))
         carry = self._carry = self._program(
             self._job.batch_fn,
+            self._server.schedule,
             carry,
             np.stack(stretch),
             np.int32(first),
@@ -202,7 +202,6 @@ class Compiled:
 def stretch_program(
     method: Method,
     num_workers: int,
-    schedule: Any,
     run_round: Callable,
     axis: WorkerAxis,
     batch: int,
@@ -212,11 +211,11 @@ def stretch_program(
     A step writes the newest parameters before it reads its task's: in that order XLA keeps the
     slots in place, in the other it copies all of them in every step.
     """
-    receive = server_step(method.rule, method.merge_weight, schedule, False, False)
+    receive = server_step(method.rule, method.merge_weight, False, False)
     over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}[axis]
 
     @partial(jax.jit, donate_argnames="carry")
-    def run(batch_fn, carry, stretch, first, groups, data_key, noise_key):
+    def run(batch_fn, schedule, carry, stretch, first, groups, data_key, noise_key):
         stretch = Stretch(*stretch)
 
         def compute(slots, row):
@@ -241,6 +240,7 @@ def stretch_program(
                 result.model_state,
                 step,
                 stretch.dispatched_at[row],
+                schedule,
             )
             model_state, rate = merging, carry.local_learning_rate if rate is None else rate
             if method.synchronous:  # what is dispatched stays through a round

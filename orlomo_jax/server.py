@@ -19,6 +19,7 @@ from orlomo_jax.methods import Method
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finite, check_form
 from orlomo_jax.rules import contract
 from orlomo_jax.server_step import (
+    as_partial,
     beside,
     check_merge_weight,
     merge_weight_on_host,
@@ -67,12 +68,14 @@ class ParameterServer:
         model_state: What the model carries beside its parameters (BatchNorm statistics), floating
             leaves only; None for nothing. A report merges by s ← s + η_t (s_end − s), a convex
             combination, PRSGDm's by the average of a round.
-        local_learning_rate: γ, a finite float ≥ 0 or a schedule of the server's step; a task
+        local_learning_rate: γ, a finite float ≥ 0 or a schedule of the server's step (a
+            ``jax.tree_util.Partial`` hands its arrays over as arguments, so that schedules that
+            differ in them share a compiled program); a task
             carries its value.
 
     Attributes:
         step: t, the number of reports applied.
-        schedule: The schedule of γ, or None where it is constant.
+        schedule: The schedule of γ as a ``jax.tree_util.Partial``, or None where it is constant.
 
     Raises:
         ValueError: If ``num_workers`` is not the method's K, or a number is out of range.
@@ -124,7 +127,7 @@ class ParameterServer:
         # What was handed out to a worker or a caller is never donated while they can see it.
         self._handed_out, self._state_shared = self._params, False
         self._buffers = Buffers(self._params)
-        self.schedule = local_learning_rate if callable(local_learning_rate) else None
+        self.schedule = as_partial(local_learning_rate) if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
         contract.check_learning_rate("local_learning_rate", first)
         self._local_learning_rate = jnp.asarray(first, float)
@@ -206,7 +209,6 @@ class ParameterServer:
         step_fn = server_step(
             self.method.rule,
             self.method.merge_weight,
-            self.schedule,
             not shared,
             not self._state_shared,
         )
@@ -219,6 +221,7 @@ class ParameterServer:
             beside(report.model_state, self._model_state),
             np.int32(self.step),
             np.int32(report.dispatched_at),
+            self.schedule,
         )
         if shared:
             self._buffers.retire(self._params)

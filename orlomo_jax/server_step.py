@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 def server_step(
     rule: optax.GradientTransformationExtraArgs,
     merge_weight: Callable | None,
-    schedule: optax.Schedule | None,
     donate_params: bool,
     donate_state: bool,
 ) -> Callable:
     """Return update, apply and merge as one compiled program, which works in place where it may.
 
     Its first argument, a list of arrays like leaves of params or of none, is memory to write over.
+    Its last, the schedule of γ, is a ``Partial`` or None: schedules that differ in the arrays of a
+    ``Partial`` alone share a program.
     """
 
-    def step_fn(scratch, params, state, model_state, update, end_state, step, dispatched_at):
+    def step_fn(
+        scratch, params, state, model_state, update, end_state, step, dispatched_at, schedule
+    ):
         del scratch
         updates, state = rule.update(update, state, params, dispatched_at=dispatched_at)
         params = optax.apply_updates(params, updates)
@@ -48,6 +51,12 @@ def server_step(
 
     donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]
     return jax.jit(step_fn, donate_argnames=["scratch", *donated], keep_unused=True)
+
+
+def as_partial(function: Callable) -> jax.tree_util.Partial:
+    """Return the function as a pytree; one Partial round another would hide its arrays."""
+    is_one = isinstance(function, jax.tree_util.Partial)
+    return function if is_one else jax.tree_util.Partial(function)
 
 
 @lru_cache(maxsize=64)

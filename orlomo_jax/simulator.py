@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import optax
-from jax.tree_util import Partial
 
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
@@ -19,6 +18,7 @@ from orlomo_jax.methods import Method
 from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
+from orlomo_jax.server_step import as_partial
 from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
@@ -125,9 +125,7 @@ def simulate(
     server = ParameterServer(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    if not isinstance(batch_fn, Partial):  # one round another would hide its arrays, as constants
-        batch_fn = Partial(batch_fn)
-    job = Job(round_fn, batch_fn, trace, data_key, noise_key)
+    job = Job(round_fn, as_partial(batch_fn), trace, data_key, noise_key)
     identity = _identity(method, trace, key)
     saved = None if checkpoint is None else checkpoint.newest_of(identity)
     if saved is not None:

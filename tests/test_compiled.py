@@ -241,7 +241,7 @@ def compile_stretch(name, num_workers, axis, batch, size=20_000):
     engine = Compiled(server, job, axis, batch)
     carry = engine._load()
     plan = np.zeros((7, LENGTH), np.int32)
-    args = (ones, carry, plan, np.int32(0), np.int32(1), *keys)
+    args = (ones, None, carry, plan, np.int32(0), np.int32(1), *keys)
     compiled = engine._program.lower(*args).compile()
     return compiled.memory_analysis(), 4 * size, sum(x.nbytes for x in jax.tree.leaves(carry))
 

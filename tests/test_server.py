@@ -452,3 +452,22 @@ def test_low_precision_averages_add_up_in_float32():
         server.receive(Report(*task[:3], LocalUpdate(ones, ones), finite=True))
     np.testing.assert_array_equal(server.params.astype(jnp.float32), -1)
     assert server.dispatch(0).momentum.dtype == jnp.float32
+
+
+def test_schedules_that_differ_in_their_arrays_share_a_program():
+    """A sweep over learning rates compiles once; the rates are those of each schedule."""
+    traces = []
+
+    def schedule(start, step):
+        traces.append(step)
+        return start / (1.0 + step)
+
+    method = make_method("al_sgd", 1)
+    for start in (0.5, 0.25, 0.125):
+        rate = jax.tree_util.Partial(schedule, np.float32(start))
+        server = ParameterServer(method, {"a": jnp.zeros(2)}, 1, local_learning_rate=rate)
+        task = server.dispatch(0)
+        assert task.local_learning_rate == start
+        server.receive(Report(*task[:3], LocalUpdate({"a": jnp.ones(2)})))
+        assert server.dispatch(0).local_learning_rate == start / 2
+    assert len([step for step in traces if isinstance(step, jax.core.Tracer)]) == 1

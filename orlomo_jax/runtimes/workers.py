@@ -11,6 +11,7 @@ import numpy as np
 from orlomo_jax.checks import check_number
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import fused_round
+from orlomo_jax.server_step import as_partial
 from orlomo_jax.worker import RoundResult
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, round_fn: Callable, batch_fn: Callable, key: Array) -> Work:
         """Split the run's key, and let the batch function's arrays be arguments of programs."""
-        return cls(round_fn, jax.tree_util.Partial(batch_fn), *jax.random.split(key))
+        return cls(round_fn, as_partial(batch_fn), *jax.random.split(key))
 
 
 class Outcome(NamedTuple):
