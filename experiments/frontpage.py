@@ -96,8 +96,9 @@ def _both_metrics(entry: report.Entry | None) -> str:
 
 
 def benchmark_table() -> str:
-    """Return the benchmarks' figures beside their limits."""
-    return "\n".join(chart.table(chart.newest(records.read(RESULTS / "benchmarks.jsonl"))))
+    """Return the benchmarks that have a bar, beside their limits."""
+    rows = chart.newest(records.read(RESULTS / "benchmarks" / "benchmarks.jsonl"))
+    return "\n".join(chart.table([row for row in rows if row["bar"] is not None])).rstrip()
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
