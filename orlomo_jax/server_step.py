@@ -113,9 +113,7 @@ def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
     leaves, structure = jax.tree.flatten(tree)
     wanted = expected * (len(leaves) // len(expected)) if expected else []
     moved = [
-        jax.device_put(leaf, sharding)
-        if isinstance(leaf, jax.Array) and leaf.sharding != sharding
-        else leaf
+        leaf if getattr(leaf, "sharding", sharding) == sharding else jax.device_put(leaf, sharding)
         for leaf, sharding in zip(leaves, wanted, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
