@@ -247,6 +247,20 @@ def updates_in_place_in_one_pass(name, make):
 
 
 @contract
+def makes_its_scalars_once(name, make):
+    """Not in the loop over the parameters, for every one of them anew."""
+    rule, size = make(K), 100_003
+    params = jnp.ones(size)
+    step = jax.jit(lambda update, state, index: rule.update(update, state, dispatched_at=index))
+    text = step.lower(LocalUpdate(params, params), rule.init(params), 0).compile().as_text()
+    loops = [part for part in text.split("\n\n") if f"f32[{size}]" in part.partition("{")[0]]
+    loops = [loop for loop in loops if "ENTRY" not in loop]
+    assert loops
+    for costly in ("power(", "divide(", "slice("):
+        assert not any(costly in loop for loop in loops)
+
+
+@contract
 def unsupported_wrappers_fail_loudly(name, make):
     params, update = helpers.tree(), helpers.report()
     mask = jax.tree.map(lambda _: True, params)
