@@ -24,7 +24,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments import execution, records, runs
 from experiments.decoded import DataError
-from orlomo_jax import ArrivalTrace, Checkpoints, Journal, RayWorkers, StepRecord
+from orlomo_jax import (
+    ArrivalTrace,
+    AuditFailure,
+    Checkpoints,
+    Journal,
+    RayWorkers,
+    StepRecord,
+    WorkersGone,
+)
 
 
 @dataclass(frozen=True)
@@ -203,18 +211,22 @@ def main(args: Sequence[str] | None = None) -> None:
             for listen in listeners:
                 listen(record)
 
-        row, result = execution.execute(
-            run,
-            settings.data_dir,
-            evaluate_every=settings.evaluate_every,
-            on_step=on_step,
-            on_health=lambda health: console.print(str(health), highlight=False),
-            checkpoint=checkpoint,
-            replay=replay,
-            ray=settings.ray,
-            audit=settings.audit,
-            journal=journal,
-        )
+        try:
+            row, result = execution.execute(
+                run,
+                settings.data_dir,
+                evaluate_every=settings.evaluate_every,
+                on_step=on_step,
+                on_health=lambda health: console.print(str(health), highlight=False),
+                checkpoint=checkpoint,
+                replay=replay,
+                ray=settings.ray,
+                audit=settings.audit,
+                journal=journal,
+            )
+        except (WorkersGone, AuditFailure) as error:
+            kept = journal or settings.checkpoint_dir
+            raise SystemExit(f"{error}; all arrivals up to here are in {kept}") from None
     if result.health is not None:
         console.print(str(result.health), highlight=False)
     result.trace.save(trace_path)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from experiments import records, train
+from experiments import execution, records, train
+from orlomo_jax import AuditFailure, WorkersGone
 
 FLAGS = (
     "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "
@@ -66,6 +67,18 @@ def test_a_real_run_is_repeated_at_a_desk(tmp_path, capsys):
     assert first["real_time"] > 0
     assert first["virtual_time"] > 0
     assert first["health"]["rejected"] == {}
+
+
+@pytest.mark.parametrize("error", [WorkersGone, AuditFailure])
+def test_a_real_run_that_breaks_off_says_where_its_arrivals_are(tmp_path, monkeypatch, error):
+    def breaks_off(*_, **__):
+        raise error("at step 7 something is wrong")
+
+    monkeypatch.setattr(execution, "train", breaks_off)
+    flags = ["--runtime", "threads", "--output", str(tmp_path / "runs.jsonl")]
+    with pytest.raises(SystemExit, match=r"at step 7 .* are in .*arrivals\.jsonl"):
+        train.main([*FLAGS, *flags])
+    assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):
