@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from orlomo_jax.compiled import WorkerAxis
 
 
+MANY = 1_000_000
+"""Parameters from which on a step driven from Python is the faster one on a CPU: it lends versions
+where a compiled stretch copies each into its slot and out again."""
+
+
 class Form(NamedTuple):
     """The form of a run; runs are the same to the bit within one form.
 
@@ -72,12 +77,17 @@ def choose(
     together = worker_axis in ("map", "vmap")
     cpu = jax.default_backend() == "cpu"
     if compiled == "auto":
-        compiled = together or not (cpu and _convolves(server, job))
+        slow = cpu and (_size(server) >= MANY or _convolves(server, job))
+        compiled = together or not slow
     if worker_axis == "auto":
         worker_axis = "loop" if not compiled or cpu or _convolves(server, job) else "vmap"
     if worker_axis == "loop":
         return Form(bool(compiled), "loop", 1)
     return Form(True, worker_axis, min(cap, _mean_group(job)))
+
+
+def _size(server: ParameterServer) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(server.params))
 
 
 def _convolves(server: ParameterServer, job: Job) -> bool:

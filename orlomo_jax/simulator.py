@@ -80,9 +80,9 @@ def simulate(
             alone.
         compiled: Whether stretches of at most 256 steps, up to the next evaluation or checkpoint,
             run as one compiled program each, or every step is driven from Python. "auto" is True
-            but for a loss that convolves on a CPU, where XLA runs convolution gradients inside a
-            loop 6 to 39 times slower. Both keep the same books; their parameters differ by
-            rounding.
+            but on a CPU for a million parameters or more, whose copies cost more than Python, and
+            for a loss that convolves, whose gradient XLA runs 6 to 39 times slower inside a loop.
+            Both keep the same books; their parameters differ by rounding.
         worker_axis: How compiled rounds that do not depend on one another's reports are computed:
             one by one ("loop"), or together, up to K of them whatever the delays, by
             ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap"). "auto" is "loop" on a CPU, where
@@ -174,12 +174,12 @@ def simulate(
             engine.settle()
             checkpoint.save(step, *progress.snapshot(server, identity))
 
-    engine.settle()
     bad = progress.look(engine, step)
+    params, model_state, state = engine.peek()
     return TrainingResult(
-        params=server.params,
-        model_state=server.model_state,
-        state=server.state,
+        params=params,
+        model_state=model_state,
+        state=state,
         history=progress.history(trace, step if bad < 0 else bad + 1),
         trace=trace,
         status="finished" if bad < 0 else "diverged",

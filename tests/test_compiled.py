@@ -13,6 +13,7 @@ from orlomo_jax import (
     ArrivalTrace,
     Checkpoints,
     ReportRejected,
+    form,
     heterogeneous,
     make_method,
     simulate,
@@ -20,7 +21,6 @@ from orlomo_jax import (
 )
 from orlomo_jax.compiled import LENGTH, Compiled
 from orlomo_jax.driven import Driven, Job
-from orlomo_jax.form import choose
 from orlomo_jax.server import ParameterServer
 from tests import helpers
 
@@ -294,17 +294,21 @@ def convolving(params, model_state, batch, key):
         (convolving, {"worker_axis": "vmap", "compute_batch": 2}, (True, "vmap", 2)),
         (loss_fn, {"worker_axis": "map"}, (True, "map", 3)),
         (loss_fn, {"compiled": False}, (False, "loop", 1)),
+        (loss_fn, {"many": 1}, (False, "loop", 1)),
+        (loss_fn, {"many": 1, "worker_axis": "vmap"}, (True, "vmap", 3)),
         (loss_fn, {"worker_axis": "loop", "compute_batch": 2}, (True, "loop", 1)),
     ],
 )
-def test_the_form_is_chosen_by_model_and_platform(loss, options, expected):
+def test_the_form_is_chosen_by_model_and_platform(loss, options, expected, monkeypatch):
+    options = dict(options)
+    monkeypatch.setattr(form, "MANY", options.pop("many", form.MANY))
     method = make_method("orlomo", 3)
     trace = ArrivalTrace.from_workers([0, 1, 2] * 4, 3)
     server = ParameterServer(method, PARAMS, 3, STATE, local_learning_rate=0.1)
     keys = jax.random.split(jax.random.key(0))
     job = Job(method.local_round(loss, S), batch_fn, trace, *keys)
     arguments = {"compiled": "auto", "worker_axis": "auto", "compute_batch": None} | options
-    assert choose(**arguments, server=server, job=job) == expected
+    assert form.choose(**arguments, server=server, job=job) == expected
 
 
 @pytest.mark.parametrize(
