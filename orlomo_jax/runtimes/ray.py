@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.buffers import borrowed
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import wire_dtype
@@ -202,6 +203,7 @@ class OrlomoWorker:
     def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
         """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
         begin = time.perf_counter()
+        start = jax.tree.map(borrowed, start)
         result, loss = jax.device_get(answer(self._work, self._worker, round, start))
         update = result.update
         if self._narrow is not None:
