@@ -173,20 +173,25 @@ def ordered_coefficients(
     opens = opens_group(step, num_workers)
     late = group(step, num_workers) - group(dispatched_at, num_workers)  # n
     missed = late - opens.astype(jnp.int32)
+    return jax.lax.cond(missed > 0, _of_late, _of_others, momentum, rate, opens, late, missed)
 
-    def scalars(correction: Scalar) -> Coefficients:
-        return Coefficients(
-            opens=opens.astype(momentum.dtype),
-            decay=jnp.where(opens, momentum, 1),
-            weight=jnp.power(momentum, late.astype(momentum.dtype)) * rate,
-            rate=jnp.asarray(rate, momentum.dtype),
-            correction=correction * rate,
-        )
 
-    return jax.lax.cond(
-        missed > 0,
-        lambda: scalars(geometric_sum(momentum, missed)),
-        lambda: scalars(missed.astype(momentum.dtype)),  # 0 or −1, the sum of none or one down
+def _of_late(momentum, rate, opens, late, missed) -> Coefficients:
+    return _coefficients(momentum, rate, opens, late, geometric_sum(momentum, missed))
+
+
+def _of_others(momentum, rate, opens, late, missed) -> Coefficients:
+    """Σ over no j is 0, and over one j less it is −1."""
+    return _coefficients(momentum, rate, opens, late, missed.astype(momentum.dtype))
+
+
+def _coefficients(momentum, rate, opens, late, missed) -> Coefficients:
+    return Coefficients(
+        opens=opens.astype(momentum.dtype),
+        decay=jnp.where(opens, momentum, 1),
+        weight=jnp.power(momentum, late.astype(momentum.dtype)) * rate,
+        rate=jnp.asarray(rate, momentum.dtype),
+        correction=missed * rate,
     )
 
 
