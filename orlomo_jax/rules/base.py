@@ -149,10 +149,13 @@ def geometric_sum(decay: ArrayLike, count: ArrayLike) -> Scalar:
     decay, count = jnp.asarray(decay, float), jnp.asarray(count, jnp.int32)
     leading = jnp.maximum(count, 0) >> jnp.arange(31, -1, -1)
     powers = jnp.power(decay, leading.astype(decay.dtype))
-    total = jnp.zeros_like(decay)
-    for bit in range(1, 32):
-        odd = leading[bit] & 1
-        total = total * (1 + powers[bit - 1]) + jnp.where(odd, powers[bit], 0)
+    odd = jnp.where(leading & 1, powers, 0)
+
+    def doubled(total, terms):
+        power, next_odd = terms
+        return total * (1 + power) + next_odd, None
+
+    total, _ = jax.lax.scan(doubled, jnp.zeros_like(decay), (powers[:-1], odd[1:]))
     return jnp.where(count < 0, -1, total)
 
 
