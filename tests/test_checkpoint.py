@@ -40,6 +40,10 @@ def batch_fn(key, worker, round):
     return jax.random.normal(key, (S, 4, 3))
 
 
+def decaying(step):
+    return 0.1 / (1.0 + step)
+
+
 @lru_cache
 def setup(name):
     method = make_method(name, K)
@@ -63,7 +67,7 @@ def run(name, checkpoint=None, kill_at=None, seed=0, **options):
         "trace": trace_for(name),
         "key": jax.random.key(seed),
         "model_state": {"mean": jnp.zeros(3)},
-        "local_learning_rate": lambda step: 0.1 / (1.0 + step),
+        "local_learning_rate": decaying,
         "evaluate": lambda params, model_state: {"a": params["a"].sum()},
         "evaluate_every": 5,
         "on_step": on_step,
