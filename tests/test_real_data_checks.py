@@ -45,14 +45,14 @@ class TestAgainstOptax:
     def test_another_momentum_is_seen(self, monkeypatch):
         run = Run(model="mlp", dataset="digits", workers=1, local_iterations=1, epochs=1)
         plain = optax.sgd
-        monkeypatch.setattr(against_optax.optax, "sgd", lambda rate, _: plain(rate, 0.8))
+        monkeypatch.setattr(against_optax.optax, "sgd", lambda schedule, _: plain(schedule, 0.8))
         assert against_optax.compare(run).distance > 0.01
 
     @pytest.mark.parametrize(("accuracy", "fails"), [(90.5, False), (91.5, True)])
     def test_a_difference_above_the_tolerance_fails_the_command(
         self, monkeypatch, capsys, accuracy, fails
     ):
-        sides = [{7: {"test_accuracy": a, "train_loss": 0.1}} for a in (accuracy, 90.0)]
+        sides = [{7: {"test_accuracy": a, "train_loss": 0.1}} for a in (accuracy, 90.0, 90.1)]
         comparison = against_optax.Comparison(*sides, distance=1e-6)
         monkeypatch.setattr(against_optax, "compare", lambda *_: comparison)
         with pytest.raises(SystemExit, match="tolerance 1") if fails else nullcontext():
