@@ -22,24 +22,6 @@ LARGE = 8 * 1024 * 1024
 """Bytes from which on a leaf is worth it: the allocator keeps smaller ones at hand by itself, and a
 view costs some tens of microseconds."""
 
-WORTH_A_VIEW = 512 * 1024
-"""Bytes whose copying costs more than a view."""
-
-
-def borrowed(leaf: Any, where: Any = None) -> Any:
-    """Return a NumPy array that nobody can write to as a JAX array, without a copy where it can be.
-
-    Others, and small ones, come back as they are: a compiled program copies them on its way in,
-    which costs less than a view.
-
-    Args:
-        leaf: Anything; of a message from another process, NumPy arrays in shared memory.
-        where: A device or sharding to commit the array to; None for the default device.
-    """
-    if isinstance(leaf, np.ndarray) and leaf.nbytes >= WORTH_A_VIEW and not leaf.flags.writeable:
-        return jax.device_put(leaf, where, may_alias=True)
-    return leaf
-
 
 class _Loan:
     """Alive as long as anything at all refers to one of the arrays that were lent with it."""

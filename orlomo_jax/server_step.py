@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orlomo_jax.buffers import borrowed
 from orlomo_jax.rules import contract
 
 if TYPE_CHECKING:
@@ -110,16 +109,11 @@ def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
 
 def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
     """Return the tree on the devices of ``params`` (each subtree like them), moved if need be."""
-    neighbours = jax.tree.leaves(params)
+    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
     leaves, structure = jax.tree.flatten(tree)
-    wanted = neighbours * (len(leaves) // len(neighbours)) if neighbours else []
-    beside = [_beside(*pair) for pair in zip(leaves, wanted, strict=True)]
-    return jax.tree.unflatten(structure, beside)
-
-
-def _beside(leaf: ArrayLike, neighbour: Array) -> ArrayLike:
-    if isinstance(leaf, np.ndarray):
-        return borrowed(leaf, neighbour.sharding if neighbour.committed else None)
-    sharding = neighbour.sharding
-    is_there = getattr(leaf, "sharding", sharding) == sharding
-    return leaf if is_there else jax.device_put(leaf, sharding)
+    wanted = expected * (len(leaves) // len(expected)) if expected else []
+    moved = [
+        leaf if getattr(leaf, "sharding", sharding) == sharding else jax.device_put(leaf, sharding)
+        for leaf, sharding in zip(leaves, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.buffers import LARGE, WORTH_A_VIEW, Buffers, borrowed
+from orlomo_jax.buffers import LARGE, Buffers
 from orlomo_jax.server_step import server_step
 
 SIZE = LARGE // 4
@@ -147,24 +147,6 @@ def test_small_and_sharded_leaves_are_lent_as_they_are():
     buffers.retire(tree)
     del lent
     assert buffers.take() == []
-
-
-def aligned(size):
-    """NumPy memory as JAX wants it, at a multiple of 64 bytes."""
-    memory = np.zeros(4 * size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + 4 * size].view(np.float32)
-
-
-def test_only_what_nobody_can_write_to_is_borrowed():
-    array = aligned(WORTH_A_VIEW)
-    assert borrowed(array) is array
-    array.flags.writeable = False
-    view = borrowed(array)
-    assert view.unsafe_buffer_pointer() == array.ctypes.data
-    assert not view.committed, "it goes where its program goes"
-    small = array[:100]
-    assert borrowed(small) is small
 
 
 @pytest.mark.parametrize("leaves", [1, 4])

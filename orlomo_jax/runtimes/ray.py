@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax.buffers import borrowed
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import wire_dtype
@@ -203,7 +202,6 @@ class OrlomoWorker:
     def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
         """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
         begin = time.perf_counter()
-        start = jax.tree.map(borrowed, start)
         result, loss = jax.device_get(answer(self._work, self._worker, round, start))
         update = result.update
         if self._narrow is not None:
