@@ -29,6 +29,9 @@ class RayWorkers:
     no RAY_ADDRESS) it starts a local cluster, with its token authentication on and its dashboard
     off. Ray's own processes listen on all addresses of a host.
 
+    A cluster must have the processors and GPUs when the run starts: one that grows on demand is to
+    be scaled up first.
+
     An actor is never restarted or retried by Ray itself, so that no report can be applied twice:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
     travel once to each host; Δw and Δu travel in the dtype of
