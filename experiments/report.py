@@ -38,9 +38,9 @@ class Report:
     records: Path | None = None
     """File of the records; by default experiments/results/SCALE.jsonl."""
     output: Path | None = None
-    """Folder of the report; by default experiments/results/SCALE/."""
+    """Folder of the report; by default experiments/results/SCALE/, or beside the trace."""
     trace: Path | None = None
-    """An arrival trace: draw its timeline to --output instead."""
+    """An arrival trace: draw its timeline instead."""
     benchmarks: Path | None = None
     """Rows of the benchmarks: write benchmarks.md, .png and .svg to --output, or beside them."""
 
@@ -245,15 +245,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if settings.benchmarks is not None:
         print(benchmarks(settings.benchmarks, settings.output or settings.benchmarks.parent))
         return
-    output = settings.output or RESULTS / settings.scale
     if settings.trace is not None:
         try:
             trace = ArrivalTrace.load(settings.trace)
         except (OSError, ValueError) as error:
             raise SystemExit(str(error)) from None
+        output = settings.output or settings.trace.parent
         figures.draw_timeline(trace, output / "timeline")
         print(f"{output / 'timeline.png'}")
         return
+    output = settings.output or RESULTS / settings.scale
     scale = cells.SCALES[settings.scale]
     try:
         rows = recorded(settings.records or RESULTS / f"{scale.name}.jsonl")

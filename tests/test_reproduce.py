@@ -228,7 +228,7 @@ class TestReport:
     def test_timeline(self, tmp_path):
         path = tmp_path / "trace.json"
         ArrivalTrace.from_workers([0, 2, 1, 2, 1, 1, 2, 2, 0], 3).save(path)
-        report.main(["--trace", str(path), "--output", str(tmp_path)])
+        report.main(["--trace", str(path)])
         assert (tmp_path / "timeline.svg").stat().st_size > 1000
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import wire_dtype
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
-
-if TYPE_CHECKING:
-    pass
 
 
 class RayWorkers:
