@@ -162,7 +162,12 @@ def test_a_cpu_takes_matrix_products_of_its_own_accord():
 
 def test_squeezenet_bypasses_fires_three_five_and_seven():
     """Where each bypassed fire gives zeros, the network is as if they were not there."""
-    net = squeezenet.SqueezeNet(10, width=0.0625, layers=Layers(), rngs=nnx.Rngs(0))
+    build = lambda: squeezenet.SqueezeNet(10, width=0.0625, layers=Layers(), rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, shapes = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(0)  # any parameters will do; to draw them costs no compiling
+    net = nnx.merge(
+        graphdef, jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), x.dtype), shapes)
+    )
     for index in (1, 3, 5):
         for unit in (net.fires[index].expand1, net.fires[index].expand3):
             unit.norm.scale[...] = jnp.zeros_like(unit.norm.scale[...])
