@@ -117,13 +117,18 @@ def plain_optax(
     model_state: Any,
     key: jax.Array,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield parameters and model state after each step of ``optax.sgd`` with weight decay.
+    """Yield parameters and model state after each step of momentum SGD with weight decay.
+
+    The learning rate is within the momentum, u ← βu + γg, as in the paper's local steps; it is
+    ``optax.sgd`` where γ is constant.
 
     Batches and keys are those that :func:`orlomo_jax.simulate` gives to its only worker.
     """
-    momentum = None if run.method == "al_sgd" else run.momentum
     optimizer = optax.chain(
-        optax.add_decayed_weights(run.weight_decay), optax.sgd(schedule, momentum)
+        optax.add_decayed_weights(run.weight_decay),
+        optax.scale_by_schedule(schedule),
+        optax.identity() if run.method == "al_sgd" else optax.trace(run.momentum),
+        optax.scale(-1.0),
     )
     data_key, noise_key = jax.random.split(key)
 
