@@ -10,8 +10,7 @@ from tests import helpers
 
 
 def test_a_run_that_is_shot_at_ends_as_a_calm_one(capsys):
-    size = ["--kills", "3", "--workers", "2", "--epochs", "30"]
-    chaos.main([*size, "--driver-share", "0.4", "--poison-share", "0.3"])
+    chaos.main(["--kills", "3", "--driver-share", "0.4", "--poison-share", "0.3", "--epochs", "30"])
     output = capsys.readouterr().out
     assert output.count("holds: ") == 5
     assert "'driver'" in output
