@@ -1,5 +1,22 @@
-"""Two virtual CPU devices, so that sharded parameters are tested on every machine."""
+"""Two virtual CPU devices on every machine, and one cache of compiled programs for a test run."""
 
 import os
+import tempfile
+
+import pytest
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of this run share what one of them has compiled; the next starts anew.
+
+    A fourth of the run's compiling is of programs that another test or process has compiled.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # the user's, or of the process that began
+        return
+    folder = tempfile.TemporaryDirectory(prefix="orlomo-jax-compiled-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
