@@ -24,7 +24,6 @@ import tyro
 
 from experiments import execution, runs
 from experiments.decoded import DataError
-from orlomo_jax import simulate
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Comparison(NamedTuple):
     """Both sides of one training run.
 
     Attributes:
-        simulated: {step: metrics} of this library's simulator.
+        simulated: {step: metrics} of this library's run.
         plain: {step: metrics} of the optax loop.
         control: The same from parameters a rounding apart.
         distance: Of the last parameters from each other, over the way from the first parameters.
@@ -70,25 +69,13 @@ class Comparison(NamedTuple):
 
 
 def compare(run: runs.Run, data_dir: Path | None = None, evaluations: int = 4) -> Comparison:
-    """Train by the simulator and by optax."""
+    """Train as every run is, and by optax."""
     parts = execution.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     every = max(1, num_steps // evaluations)
-    init_key, key = jax.random.split(jax.random.key(run.seed))
-    params, model_state = parts.network.init(init_key)
+    _, result = execution.execute(run, data_dir, evaluate_every=every)
+    params, model_state, key = execution.beginning(run, parts)
     schedule = execution.schedule(run.learning_rate, num_steps)
-    result = simulate(
-        parts.method,
-        parts.round_fn,
-        parts.batch_fn,
-        params,
-        run.trace(num_steps),
-        key=key,
-        model_state=model_state,
-        local_learning_rate=schedule,
-        evaluate=parts.evaluate,
-        evaluate_every=every,
-    )
 
     def by_optax(params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
         metrics, last = {}, params

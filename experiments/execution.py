@@ -67,10 +67,9 @@ def execute(
     """
     parts = assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
-    init_key, run_key = jax.random.split(jax.random.key(run.seed))
-    params, model_state = parts.network.init(init_key)
+    params, model_state, key = beginning(run, parts)
     shared: dict[str, Any] = {
-        "key": run_key,
+        "key": key,
         "model_state": model_state,
         "local_learning_rate": schedule(run.learning_rate, num_steps),
         "evaluate": parts.evaluate,
@@ -170,6 +169,12 @@ def _assemble(run: Run, data_dir: Path | None) -> Parts:
         round_fn=round_fn,
         evaluate=_evaluation(network, source),
     )
+
+
+def beginning(run: Run, parts: Parts) -> tuple[Any, Any, jax.Array]:
+    """Return the parameters and model state that a run starts from, and its key."""
+    init_key, key = jax.random.split(jax.random.key(run.seed))
+    return *parts.network.init(init_key), key
 
 
 def _evaluation(network: models.Network, source: data.Dataset, batch_size: int = 100) -> Callable:

@@ -19,7 +19,6 @@ import tyro
 
 from experiments import execution, runs
 from experiments.decoded import DataError
-from orlomo_jax import simulate
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,10 @@ def accuracies(run: runs.Run, data_dir: Path | None = None) -> dict[str, float]:
     """Train, and return the test accuracy with merged, recomputed and initial statistics."""
     parts = execution.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
-    init_key, key = jax.random.split(jax.random.key(run.seed))
-    params, initial = parts.network.init(init_key)
-    result = simulate(
-        parts.method,
-        parts.round_fn,
-        parts.batch_fn,
-        params,
-        run.trace(num_steps),
-        key=key,
-        model_state=initial,
-        local_learning_rate=execution.schedule(run.learning_rate, num_steps),
-    )
+    _, result = execution.execute(run, data_dir, evaluate_every=num_steps)
     if result.status != "finished":
         raise ValueError(f"`learning_rate` must let the run finish, got {run.learning_rate:g}")
+    _, initial, _ = execution.beginning(run, parts)
     statistics = {
         "merged": result.model_state,
         "recomputed": recomputed(parts, result.params, initial),
