@@ -108,7 +108,17 @@ class Books:
         }
 
     def restore(self, books: dict[str, Any]) -> None:
-        """Take what :meth:`snapshot` returned."""
+        """Take what :meth:`snapshot` returned.
+
+        Raises:
+            ValueError: If it is of another number of workers, or no snapshot.
+        """
+        lists = [books.get("rounds"), books.get("reported_at")]
+        if any(not isinstance(x, list) or len(x) != self.num_workers for x in lists):
+            raise ValueError(
+                f"the snapshot must be of num_workers={self.num_workers}, got rounds={lists[0]}, "
+                f"reported_at={lists[1]}"
+            )
         self.step = books["step"]
         self._rounds, self._reported_at = list(books["rounds"]), list(books["reported_at"])
         self.held = {worker: Ticket(worker, *rest) for worker, *rest in books["held"]}

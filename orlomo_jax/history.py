@@ -1,4 +1,4 @@
-"""What a simulated run gathers: records of its steps, evaluations, and the first bad step."""
+"""What a run gathers: records of its steps, evaluations, and the first bad step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from orlomo_jax.driven import Driven
 
     Engine: TypeAlias = Driven | Compiled
-
-_all_finite = jax.jit(all_finite)
 
 
 class StepRecord(NamedTuple):
@@ -115,7 +113,7 @@ class Progress:
         """
         self.losses += jax.device_get(self.waiting_losses)
         self.waiting_losses = []
-        if int(engine.first_bad) < 0 and not bool(_all_finite(engine.peek())):
+        if int(engine.first_bad) < 0 and not bool(all_finite(engine.peek())):
             engine.first_bad = jnp.int32(step - 1)
         return int(engine.first_bad)
 

@@ -13,8 +13,6 @@ from orlomo_jax.worker import RoundResult, all_finite
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Scalar
 
-_all_finite = jax.jit(all_finite)
-
 Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
 
 
@@ -130,10 +128,10 @@ def check_finite(report: Report) -> None:
         ValueError: If a value is not finite, or ``report.finite`` is false.
     """
     leaves = jax.tree.leaves((report.update, report.model_state))
-    on_host = [x for x in leaves if isinstance(x, np.ndarray)]
+    on_host = [np.asarray(x) for x in leaves if not isinstance(x, jax.Array)]
     finite = report.finite
     if finite is None:
-        finite = _all_finite([x for x in leaves if not isinstance(x, np.ndarray)])
+        finite = all_finite([x for x in leaves if isinstance(x, jax.Array)])
     if not isinstance(finite, bool | np.bool_ | jax.Array) or np.shape(finite) != ():
         raise TypeError(f"`finite` must be a bool or None, got finite={finite!r}")
     if bool(finite) and all(map(_is_finite, on_host)):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orlomo_jax.worker import RoundResult
+from orlomo_jax.worker import RoundResult, all_finite
 
 
 @lru_cache(maxsize=32)
@@ -61,7 +61,8 @@ class NarrowRound:
             return jax.lax.reduce_precision(x, info.nexp, info.nmant) if fits else x
 
         result = self.round_fn(*args, **kwargs)
-        return result._replace(update=jax.tree.map(leaf, result.update))
+        update = jax.tree.map(leaf, result.update)  # which may overflow
+        return result._replace(update=update, finite=result.finite & all_finite(update))
 
 
 def narrow_reports(round_fn: Callable[..., RoundResult], dtype: Any) -> NarrowRound:

@@ -266,7 +266,7 @@ class ParameterServer:
             self._local_learning_rate,
             self._held,
         ) = holdings
-        self._handed_out, self._state_shared = self._params, False
+        self._share_all()
 
     @_transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,18 +277,18 @@ class ParameterServer:
         """
         versions = {
             str(task.dispatched_at): {
-                "params": jax.tree.leaves(task.params),
-                "model_state": jax.tree.leaves(task.model_state),
-                "momentum": jax.tree.leaves(task.momentum),
+                "params": _with_content(task.params),
+                "model_state": _with_content(task.model_state),
+                "momentum": _with_content(task.momentum),
                 "local_learning_rate": task.local_learning_rate,
             }
             for task in self._held.values()
         }
         arrays = {
-            "params": jax.tree.leaves(self._params),
-            "state": jax.tree.leaves(self._state),
-            "model_state": jax.tree.leaves(self._model_state),
-            "merging": jax.tree.leaves(self._merging),
+            "params": _with_content(self._params),
+            "state": _with_content(self._state),
+            "model_state": _with_content(self._model_state),
+            "merging": _with_content(self._merging),
             "local_learning_rate": self._local_learning_rate,
             "versions": versions,
         }
@@ -299,21 +299,25 @@ class ParameterServer:
         """Take the state of a :meth:`snapshot` of a server made with the same arguments.
 
         Raises:
-            ValueError: If the snapshot's trees are not like this server's; nothing has changed
-                then.
+            ValueError: If the snapshot is of another number of workers, or its trees are not like
+                this server's; nothing has changed then.
         """
 
         def fill(name: str, like: Any, leaves: Any) -> Any:
-            structure, leaves = jax.tree.structure(like), leaves or []
-            if len(leaves) != structure.num_leaves:
+            (wanted, structure), there = jax.tree.flatten(like), leaves or []
+            if len(there) != len(_with_content(like)):
                 raise ValueError(
-                    f"the snapshot's `{name}` must have {structure.num_leaves} leaves, "
-                    f"got {len(leaves)}"
+                    f"the snapshot's `{name}` must have {len(_with_content(like))} leaves, "
+                    f"got {len(there)}"
                 )
-            tree = jax.tree.unflatten(structure, map(jnp.asarray, leaves))
+            filled = iter(there)
+            leaves = [jnp.asarray(next(filled)) if leaf.size else leaf for leaf in wanted]
+            tree = jax.tree.unflatten(structure, leaves)
             contract.check_like(name, tree, like, dtypes=True)
             return tree
 
+        ledger = Books(self.method.name, self.num_workers, self.method.synchronous)
+        ledger.restore(books)
         like = {"params": self._params, "state": self._state}
         like |= {"model_state": self._model_state, "merging": self._merging}
         trees = {name: fill(name, tree, arrays[name]) for name, tree in like.items()}
@@ -332,10 +336,15 @@ class ParameterServer:
         ]
         self._params, self._state = trees["params"], trees["state"]
         self._model_state, self._merging = trees["model_state"], trees["merging"]
-        self._handed_out, self._state_shared = self._params, False
         self._local_learning_rate = jnp.asarray(arrays["local_learning_rate"])
         self._held = {task.worker: task for task in tasks}
-        self._books.restore(books)
+        self._books = ledger
+        self._share_all()
+
+    def _share_all(self) -> None:
+        """Take arrays that others may see: none of them was lent by the buffers."""
+        self._buffers = Buffers(self._params)
+        self._handed_out, self._state_shared = self._params, False
 
     def _hand_out(self) -> contract.Params:
         if self._handed_out is None:
@@ -382,3 +391,8 @@ class ParameterServer:
         delay = self.step - dispatched_at
         weight = merge_weight_on_host(self.method.merge_weight, self.step, delay)
         check_merge_weight(float(weight), self.step, delay)
+
+
+def _with_content(tree: Any) -> list[Any]:
+    """Return the leaves that have an entry: of the others a checkpoint has nothing to hold."""
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]

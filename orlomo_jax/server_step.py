@@ -100,7 +100,7 @@ def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
 
     def leaf(x):
-        if isinstance(x, jax.Array) and not x.weak_type:
+        if isinstance(x, jax.Array) and not getattr(x, "weak_type", False):  # keys have none
             return x
         return jnp.array(x, dtype=jnp.result_type(x))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -143,6 +144,7 @@ def local_momentum_sgd(
     return jax.jit(round_fn)
 
 
+@partial(jax.jit, inline=True)
 def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     """Return whether no floating leaf of ``tree`` holds a NaN or an Inf, bool[].
 

@@ -161,3 +161,17 @@ def test_scratch_needs_no_other_memory(leaves):
     assert memory.alias_size_in_bytes >= 2 * 4 * SIZE
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000
     assert memory.temp_size_in_bytes < SIZE
+
+
+def test_a_server_put_back_keeps_what_is_held():
+    """Loans of before are no loans of the restored arrays."""
+    server = make_server()
+    step(server)
+    snapshot = server.snapshot()
+    step(server)
+    server.restore(*snapshot)
+    held = server.dispatch(1)
+    before = np.array(held.params["w"])
+    for _ in range(3):
+        step(server)
+    np.testing.assert_array_equal(held.params["w"], before)

@@ -57,7 +57,7 @@ def trace_for(name, seed=0):
     return simulate_arrivals(heterogeneous(), K, 28, S, seed, synchronous=name == "prsgdm")
 
 
-def run(name, checkpoint=None, kill_at=None, seed=0, **options):
+def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
     def on_step(record):
         if record.step == kill_at:
             raise Killed
@@ -73,7 +73,7 @@ def run(name, checkpoint=None, kill_at=None, seed=0, **options):
         "on_step": on_step,
         "checkpoint": checkpoint,
     }
-    return simulate(method, round_fn, batch_fn, PARAMS, **arguments | options)
+    return simulate(method, round_fn, batch_fn, params, **arguments | options)
 
 
 def assert_same(resumed, unbroken):
@@ -99,6 +99,14 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path):
             with pytest.raises(Killed):
                 run(name, checkpoint, kill_at)
     assert steps == [0, 0, 8, 8, 24]
+
+
+def test_leaves_without_entries_are_saved_too(tmp_path):
+    params = PARAMS | {"empty": jnp.zeros((0, 3))}
+    unbroken = run("orlomo", params=params)
+    with pytest.raises(Killed):
+        run("orlomo", Checkpoints(tmp_path, every=4), kill_at=11, params=params)
+    assert_same(run("orlomo", Checkpoints(tmp_path, every=4), params=params), unbroken)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

@@ -6,6 +6,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from orlomo_jax import (
@@ -328,3 +329,12 @@ def test_the_form_is_chosen_by_model_and_platform(loss, options, expected, monke
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         run("orlomo", "loop", **{"worker_axis": "auto", "compiled": "auto"} | options)
+
+
+def test_a_rule_may_keep_a_random_key():
+    method = make_method("al_sgd", K)
+    noisy = method._replace(rule=optax.chain(method.rule, optax.add_noise(0.01, 0.5, key=0)))
+    options = {"local_learning_rate": schedule, "model_state": STATE, "key": jax.random.key(0)}
+    job = (noisy, setup("al_sgd")[1], batch_fn, PARAMS, trace_for("al_sgd"))
+    driven, compiled = (simulate(*job, **options, compiled=form) for form in (False, True))
+    helpers.assert_trees_close(driven.params, compiled.params, **ROUNDING)

@@ -471,3 +471,25 @@ def test_schedules_that_differ_in_their_arrays_share_a_program():
         server.receive(Report(*task[:3], LocalUpdate({"a": jnp.ones(2)})))
         assert server.dispatch(0).local_learning_rate == start / 2
     assert len([step for step in traces if isinstance(step, jax.core.Tracer)]) == 1
+
+
+@pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), np.array(np.nan, np.float32)])
+def test_a_number_of_the_host_is_looked_at_whatever_the_report_says(nan):
+    method = make_method("al_sgd", 1)
+    server = ParameterServer(method, jnp.zeros([]), 1, local_learning_rate=0.1)
+    task = server.dispatch(0)
+    with pytest.raises(ReportRejected):
+        server.receive(Report(*task[:3], LocalUpdate(nan), finite=True))
+    assert server.step == 0
+
+
+def test_a_snapshot_of_other_workers_changes_nothing():
+    server, other = (
+        make_server(),
+        ParameterServer(make_method("orlomo", 2, 0.5), helpers.tree(1), 2, local_learning_rate=0.1),
+    )
+    before = server.params
+    with pytest.raises(ValueError, match="must be of num_workers=3, got rounds="):
+        server.restore(*other.snapshot())
+    helpers.assert_trees_equal(server.params, before)
+    assert server.dispatch(2).worker == 2

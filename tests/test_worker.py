@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from orlomo_jax import all_finite, local_momentum_sgd
+from orlomo_jax import all_finite, local_momentum_sgd, narrow_reports
 from tests import helpers
 
 S = 5
@@ -249,3 +249,13 @@ def test_all_finite_finds_any_bad_value(dtype, bad):
     assert bool(all_finite([good, jnp.zeros((0, 3), dtype), jnp.arange(3)]))
     for index in range(3):
         assert not bool(all_finite([good, good.at[index].set(bad)]))
+
+
+def test_a_narrowing_that_overflows_is_not_finite(problem):
+    params, model_state, batches, key = problem
+    round_fn = local_momentum_sgd(loss_fn, S)
+    args = (params, model_state, (1e4 * batches[0], 1e8 * batches[1]), 1.0, key)
+    wide, narrow = round_fn(*args), narrow_reports(round_fn, jnp.float16)(*args)
+    assert bool(wide.finite)
+    assert not bool(jnp.isfinite(narrow.update.delta["b"]).all())
+    assert not bool(narrow.finite)

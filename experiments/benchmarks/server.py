@@ -80,7 +80,7 @@ def _receiving(size: int, leaves: int, finite: bool | None) -> Any:
 
 def finite(repeats: int) -> Iterator[Row]:
     """The check of a payload whose worker has not looked: 8 bytes a parameter, read only."""
-    check = jax.jit(all_finite)
+    check = all_finite
     for size, leaves in SIZES[:1] + SIZES[2:3]:
         update = LocalUpdate(_ones(size, leaves), _ones(size, leaves))
         a = np.ones(2 * size, np.float32)

@@ -8,9 +8,6 @@ import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-import jax
-import optax
-
 from orlomo_jax.history import TrainingResult
 from orlomo_jax.journal import Arrival
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task
@@ -18,13 +15,10 @@ from orlomo_jax.runtimes.notes import Notes, Plan
 from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import Event
-from orlomo_jax.worker import all_finite
 
 _POLL = 0.2
 """Seconds between two looks at clocks and memberships."""
 
-_norm = jax.jit(optax.tree.norm)
-_all_finite = jax.jit(all_finite)
 _log = logging.getLogger("orlomo_jax")
 
 

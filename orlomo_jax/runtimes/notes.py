@@ -24,7 +24,6 @@ from orlomo_jax.server_step import start_momentum
 from orlomo_jax.worker import all_finite
 
 _norm = jax.jit(optax.tree.norm)
-_all_finite = jax.jit(all_finite)
 
 
 class Plan(NamedTuple):
@@ -164,7 +163,7 @@ class Notes:
             evaluations=tuple(self.evaluations),
         )
         trees = (server.params, server.model_state, server.state)
-        overflowed = not diverged and not bool(_all_finite(trees))
+        overflowed = not diverged and not bool(all_finite(trees))
         diverged = diverged or overflowed
         return TrainingResult(
             *trees,
