@@ -45,7 +45,7 @@ class Journal:
 
     Raises:
         ValueError: If the file is of another run, or no journal; the message names file and line.
-        BlockingIOError: If another process writes to it.
+        BlockingIOError: If another process writes to it, or has written since it was read.
 
     Example:
         >>> journal = Journal({"num_workers": 2, "synchronous": False})
@@ -67,6 +67,7 @@ class Journal:
         self.events: list[Event] = []
         self.rejected: list[tuple[int, str]] = []
         self._file: IO[bytes] | None = None
+        self._size = 0  # of the whole lines that were read
         if self.path is None or not self.path.exists() or not self._read(self.path):
             return
         for name, value in self.identity.items():
@@ -91,6 +92,18 @@ class Journal:
             raise ValueError(f"{path} is empty, not a journal of a run")
         journal.identity = journal._header
         return journal
+
+    @staticmethod
+    def set_aside(path: str | os.PathLike[str]) -> None:
+        """Rename a file, if it is there, to ``….old``, for a new run to begin under its name.
+
+        Raises:
+            BlockingIOError: If another process writes to it.
+        """
+        path = Path(path)
+        if path.exists():
+            with _open_alone(path):
+                path.replace(path.with_name(f"{path.name}.old"))
 
     def arrived(self, arrival: Arrival) -> None:
         """Note that a report was applied."""
@@ -158,13 +171,12 @@ class Journal:
 
     def _open(self) -> None:
         assert self.path is not None
-        self._file = self.path.open("ab", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing {self.path}: is it alive?") from None
-        data = self.path.read_bytes()
-        os.ftruncate(self._file.fileno(), data.rfind(b"\n") + 1)  # half a line of a dead process
+        self._file = _open_alone(self.path)
+        size = self.path.read_bytes().rfind(b"\n") + 1
+        if size != self._size:
+            self.close()
+            raise BlockingIOError(f"another process has written {self.path} since it was read")
+        os.ftruncate(self._file.fileno(), size)  # half a line of a dead process
 
     def _write(self, line: dict[str, Any]) -> None:
         """Append one line, whole or not at all; the kernel has it when this returns."""
@@ -181,7 +193,8 @@ class Journal:
     def _read(self, path: Path) -> bool:
         """Take in the file's whole lines; return whether there is a header."""
         data = path.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        self._size = data.rfind(b"\n") + 1
+        lines = data[: self._size].splitlines()
         for number, text in enumerate(lines, 1):
             try:
                 line = json.loads(text)
@@ -194,3 +207,14 @@ class Journal:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number} is no line of a journal: {error}") from None
         return bool(lines)
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """Open a file to append to it, and lock it; the lock goes with the process."""
+    file = path.open("ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"another process is writing {path}: is it alive?") from None
+    return file

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from orlomo_jax import (
     LocalUpdate,
     Membership,
     Outcome,
+    ParameterServer,
     Threads,
     WorkersGone,
     make_method,
@@ -27,6 +29,7 @@ from orlomo_jax import (
     simulate,
     train,
 )
+from orlomo_jax.runtimes.workers import Work
 from tests import helpers
 
 K, S, T = 3, 2, 30
@@ -301,8 +304,30 @@ def test_one_process_at_a_time_writes_a_journal(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl")]
     second = subprocess.run(command, capture_output=True, text=True)
     assert "another process is writing" in second.stderr
+    with pytest.raises(BlockingIOError, match="another process is writing"):
+        Journal.set_aside(tmp_path / "a.jsonl")
     first.close()
     assert subprocess.run(command).returncode == 0
+    Journal.set_aside(tmp_path / "a.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.old"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_journal_that_was_written_since_it_was_read_is_left_alone(tmp_path, begun):
+    identity, path = {"num_workers": 1, "synchronous": False}, tmp_path / "a.jsonl"
+    if begun:
+        Journal(identity, path).happened("lost", 0, time=0.0)
+    first = Journal(identity, path)
+    if begun:
+        first.close()  # as if it had been read only, before the lock
+        second = Journal(identity, path)
+    else:
+        second = Journal(identity, path)
+    second.happened("redispatched", 0, time=1.0)
+    second.close()
+    with pytest.raises(BlockingIOError, match=r"has written .* since it was read"):
+        first.happened("lost", 0, time=2.0)
+    assert [event.kind for event in Journal.load(path).events][-1] == "redispatched"
 
 
 def test_a_refused_run_leaves_nothing_behind(tmp_path):
@@ -326,6 +351,24 @@ train(method, method.local_round(loss_fn, 4), lambda key, worker, round: jnp.one
       local_learning_rate=1e-3)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
+    def slowly(key, worker, round):
+        begun.set()
+        return jax.pure_callback(lambda: time.sleep(0.5) or ones, ones)
+
+    ones, begun = np.ones((S, 4, 3), np.float32), threading.Event()
+    method, round_fn = setup("orlomo")
+    server = ParameterServer(method, PARAMS, K, STATE, local_learning_rate=0.1)
+    workers = Threads(K)
+    workers.open(Work.of(round_fn, slowly, jax.random.key(0)))
+    workers.start(0)
+    workers.submit(server.dispatch(0))
+    assert begun.wait(10)
+    workers.stop(0)
+    workers.close()
+    assert not [thread for thread in threading.enumerate() if "orlomo" in thread.name]
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)

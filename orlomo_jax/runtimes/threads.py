@@ -69,6 +69,7 @@ class Threads:
             raise ValueError("`devices` must hold a device, got none")
         self._devices = devices
         self._threads: dict[int, _Thread] = {}
+        self._ending: list[_Thread] = []
         self._work: dict[Any, Work] = {}
         self._used: list[Any] = []
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -107,15 +108,16 @@ class Threads:
         """Let the worker's thread end after what it does now."""
         if (thread := self._threads.pop(worker, None)) is not None:
             thread.end()
+            self._ending.append(thread)
 
     def close(self) -> None:
         """Let all threads end, and wait for the rounds that they are in.
 
         An interpreter that exits while a thread computes would abort.
         """
-        threads = list(self._threads.values())
         for worker in list(self._threads):
             self.stop(worker)
+        threads, self._ending = self._ending, []
         deadline = time.monotonic() + _PATIENCE
         for thread in threads:
             if not thread.join(max(0.0, deadline - time.monotonic())):
