@@ -134,7 +134,7 @@ def simulate(
     identity["program"] = str(form)
     if saved is None:
         progress = Progress()
-        for worker in set(range(trace.num_workers)) - _late_joiners(trace):
+        for worker in set(range(trace.num_workers)) - trace.late_joiners:
             server.dispatch(worker)
     else:
         saved.check(identity)
@@ -194,13 +194,6 @@ def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]
         "trace": trace.digest(),
         "key": jax.random.key_data(key).tolist(),
     }
-
-
-def _late_joiners(trace: ArrivalTrace) -> set[int]:
-    first_kinds: dict[int, str] = {}
-    for event in trace.events:
-        first_kinds.setdefault(event.worker, event.kind)
-    return {worker for worker, kind in first_kinds.items() if kind == "joined"}
 
 
 def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:

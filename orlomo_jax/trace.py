@@ -149,6 +149,11 @@ class ArrivalTrace:
         return int(self.delays.max(initial=0))
 
     @property
+    def late_joiners(self) -> set[int]:
+        """The workers who are absent at the start and join later."""
+        return _late_joiners(self.events)
+
+    @property
     def in_flight(self) -> NDArray[np.int32]:
         """ite(T, k), the step of the parameters that worker k holds at the end, −1 for none.
 
@@ -273,13 +278,17 @@ def _count_dispatches(workers, num_workers, synchronous):
     return rounds, dispatched_at, in_flight
 
 
+def _late_joiners(events):
+    first_kinds = {worker: kind for _, kind, worker in reversed(events)}
+    return {worker for worker, kind in first_kinds.items() if kind == "joined"}
+
+
 def _replay(workers, num_workers, synchronous, events):
     """Return rounds, dispatched_at and in_flight, going through arrivals and events one by one."""
-    first_kinds = {worker: kind for _, kind, worker in reversed(events)}
-    late = [first_kinds.get(worker) == "joined" for worker in range(num_workers)]
-    states = ["absent" if absent else "busy" for absent in late]
-    held = [-1 if absent else 0 for absent in late]
-    dispatches = [0 if absent else 1 for absent in late]
+    late = _late_joiners(events)
+    states = ["absent" if worker in late else "busy" for worker in range(num_workers)]
+    held = [-1 if worker in late else 0 for worker in range(num_workers)]
+    dispatches = [0 if worker in late else 1 for worker in range(num_workers)]
     rounds, dispatched_at = np.empty_like(workers), np.empty_like(workers)
     timeline = [(step, 0, i, kind, worker) for i, (step, kind, worker) in enumerate(events)]
     timeline += [(t, 1, t, "arrived", worker) for t, worker in enumerate(workers.tolist())]
