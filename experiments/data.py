@@ -197,6 +197,11 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
         [0, 1, 2, 3, 4, 5]
     """
     size, per_round = len(split.labels), batch_size * num_local_steps
+    if size * per_round >= 2**31:
+        raise ValueError(
+            f"`batch_size` · `num_local_steps` must be below 2³¹ / {size} examples, "
+            f"got {batch_size} · {num_local_steps}"
+        )
     num_epochs = (per_round - 1) // size + 2  # that one round can touch
 
     def batch_fn(split, key, worker, round):

@@ -259,7 +259,10 @@ def digest(params: Any) -> str:
 
 
 def _summary(health: Health | None) -> dict[str, Any] | None:
-    return None if health is None else health._asdict()
+    if health is None:
+        return None
+    norm = health.momentum_norm  # which overflows before u does
+    return health._asdict() | {"momentum_norm": None if norm is None else _short(norm)}
 
 
 def _short(value: float) -> float | None:

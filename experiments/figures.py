@@ -49,7 +49,7 @@ def draw_curves(
         for scenario, axis in zip(scenarios, line_of_axes, strict=True):
             for run, rows in groups:
                 if (run.dataset, run.scenario) == (dataset, scenario):
-                    _draw_band(axis, run.method, [row["curve"] for row in rows], metric)
+                    draw_band(axis, run.method, [row["curve"] for row in rows], metric)
             axis.set(
                 title=f"{dataset}, {scenario}",
                 xlabel="virtual time (gradients of a fast worker)",
@@ -62,7 +62,8 @@ def draw_curves(
     save(figure, stem)
 
 
-def _draw_band(axis: Any, method: str, curves: list[dict[str, list]], metric: str) -> None:
+def draw_band(axis: Any, method: str, curves: list[dict[str, list]], metric: str) -> None:
+    """Draw a method's mean over seeds, and a band from the lowest to the highest."""
     times = np.mean([curve["virtual_time"] for curve in curves], axis=0)
     values = np.array([curve[metric] for curve in curves], float)
     look = {"color": SHADES[method], "linestyle": STYLES[method]}

@@ -126,7 +126,7 @@ def render(text: str) -> str:
 
 def main() -> None:
     """Write the README."""
-    report.write(README, render(README.read_text(encoding="utf-8")))
+    records.write(README, render(README.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

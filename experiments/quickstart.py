@@ -26,16 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments import data, records
+from experiments.figures import LABELS, TITLES, draw_band
 from experiments.models import mlp
 from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate, simulate_arrivals
-
-TITLES = {
-    "orlomo": "OrLoMo",
-    "prsgdm": "PRSGDm",
-    "al_sgd": "AL-SGD",
-    "local_ormo_da": "local OrMo-DA",
-}
-LINES = {"orlomo": "-", "prsgdm": "--", "al_sgd": "-.", "local_ormo_da": ":"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what the library does not see before the first run."""
-        for name in ("epochs", "batch_size", "hidden", "seeds"):
+        for name in ("workers", "local_iterations", "epochs", "batch_size", "hidden", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be ≥ 1, got {name}={getattr(self, name)}")
         rates = self.learning_rates
@@ -246,18 +239,11 @@ def _mean_std(runs: list[dict[str, Any]], metric: str, form: str) -> str:
 def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw training loss and test accuracy against virtual time, mean and range over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (("train_loss", "training loss"), ("test_accuracy", "test accuracy (%)"))
-    for axis, (metric, label) in zip(axes, panels, strict=True):
+    for axis, metric in zip(axes, ("train_loss", "test_accuracy"), strict=True):
         for name, runs in best.items():
-            if not runs:
-                continue
-            times = np.mean([row["curve"]["virtual_time"] for row in runs], axis=0)
-            values = np.array([row["curve"][metric] for row in runs])
-            (line,) = axis.plot(times, values.mean(0), LINES[name], label=TITLES[name])
-            axis.fill_between(
-                times, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0
-            )
-        axis.set(xlabel="virtual time (gradients of a fast worker)", ylabel=label)
+            if runs:
+                draw_band(axis, name, [row["curve"] for row in runs], metric)
+        axis.set(xlabel="virtual time (gradients of a fast worker)", ylabel=LABELS[metric])
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     if any(best.values()):

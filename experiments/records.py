@@ -29,6 +29,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written after a run, or raise OSError now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written")
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append one row, flushed to disk; several processes may append to one file.
 
@@ -40,11 +47,14 @@ def append(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:  # no buffer whose rest would be written later
         fcntl.flock(file, fcntl.LOCK_EX)
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":  # half a line of a dead process: keep apart from it
-                line = b"\n" + line
+        file.seek(0)
+        there = file.read()
+        end, last = len(there), there.rpartition(b"\n")[2]
+        if _is_row(last):  # an editor left the newline out
+            line = b"\n" + line
+        elif last:  # half a line of a dead process
+            end -= len(last)
+            os.ftruncate(file.fileno(), end)
         try:
             while line:
                 line = line[file.write(line) :]
@@ -57,17 +67,38 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return all rows, in order; an absent file has none.
 
+    Half a line at the end, which a dying process left, is no row.
+
     Raises:
-        ValueError: If a line is not a JSON object; the message names file and line.
+        ValueError: If another line is not a JSON object; the message names file and line.
     """
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if _is_row(last):
+        lines.append(last)
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}:{number} is not a JSON row: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} must be a JSON object, got {line[:80]!r}")
+            raise ValueError(f"{path}:{number} must be a JSON object, got {line[:80].decode()!r}")
         rows.append(row)
     return rows
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -7,7 +7,6 @@ an arrival trace instead, ``--benchmarks FILE`` the table and the plot of the be
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from experiments.runs import Run
 from orlomo_jax import ArrivalTrace
 
 Rows = dict[Run, dict[str, Any]]
-LABELS = {"test_accuracy": "test accuracy (%)", "train_loss": "training loss"}
 DIGITS = {"test_accuracy": 2, "train_loss": 4}
 
 
@@ -103,7 +101,7 @@ def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
         paper = next(iter(next(iter(members.values())).values())).number.run
         names = list(cells.METHODS)
         lines += [
-            f"**{LABELS[metric]}, {model} on {dataset}** (paper: {paper.model} on "
+            f"**{figures.LABELS[metric]}, {model} on {dataset}** (paper: {paper.model} on "
             f"{paper.dataset}); ours ± std (n) / paper's ± std / difference; time: PRSGDm's "
             "virtual time over OrLoMo's",
             "",
@@ -196,14 +194,6 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
     ]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
     """Write report.md and all figures that the records allow."""
     lines = [f"# Results at the scale “{scale.name}”", "", *provenance(rows, scale)]
@@ -221,7 +211,7 @@ def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
             name = f"figure{figure}"
             figures.draw_curves(unique, metrics, output / name)
             lines += [f"## Figure {figure}", "", f"![Figure {figure}]({name}.png)", ""]
-    write(output / "report.md", "\n".join(lines))
+    records.write(output / "report.md", "\n".join(lines))
 
 
 def benchmarks(path: Path, output: Path) -> Path:
@@ -233,7 +223,7 @@ def benchmarks(path: Path, output: Path) -> Path:
     if not rows:
         raise SystemExit(f"no rows in {path}: run python -m experiments.benchmarks --output {path}")
     lines = ["# Benchmarks", "", "![Shares of the limits](benchmarks.png)", "", *chart.table(rows)]
-    write(output / "benchmarks.md", "\n".join(lines))
+    records.write(output / "benchmarks.md", "\n".join(lines))
     chart.draw(rows, output / "benchmarks")
     return output / "benchmarks.md"
 

@@ -157,7 +157,7 @@ def main(args: Sequence[str] | None = None) -> None:
             records.append(path, row)
             rows[run] = row
             done += 1
-    except DataError as error:
+    except (DataError, OSError) as error:  # a disk that is full
         raise SystemExit(str(error)) from None
     console.print(f"{done} runs done, {len(wanted)} cells complete in {path}")
 

@@ -1,4 +1,4 @@
-"""One run of the paper's experiments: what it is, and how it is carried out."""
+"""One run of the paper's experiments: what it is, and what follows from that."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from orlomo_jax import (
     one_slow_worker,
     simulate_arrivals,
 )
+from orlomo_jax.checks import check_count, check_nonnegative, check_number
 
 PAPER_STEPS = 15_625
 """Global iterations of the paper's Table 3, which its maximum delays belong to."""
@@ -65,6 +66,20 @@ class Run:
     """What Δw and Δu are rounded to, and travel in on Ray."""
     runtime: Literal["simulated", "threads", "ray"] = "simulated"
     """Virtual time, or real workers; those are slowed as the scenario says."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can be."""
+        for name in ("workers", "local_iterations", "batch_size", "pool"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("seed", "max_delay"):
+            check_count(name, getattr(self, name), 0, 2**31 - 1)
+        for name in ("learning_rate", "weight_decay"):
+            check_nonnegative(name, getattr(self, name))
+        for name in ("epochs", "width"):
+            check_number(name, getattr(self, name), lambda x: 0 < x < math.inf, "finite and > 0")
+        check_number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_number("slowdown", self.slowdown, lambda x: 1 <= x < math.inf, "finite and ≥ 1")
+        check_number("slow_fraction", self.slow_fraction, lambda x: 0 <= x <= 1, "in [0, 1]")
 
     def num_steps(self, train_size: int) -> int:
         """Return T: reports for that many epochs, in whole rounds where the method waits."""

@@ -133,12 +133,17 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
 def _claim(path: Path, run: runs.Run) -> None:
     """Note whose checkpoints a folder holds; refuse those of a run with other settings."""
     if not path.exists():
-        path.write_text(json.dumps(asdict(run)), encoding="utf-8")
+        records.write(path, json.dumps(asdict(run)))
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, remove it if the folder is this run's: {error}"
+        ) from None
     others = [name for name, value in asdict(run).items() if theirs.get(name) != value]
     if others:
-        raise SystemExit(f"{path} is of a run with another {', '.join(others)}")
+        raise ValueError(f"{path} is of a run with another {', '.join(others)}")
 
 
 def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
@@ -148,6 +153,10 @@ def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
         raise ValueError(f"--replay repeats a run in the simulator, not on {run.runtime}")
     if trace.num_workers != run.workers:
         raise ValueError(f"{path} is of {trace.num_workers} workers: add --workers")
+    if trace.num_steps == 0:
+        raise ValueError(f"{path} holds no report to repeat")
+    if trace.synchronous != (run.method == "prsgdm"):
+        raise ValueError(f"{path} is of a run with synchronous={trace.synchronous}: add --method")
     if trace.num_steps > num_steps:
         raise ValueError(f"{path} has {trace.num_steps} reports, the run has {num_steps}")
     return trace
@@ -155,12 +164,29 @@ def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
 
 def _check_runtime(settings: Train) -> None:
     run = settings.run
+    if settings.evaluate_every is not None and settings.evaluate_every < 1:
+        raise ValueError(f"--evaluate-every must be ≥ 1, got {settings.evaluate_every}")
     if run.runtime == "simulated" and settings.audit:
         raise ValueError("--audit needs --runtime threads or ray")
     if run.runtime != "simulated":
         run.compute_times()  # refuses an order of arrivals
     if run.runtime == "ray":
         RayWorkers(run.workers)  # says so where Ray is not installed
+
+
+def _checkpoints(settings: Train) -> Checkpoints | None:
+    folder = settings.checkpoint_dir
+    if folder is None:
+        if settings.resume:
+            raise ValueError("--resume needs --checkpoint-dir")
+        return None
+    checkpoint = Checkpoints(folder, settings.checkpoint_every)
+    if not settings.resume and (checkpoint.steps() or (folder / "arrivals.jsonl").exists()):
+        raise ValueError(
+            f"{folder} holds checkpoints: add --resume to go on from the newest, or choose another "
+            "--checkpoint-dir"
+        )
+    return checkpoint
 
 
 def _trace_path(settings: Train) -> Path:
@@ -174,36 +200,27 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
     settings = tyro.cli(Train, args=args, description=__doc__)
     console = Console()
-    checkpoint = None
-    if settings.checkpoint_dir is not None:
-        checkpoint = Checkpoints(settings.checkpoint_dir, settings.checkpoint_every)
-        begun = checkpoint.steps() or (settings.checkpoint_dir / "arrivals.jsonl").exists()
-        if begun and not settings.resume:
-            raise SystemExit(
-                f"{settings.checkpoint_dir} holds checkpoints: add --resume to go on from the "
-                "newest, or choose another --checkpoint-dir"
-            )
-    elif settings.resume:
-        raise SystemExit("--resume needs --checkpoint-dir")
-    listeners = []
-    if settings.tensorboard is not None:
-        listeners.append(tensorboard_writer(settings.tensorboard))
-    run = settings.run
+    run, trace_path = settings.run, settings.trace or _trace_path(settings)
     try:
+        checkpoint = _checkpoints(settings)
         train_size = len(execution.assemble(run, settings.data_dir).train.labels)
         num_steps = run.num_steps(train_size)
         replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
         _check_runtime(settings)
         num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
+        records.check_writable(settings.output)
+        records.check_writable(trace_path)
+        journal = None  # beside the checkpoints
+        if settings.checkpoint_dir is not None:
+            _claim(settings.checkpoint_dir / "run.json", run)
+        elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
+            journal = trace_path.with_suffix(".arrivals.jsonl")
+            Journal.set_aside(journal)
     except (DataError, OSError, ValueError, ImportError) as error:
         raise SystemExit(str(error)) from None
-    trace_path = settings.trace or _trace_path(settings)
-    journal = None  # beside the checkpoints
-    if checkpoint is not None and settings.checkpoint_dir is not None:
-        _claim(settings.checkpoint_dir / "run.json", settings.run)
-    else:  # what came of a run that dies is there to repeat
-        journal = trace_path.with_suffix(".arrivals.jsonl")
-        journal.unlink(missing_ok=True)
+    listeners = []
+    if settings.tensorboard is not None:
+        listeners.append(tensorboard_writer(settings.tensorboard))
     with progress_bar(console) as progress:
         listeners.append(reporter(progress, run.method, run.epochs, num_steps))
 
@@ -227,10 +244,16 @@ def main(args: Sequence[str] | None = None) -> None:
         except (WorkersGone, AuditFailure) as error:
             kept = journal or settings.checkpoint_dir
             raise SystemExit(f"{error}; all arrivals up to here are in {kept}") from None
+        except (OSError, ValueError) as error:  # a disk that is full, a folder of another run
+            raise SystemExit(str(error)) from None
     if result.health is not None:
         console.print(str(result.health), highlight=False)
-    result.trace.save(trace_path)
-    records.append(settings.output, row)
+    try:
+        records.append(settings.output, row)
+        result.trace.save(trace_path)
+    except OSError as error:
+        print(json.dumps(row))  # what the run has cost is not lost
+        raise SystemExit(f"{error}; the run's row stands above") from None
     if row["status"] == "finished":
         console.print(
             f"test accuracy {row['test_accuracy']:.2f} %, training loss {row['train_loss']:.4f}, "

@@ -40,13 +40,20 @@ class TestRecords:
             records.append(path, {"a": 2})
         assert path.read_bytes() == before
 
-    def test_half_a_line_does_not_swallow_the_next_row(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("last", "rows"), [('{"trunc', [{"a": 1}]), ('{"c": 3}', [{"a": 1}, {"c": 3}])]
+    )
+    def test_a_last_line_without_an_end_is_a_row_where_it_is_whole(self, tmp_path, last, rows):
         path = tmp_path / "runs.jsonl"
-        path.write_text('{"a": 1}\n{"trunc')
+        path.write_text('{"a": 1}\n' + last)
+        assert records.read(path) == rows
         records.append(path, {"b": 2})
-        assert path.read_text().splitlines() == ['{"a": 1}', '{"trunc', '{"b": 2}']
-        with pytest.raises(ValueError, match=r"runs.jsonl:2 "):
-            records.read(path)
+        assert records.read(path) == [*rows, {"b": 2}]
+
+    def test_lines_end_at_newlines_alone(self, tmp_path):
+        row = {"error": "a\u2028b\u0085c\r"}
+        records.append(tmp_path / "runs.jsonl", row)
+        assert records.read(tmp_path / "runs.jsonl") == [row]
 
     def test_a_disk_that_fills_up_within_a_row(self, tmp_path):
         path = tmp_path / "runs.jsonl"
@@ -97,7 +104,8 @@ class TestQuickstart:
         ("flags", "message"),
         [
             ("--seeds 0", "`seeds` must be ≥ 1, got seeds=0"),
-            ("--workers 0", "num_workers"),
+            ("--workers 0", "workers=0"),
+            ("--local-iterations 0", "local_iterations=0"),
             ("--batch-size 0", "batch_size=0"),
             ("--learning-rates 0.1 0.1", "must be distinct and > 0"),
             ("--learning-rates -1", "must be distinct and > 0"),

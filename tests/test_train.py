@@ -1,5 +1,6 @@
 """One training run from the command line: its row, its checkpoints, its errors."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from experiments import execution, records, train
-from orlomo_jax import AuditFailure, WorkersGone
+from orlomo_jax import Arrival, ArrivalTrace, AuditFailure, Journal, WorkersGone
 
 FLAGS = (
     "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "
@@ -81,6 +82,60 @@ def test_a_real_run_that_breaks_off_says_where_its_arrivals_are(tmp_path, monkey
     assert not (tmp_path / "runs.jsonl").exists()
 
 
+def test_what_a_run_that_died_has_left_is_kept(tmp_path, monkeypatch):
+    """A new run in its place sets its arrivals aside; a run that goes on is not disturbed."""
+    output, trace = tmp_path / "new" / "runs.jsonl", tmp_path / "real.json"
+    arrivals = tmp_path / "real.arrivals.jsonl"
+    died = Journal({"num_workers": 4, "synchronous": False}, arrivals)
+    died.arrived(Arrival(0, 0, 0, time=1.0, loss=2.0))
+    flags = [*FLAGS, "--runtime", "threads", "--trace", str(trace), "--output", str(output)]
+    with pytest.raises(SystemExit, match="another process is writing"):
+        train.main(flags)
+    died.close()
+    train.main(flags)
+    assert len(Journal.load(f"{arrivals}.old").arrivals) == 1
+    row = records.read(output)[0]
+    assert len(Journal.load(arrivals).arrivals) == row["num_steps"]
+    train.main([*FLAGS, "--replay", str(arrivals), "--trace", str(trace), "--output", str(output)])
+    assert arrivals.exists()
+
+
+def test_arrivals_that_cannot_be_repeated(tmp_path):
+    empty, synchronous = tmp_path / "empty.jsonl", tmp_path / "synchronous.json"
+    Journal({"num_workers": 4, "synchronous": False}, empty).happened("lost", 0, time=0.0)
+    ArrivalTrace.from_workers([0, 1, 2, 3], 4, synchronous=True).save(synchronous)
+    for path, message in ((empty, "no report to repeat"), (synchronous, "synchronous=True")):
+        with pytest.raises(SystemExit, match=message):
+            train.main([*FLAGS, "--replay", str(path), "--output", str(tmp_path / "runs.jsonl")])
+
+
+def test_a_row_that_cannot_be_written_is_shown(tmp_path, monkeypatch, capsys):
+    def full(path, row):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(records, "append", full)
+    with pytest.raises(SystemExit, match="No space left on device; the run's row stands above"):
+        train.main([*FLAGS, "--output", str(tmp_path / "runs.jsonl")])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert json.loads(rows[0])["status"] == "finished"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"method": "prsg'])
+def test_a_damaged_claim_to_a_folder_is_said(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"run\.json is damaged, remove it"):
+        train.main([*FLAGS, "--checkpoint-dir", str(tmp_path), "--output", str(tmp_path / "r")])
+
+
+def test_a_diverged_real_run_leaves_its_row(tmp_path):
+    """The norm of its momentum overflows before the momentum does."""
+    output = tmp_path / "runs.jsonl"
+    flags = "--runtime threads --local-iterations 1 --learning-rate 1e22 --output".split()
+    train.main([*FLAGS, *flags, str(output)])
+    row = records.read(output)[0]
+    assert (row["status"], row["health"]["momentum_norm"]) == ("diverged", None)
+
+
 def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"pip install 'orlomo-jax\[ray\]'"):
@@ -103,9 +158,15 @@ def test_tensorboard_logs(tmp_path):
         (["--scenario", "one_delayed", "--runtime", "threads"], "must be one of speeds"),
         (["--audit"], "--audit needs --runtime threads or ray"),
         (["--replay", "/nowhere/trace.json"], "No such file"),
+        (["--evaluate-every", "0"], "--evaluate-every must be ≥ 1, got 0"),
+        (["--checkpoint-dir", "new", "--checkpoint-every", "0"], "`every` must be ≥ 1"),
+        (["--model", "resnet8"], "resnet8 needs images"),
+        (["--batch-size", "64", "--local-iterations", "30000"], "must be below 2³¹ / 1437"),
+        (["--trace", "/dev/null/trace.json"], "File exists"),
     ],
 )
-def test_bad_flags(tmp_path, flags, message):
+def test_bad_flags(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         train.main([*FLAGS, *flags, "--output", str(tmp_path / "runs.jsonl")])
     assert not (tmp_path / "runs.jsonl").exists()

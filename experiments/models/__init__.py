@@ -66,7 +66,7 @@ def make(
             ``xla`` elsewhere.
 
     Raises:
-        ValueError: If there is no such network.
+        ValueError: If there is no such network, or it needs images and there are none.
 
     Example:
         >>> network = make("resnet20", 10, (32, 32, 3))
@@ -81,6 +81,8 @@ def make(
             loss_fn=partial(mlp.loss_fn, dtype=dtype),
             predict=lambda params, model_state, images: mlp.logits(params, images, dtype),
         )
+    if name in NAMES and len(image_shape) != 3:
+        raise ValueError(f"{name} needs images, got features of shape {image_shape}: try an mlp")
     if convolution == "auto":
         convolution = "matmul" if jax.default_backend() == "cpu" else "xla"
     shape = {"channels": image_shape[-1], "layers": Layers(convolution, dtype)}
