@@ -111,7 +111,8 @@ def arrays(
     """
     data_dir = default_data_dir() if data_dir is None else data_dir.expanduser()
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir.expanduser()
-    counts, fingerprint = _describe(name, data_dir)
+    shards, fingerprint = _describe(name, data_dir)
+    counts = {split: sum(lengths) for split, lengths in shards.items()}
     cached = cache_dir / f"{name}-{fingerprint}"
     if cached.exists():
         try:
@@ -120,6 +121,7 @@ def arrays(
         except (OSError, ValueError, EOFError) as error:
             warnings.warn(f"{cached} is damaged ({error}): decoding anew", stacklevel=2)
             shutil.rmtree(cached, ignore_errors=True)
+    _check_shards(name, data_dir, shards)
     train, test = (_decode(name, split, data_dir, counts) for split in SOURCES[name].splits)
     try:
         _save(cached, dict(zip(SOURCES[name].splits, (train, test), strict=True)))
@@ -128,8 +130,8 @@ def arrays(
     return train, test
 
 
-def _describe(name: str, data_dir: Path) -> tuple[dict[str, int], str]:
-    """Return the number of examples of each split, and a fingerprint of the prepared data."""
+def _describe(name: str, data_dir: Path) -> tuple[dict[str, list[int]], str]:
+    """Return the number of examples of each split's shards, and a fingerprint of the data."""
     place = folder(name, data_dir)
     path = place / "dataset_info.json"
     if not path.is_file():
@@ -140,7 +142,7 @@ def _describe(name: str, data_dir: Path) -> tuple[dict[str, int], str]:
         found = {split["name"]: split for split in info["splits"]}
         shards = {s: [int(n) for n in found[s]["shardLengths"]] for s in SOURCES[name].splits}
         file_format = info.get("fileFormat", "tfrecord")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(name, data_dir, f"{path.name}: {error!r}") from None
     if file_format != "array_record":
         raise DataError(
@@ -148,13 +150,31 @@ def _describe(name: str, data_dir: Path) -> tuple[dict[str, int], str]:
             f"{_how_to_get(name, data_dir)}"
         )
     for split, lengths in shards.items():
-        stem = f"{name.replace('-', '_')}-{split}.array_record"
-        for shard in range(len(lengths)):
-            file = place / f"{stem}-{shard:05d}-of-{len(lengths):05d}"
+        for file in _files(place, name, split, len(lengths)):
             if not file.is_file():
                 raise _damaged(name, data_dir, f"{file.name} is missing")
     digest = hashlib.sha256(os.fsencode(place.resolve()) + b"\0" + text).hexdigest()
-    return {split: sum(lengths) for split, lengths in shards.items()}, digest[:16]
+    return shards, digest[:16]
+
+
+def _files(place: Path, name: str, split: str, num_shards: int) -> list[Path]:
+    stem = f"{name.replace('-', '_')}-{split}.array_record"
+    return [place / f"{stem}-{shard:05d}-of-{num_shards:05d}" for shard in range(num_shards)]
+
+
+def _check_shards(name: str, data_dir: Path, shards: dict[str, list[int]]) -> None:
+    """Raise where a shard has not the examples that the description says; TFDS reads fewer."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for split, lengths in shards.items():
+        files = _files(folder(name, data_dir), name, split, len(lengths))
+        for file, length in zip(files, lengths, strict=True):
+            try:
+                there = ArrayRecordReader(str(file)).num_records()
+            except Exception as error:  # of array_record's own
+                raise _damaged(name, data_dir, f"{file.name}: {error}") from None
+            if there != length:
+                raise _damaged(name, data_dir, f"{file.name} has {there} examples, not {length}")
 
 
 def _how_to_get(name: str, data_dir: Path) -> str:
@@ -189,6 +209,8 @@ def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Ar
                     raise ValueError(f"{example['id']} has shape {example['image'].shape}")
                 images[index], labels[index] = example["image"], example["label"]
                 ids.append(example["id"])
+        if len(set(ids)) < len(ids):
+            raise ValueError("an example is there twice")
     except DataError:
         raise
     except Exception as error:  # array_record, protobuf and Pillow each have errors of their own

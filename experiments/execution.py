@@ -87,7 +87,10 @@ def execute(
     else:
         workers = _workers(run, Ray() if ray is None else ray)
         result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
-    return _row(run, result, time.perf_counter() - start), result
+    row = _row(run, result, time.perf_counter() - start)
+    if replay is not None:
+        row["replayed"] = replay.digest()
+    return row, result
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -60,7 +61,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
                 line = line[file.write(line) :]
             os.fsync(file.fileno())
         except OSError:
-            os.ftruncate(file.fileno(), end)
+            with contextlib.suppress(OSError):  # the error of the write is the one to tell
+                os.ftruncate(file.fileno(), end)
             raise
 
 
@@ -81,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is not a JSON row: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number} must be a JSON object, got {line[:80].decode()!r}")
@@ -100,5 +102,5 @@ def write(path: Path, text: str) -> None:
 def _is_row(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +50,8 @@ class Entry(NamedTuple):
     run: Run
     rate: float | None
     rows: list[dict[str, Any]]
+    grid: list[str]  # of each rate of the grid that is recorded the status, with seed 0
+    complete: bool  # whether all of them are
 
     def mean(self) -> float | None:
         """Return our mean over the seeds, or None where nothing finished."""
@@ -74,12 +76,15 @@ def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
                 continue
             seen.add((run, number.metric))
             rate = chosen_rate(rows, run, scale)
+            grid = [rows.get(replace(run, learning_rate=r, seed=0)) for r in scale.learning_rates]
             chosen = [
                 row
                 for done, row in rows.items()
                 if cell_of(done) == run and done.learning_rate == rate
             ]
-            yield Entry(number, run, rate, [r for r in chosen if r["status"] == "finished"])
+            finished = [row for row in chosen if row["status"] == "finished"]
+            statuses = [row["status"] for row in grid if row is not None]
+            yield Entry(number, run, rate, finished, statuses, len(statuses) == len(grid))
 
 
 def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
@@ -136,8 +141,10 @@ def _delay_lines(found: list[Entry]) -> list[str]:
 
 def _ours(entry: Entry) -> str:
     mean, places = entry.mean(), DIGITS[entry.number.metric]
+    if not entry.complete:
+        return f"{len(entry.grid)} rates of the grid run"
     if mean is None:
-        return "diverged at every rate"
+        return "failed" if "failed" in entry.grid else "diverged at every rate"
     spread = f" ± {entry.std():.{places}f}" if len(entry.rows) > 1 else ""
     return f"{mean:.{places}f}{spread} ({len(entry.rows)})"
 
@@ -157,6 +164,8 @@ def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
         titles[method]: entry.mean() if ours else entry.number.mean
         for method, entry in group.items()
     }
+    if ours and not all(entry.complete for entry in group.values()):
+        return "–"
     known = {name: value for name, value in values.items() if value is not None}
     pick = max if metric == "test_accuracy" else min
     return pick(known, key=lambda name: known[name]) if known else "–"
@@ -232,28 +241,28 @@ def main(args: Sequence[str] | None = None) -> None:
     """Write the report."""
     settings = tyro.cli(Report, args=args, description=__doc__)
     plt.switch_backend("agg")
+    try:
+        print(_made(settings))
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def _made(settings: Report) -> Path:
+    """Make what the settings ask for; return the file to look at."""
     if settings.benchmarks is not None:
-        print(benchmarks(settings.benchmarks, settings.output or settings.benchmarks.parent))
-        return
+        return benchmarks(settings.benchmarks, settings.output or settings.benchmarks.parent)
     if settings.trace is not None:
-        try:
-            trace = ArrivalTrace.load(settings.trace)
-        except (OSError, ValueError) as error:
-            raise SystemExit(str(error)) from None
         output = settings.output or settings.trace.parent
-        figures.draw_timeline(trace, output / "timeline")
-        print(f"{output / 'timeline.png'}")
-        return
+        figures.draw_timeline(ArrivalTrace.load(settings.trace), output / "timeline")
+        return output / "timeline.png"
     output = settings.output or RESULTS / settings.scale
     scale = cells.SCALES[settings.scale]
-    try:
-        rows = recorded(settings.records or RESULTS / f"{scale.name}.jsonl")
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    path = settings.records or RESULTS / f"{scale.name}.jsonl"
+    rows = recorded(path)
     if not rows:
-        raise SystemExit(f"no records: run python -m experiments.reproduce --scale {scale.name}")
+        raise ValueError(f"{path} holds no rows: python -m experiments.reproduce makes them")
     build(rows, scale, output)
-    print(f"{output / 'report.md'}")
+    return output / "report.md"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ other seeds run at that rate. Kill it when you like: what is recorded is not run
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 import traceback
@@ -24,6 +25,7 @@ from experiments.decoded import DataError
 from experiments.runs import Run
 from experiments.train import progress_bar, reporter
 from orlomo_jax import Checkpoints
+from orlomo_jax.checks import check_count, check_number
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,16 +55,35 @@ class Reproduce:
 def recorded(path: Path) -> dict[Run, dict[str, Any]]:
     """Return the rows of a file by run; of equal runs the last.
 
+    A run that repeated other arrivals than its scenario's is none of a cell's and left out.
+
     Raises:
         ValueError: If a row is no run of this project's; the message names file and line.
     """
     rows = {}
     for number, row in enumerate(records.read(path), 1):
         try:
-            rows[Run(**row["run"])] = row
-        except (KeyError, TypeError) as error:
+            run = Run(**row["run"])
+            _check(row)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number} is not the row of a run: {error}") from None
+        if not row.get("replayed"):
+            rows[run] = row
     return rows
+
+
+def _check(row: dict[str, Any]) -> None:
+    """Raise where a row lacks what tables and figures are made of."""
+    environment = row["environment"]
+    for name in ("device", "cpus", "jax"):
+        environment[name]
+    if row["status"] not in ("finished", "diverged", "failed"):
+        raise ValueError(f"its status is {row['status']!r}")
+    if row["status"] == "finished":
+        for metric in ("train_loss", "test_accuracy"):
+            check_number(metric, row[metric], math.isfinite, "finite")
+            if not row["curve"][metric]:
+                raise ValueError(f"its curve has no {metric}")
 
 
 def chosen_rate(rows: dict[Run, dict[str, Any]], run: Run, scale: cells.Scale) -> float | None:
@@ -144,12 +165,13 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         selected = cells.select(at_paper, settings.only)
         rows = recorded(path)
-    except ValueError as error:
+        seeds = check_count("seeds", scale.seeds if settings.seeds is None else settings.seeds, 1)
+        records.check_writable(path)
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     if settings.retry_failed:
         rows = {run: row for run, row in rows.items() if row["status"] != "failed"}
     wanted = list(dict.fromkeys(cell_of(scale.shrink(run)) for run in selected))
-    seeds = scale.seeds if settings.seeds is None else settings.seeds
     done = 0
     try:
         for run in missing(wanted, rows, scale, seeds):
@@ -159,7 +181,11 @@ def main(args: Sequence[str] | None = None) -> None:
             done += 1
     except (DataError, OSError) as error:  # a disk that is full
         raise SystemExit(str(error)) from None
-    console.print(f"{done} runs done, {len(wanted)} cells complete in {path}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted after {done} runs; they are in {path}") from None
+    failed = sum(row["status"] == "failed" for run, row in rows.items() if cell_of(run) in wanted)
+    again = f", {failed} runs failed: --retry-failed" if failed else ""
+    console.print(f"{done} runs done, {len(wanted)} cells complete in {path}{again}")
 
 
 def cell_of(run: Run) -> Run:

@@ -16,7 +16,7 @@ from orlomo_jax import (
     one_slow_worker,
     simulate_arrivals,
 )
-from orlomo_jax.checks import check_count, check_nonnegative, check_number
+from orlomo_jax.checks import check_count, check_number
 
 PAPER_STEPS = 15_625
 """Global iterations of the paper's Table 3, which its maximum delays belong to."""
@@ -74,7 +74,7 @@ class Run:
         for name in ("seed", "max_delay"):
             check_count(name, getattr(self, name), 0, 2**31 - 1)
         for name in ("learning_rate", "weight_decay"):
-            check_nonnegative(name, getattr(self, name))
+            check_number(name, getattr(self, name), lambda x: 0 <= x < 3e38, "in [0, 3e38)")
         for name in ("epochs", "width"):
             check_number(name, getattr(self, name), lambda x: 0 < x < math.inf, "finite and > 0")
         check_number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -129,6 +129,8 @@ class Run:
             raise ValueError(
                 "`scenario` must not be one_delayed for prsgdm, which waits for every worker"
             )
+        if self.workers == 1:
+            raise ValueError("`scenario` must not be one_delayed for workers=1")
         period = max(1, round(self.max_delay * num_steps / PAPER_STEPS)) + 1
         others = simulate_arrivals(
             homogeneous(), self.workers - 1, num_steps, self.local_iterations, self.seed

@@ -130,9 +130,11 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
     return on_step
 
 
-def _claim(path: Path, run: runs.Run) -> None:
+def _claim(path: Path, run: runs.Run, checkpoint: Checkpoints) -> None:
     """Note whose checkpoints a folder holds; refuse those of a run with other settings."""
     if not path.exists():
+        if checkpoint.steps():
+            raise ValueError(f"{path} is missing: nobody knows whose the checkpoints beside it are")
         records.write(path, json.dumps(asdict(run)))
         return
     try:
@@ -146,9 +148,18 @@ def _claim(path: Path, run: runs.Run) -> None:
         raise ValueError(f"{path} is of a run with another {', '.join(others)}")
 
 
+def _of_journal(path: Path) -> ArrivalTrace:
+    return Journal.load(path).trace()
+
+
 def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
     """Read the arrivals to repeat, and hold them against the run."""
-    trace = Journal.load(path).trace() if path.suffix == ".jsonl" else ArrivalTrace.load(path)
+    try:
+        first_line = path.open(encoding="utf-8").readline()
+        load = ArrivalTrace.load if "orlomo_jax.ArrivalTrace" in first_line else _of_journal
+        trace = load(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no arrivals to repeat: {error!r}") from None
     if run.runtime != "simulated":
         raise ValueError(f"--replay repeats a run in the simulator, not on {run.runtime}")
     if trace.num_workers != run.workers:
@@ -191,7 +202,8 @@ def _checkpoints(settings: Train) -> Checkpoints | None:
 
 def _trace_path(settings: Train) -> Path:
     run = settings.run
-    name = hashlib.sha256(repr(run).encode()).hexdigest()[:8]
+    what = (run,) if settings.replay is None else (run, str(settings.replay))
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
     name = f"{settings.output.stem}-{run.method}-{run.runtime}-{name}.trace.json"
     return settings.output.with_name(name)
 
@@ -208,19 +220,21 @@ def main(args: Sequence[str] | None = None) -> None:
         replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
         _check_runtime(settings)
         num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
+        if settings.output.resolve() == trace_path.resolve():
+            raise ValueError(f"--trace must be another file than --output, got {trace_path}")
         records.check_writable(settings.output)
         records.check_writable(trace_path)
         journal = None  # beside the checkpoints
-        if settings.checkpoint_dir is not None:
-            _claim(settings.checkpoint_dir / "run.json", run)
+        if checkpoint is not None:
+            _claim(checkpoint.directory / "run.json", run, checkpoint)
         elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
             journal = trace_path.with_suffix(".arrivals.jsonl")
             Journal.set_aside(journal)
-    except (DataError, OSError, ValueError, ImportError) as error:
+        listeners = []
+        if settings.tensorboard is not None:
+            listeners.append(tensorboard_writer(settings.tensorboard))
+    except (DataError, OSError, ValueError, ImportError, MemoryError) as error:
         raise SystemExit(str(error)) from None
-    listeners = []
-    if settings.tensorboard is not None:
-        listeners.append(tensorboard_writer(settings.tensorboard))
     with progress_bar(console) as progress:
         listeners.append(reporter(progress, run.method, run.epochs, num_steps))
 
@@ -246,6 +260,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{error}; all arrivals up to here are in {kept}") from None
         except (OSError, ValueError) as error:  # a disk that is full, a folder of another run
             raise SystemExit(str(error)) from None
+        except KeyboardInterrupt:
+            go_on = "" if checkpoint is None else "; --resume goes on from the newest checkpoint"
+            raise SystemExit(f"interrupted{go_on}") from None
     if result.health is not None:
         console.print(str(result.health), highlight=False)
     try:

@@ -19,7 +19,7 @@ class Saved(NamedTuple):
 
     def check(self, identity: dict[str, Any]) -> None:
         """Raise ValueError unless the notes hold this ``identity``; the message says what not."""
-        theirs = self.notes["identity"]
+        theirs = self.notes.get("identity", {})
         for name, value in identity.items():
             if (other := theirs.get(name)) != value:
                 raise ValueError(
@@ -82,7 +82,7 @@ class Checkpoints:
             OSError: If it cannot be written (a full disk); earlier ones are as they were.
         """
         args = self._orbax.args
-        items = {"arrays": args.StandardSave(arrays), "notes": args.JsonSave(notes)}
+        items = {"arrays": args.StandardSave(arrays), "notes": args.JsonSave([step, notes])}
         if step in self.steps():  # a damaged one that was passed over
             self._manager.delete(step)
         self._manager.save(step, args=args.Composite(**items), force=True)
@@ -107,9 +107,12 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 saved = self._manager.restore(step, args=args.Composite(**items))
+                [of_step, notes] = saved["notes"]
+                if of_step != step or not isinstance(notes, dict):
+                    raise ValueError(f"its notes are of step {of_step}")
             except Exception as error:  # Orbax raises what the damaged part happens to raise.
                 where = self.directory / str(step)
                 warnings.warn(f"{where} is damaged and passed over: {error}", stacklevel=2)
             else:
-                return Saved(saved["arrays"], saved["notes"], self.directory)
+                return Saved(saved["arrays"], notes, self.directory)
         return None

@@ -126,6 +126,16 @@ def test_the_newest_readable_one_wins(tmp_path):
     assert_same(resumed, run("al_sgd"))
 
 
+def test_notes_of_another_step_are_damage(tmp_path):
+    with pytest.raises(Killed):
+        run("al_sgd", Checkpoints(tmp_path, every=4, keep=3), kill_at=17)
+    shutil.rmtree(tmp_path / "16" / "notes")
+    shutil.copytree(tmp_path / "8" / "notes", tmp_path / "16" / "notes")
+    with pytest.warns(UserWarning, match="16 is damaged and passed over: its notes are of step 8"):
+        resumed = run("al_sgd", Checkpoints(tmp_path, every=4))
+    assert_same(resumed, run("al_sgd"))
+
+
 def test_an_unfinished_checkpoint_is_none(tmp_path):
     (tmp_path / "8.orbax-checkpoint-tmp").mkdir(parents=True)
     assert Checkpoints(tmp_path, every=4).newest() is None

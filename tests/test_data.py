@@ -248,6 +248,13 @@ class TestArrays:
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "cache").exists()
 
+    @pytest.mark.parametrize("length", ["1", "-1", "16"])
+    def test_shards_must_have_the_examples_that_are_told(self, place, tmp_path, length):
+        path = place / "dataset_info.json"
+        path.write_text(path.read_text().replace('"15"', f'"{length}"'))
+        with pytest.raises(DataError, match=f"has 15 examples, not {length}"):
+            decoded.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
+
     def test_tensorflows_own_format_is_told(self, place, tmp_path):
         path = place / "dataset_info.json"
         path.write_text(path.read_text().replace("array_record", "tfrecord"))

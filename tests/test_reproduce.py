@@ -126,7 +126,7 @@ class TestCommand:
             executed.append(run)
             return row_of(run), None
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="interrupted after 3 runs"):
             self.reproduce(monkeypatch, path, execute)
         first = list(executed)
         assert len(records.read(path)) == 3
@@ -135,7 +135,7 @@ class TestCommand:
         assert len(executed) == 4 + 3  # six cells in all, none twice
         assert not set(first) & set(executed[4:])
 
-    def test_failures_are_recorded_and_retried_on_request(self, monkeypatch, tmp_path):
+    def test_failures_are_recorded_and_retried_on_request(self, monkeypatch, tmp_path, capsys):
         path = tmp_path / "rows.jsonl"
 
         def fail(run, *args, **options):
@@ -146,6 +146,9 @@ class TestCommand:
         assert {row["status"] for row in rows} == {"failed"}
         assert rows[0]["error"] == "MemoryError: no room"
         self.reproduce(monkeypatch, path, fail)
+        assert f"{len(rows)} runs failed: --retry-failed" in " ".join(
+            capsys.readouterr().out.split()
+        )
         assert len(records.read(path)) == len(rows)
         self.reproduce(monkeypatch, path, lambda run, *_, **__: row_of(run), "--retry-failed")
         assert len(records.read(path)) == 2 * len(rows)
@@ -156,17 +159,36 @@ class TestCommand:
             ((), "give either --table or --figure"),
             (("--table", "1", "--figure", "2"), "give either"),
             (("--table", "1", "--only", "workers=9"), "got \\['9'\\]"),
+            (("--table", "1", "--seeds", "0"), "`seeds` must be ≥ 1"),
+            (("--table", "1", "--output", "/dev/null/rows.jsonl"), "/dev/null"),
         ],
     )
     def test_bad_flags(self, flags, message):
         with pytest.raises(SystemExit, match=message):
             reproduce.main(flags)
 
-    def test_a_broken_line_is_named(self, tmp_path):
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"run": {"metod": "orlomo"}},
+            {"run": {"workers": "16"}},
+            {"status": "done"},
+            {"train_loss": None},
+            {"curve": {"train_loss": []}},
+            {"environment": {}},
+        ],
+    )
+    def test_a_row_that_is_none_is_named(self, tmp_path, changes):
         path = tmp_path / "rows.jsonl"
-        path.write_text('{"run": {"metod": "orlomo"}}\n')
-        with pytest.raises(SystemExit, match=r"rows.jsonl:1 is not the row of a run"):
+        records.append(path, row_of(Run()))
+        records.append(path, row_of(Run()) | changes)
+        with pytest.raises(SystemExit, match=r"rows.jsonl:2 is not the row of a run"):
             reproduce.main([*self.flags, "--output", str(path)])
+
+    def test_other_arrivals_than_the_scenarios_are_no_run_of_a_cell(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        records.append(path, row_of(Run()) | {"replayed": "0f"})
+        assert reproduce.recorded(path) == {}
 
 
 class TestReport:
@@ -202,6 +224,17 @@ class TestReport:
         fill([run], rows, status="diverged")
         text = "\n".join(report.table_lines(2, rows, SCALE))
         assert "diverged at every rate" in text
+        for run in rows:
+            rows[run]["status"] = "failed"
+        assert "| failed / " in "\n".join(report.table_lines(2, rows, SCALE))
+
+    def test_a_grid_that_is_not_run_to_its_end_says_so(self):
+        rows = self.rows()
+        gone = max((run for run in rows if run.method == "orlomo"), key=lambda r: r.learning_rate)
+        del rows[gone]
+        text = "\n".join(report.table_lines(2, rows, SCALE))
+        (line,) = [x for x in text.splitlines() if "4 rates of the grid run / " in x]
+        assert line.split(" | ")[-3] == "–"
 
     def test_part_of_a_cell(self):
         """One seed has no spread, and methods that are not there yet leave dashes."""
@@ -222,7 +255,7 @@ class TestReport:
         assert text.count("set delay") == 5
 
     def test_nothing_recorded(self, tmp_path):
-        with pytest.raises(SystemExit, match="no records"):
+        with pytest.raises(SystemExit, match=r"none\.jsonl holds no rows"):
             report.main(["--records", str(tmp_path / "none.jsonl")])
 
     def test_timeline(self, tmp_path):

@@ -104,7 +104,13 @@ def test_arrivals_that_cannot_be_repeated(tmp_path):
     empty, synchronous = tmp_path / "empty.jsonl", tmp_path / "synchronous.json"
     Journal({"num_workers": 4, "synchronous": False}, empty).happened("lost", 0, time=0.0)
     ArrivalTrace.from_workers([0, 1, 2, 3], 4, synchronous=True).save(synchronous)
-    for path, message in ((empty, "no report to repeat"), (synchronous, "synchronous=True")):
+    nonsense = tmp_path / "nonsense.json"
+    nonsense.write_text('{"format": "orlomo_jax.Journal"}\n{"worker": 1}\n')
+    for path, message in (
+        (empty, "no report to repeat"),
+        (synchronous, "synchronous=True"),
+        (nonsense, r"nonsense\.json has no arrivals to repeat"),
+    ):
         with pytest.raises(SystemExit, match=message):
             train.main([*FLAGS, "--replay", str(path), "--output", str(tmp_path / "runs.jsonl")])
 
@@ -118,6 +124,14 @@ def test_a_row_that_cannot_be_written_is_shown(tmp_path, monkeypatch, capsys):
         train.main([*FLAGS, "--output", str(tmp_path / "runs.jsonl")])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert json.loads(rows[0])["status"] == "finished"
+
+
+def test_checkpoints_of_nobody_are_refused(tmp_path):
+    flags = ["--checkpoint-dir", str(tmp_path / "c"), "--output", str(tmp_path / "runs.jsonl")]
+    train.main([*FLAGS, *flags, "--checkpoint-every", "50"])
+    (tmp_path / "c" / "run.json").unlink()
+    with pytest.raises(SystemExit, match=r"run\.json is missing: nobody knows"):
+        train.main([*FLAGS, *flags, "--resume"])
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"method": "prsg'])
@@ -163,6 +177,8 @@ def test_tensorboard_logs(tmp_path):
         (["--model", "resnet8"], "resnet8 needs images"),
         (["--batch-size", "64", "--local-iterations", "30000"], "must be below 2³¹ / 1437"),
         (["--trace", "/dev/null/trace.json"], "File exists"),
+        (["--trace", "runs.jsonl"], "--trace must be another file than --output"),
+        (["--trace", "."], "cannot be written"),
     ],
 )
 def test_bad_flags(tmp_path, monkeypatch, flags, message):

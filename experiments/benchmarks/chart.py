@@ -9,12 +9,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 Rows = Sequence[dict[str, Any]]
+FIELDS = {"group", "benchmark", "figure", "limit", "unit", "against", "ratio", "bar", "environment"}
 
 
 def newest(rows: Rows) -> list[dict[str, Any]]:
     """Return the last row of each figure, by group, name, limit and device."""
     found = {}
     for row in rows:
+        if missing := FIELDS - row.keys():
+            raise ValueError(f"a row of the benchmarks must have {sorted(missing)}, got {row}")
         device = row["environment"]["device"]
         found[row["group"], row["benchmark"], row["against"], device] = row
     return list(found.values())

@@ -85,6 +85,8 @@ def make(
         raise ValueError(f"{name} needs images, got features of shape {image_shape}: try an mlp")
     if convolution == "auto":
         convolution = "matmul" if jax.default_backend() == "cpu" else "xla"
+    if name == "squeezenet" and min(image_shape[:2]) < 8:
+        raise ValueError(f"squeezenet halves images thrice, got {image_shape[:2]}: pool less")
     shape = {"channels": image_shape[-1], "layers": Layers(convolution, dtype)}
     if name == "squeezenet":
         build = partial(SqueezeNet, num_classes, width=width, **shape)
