@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -148,16 +148,12 @@ def _claim(path: Path, run: runs.Run, checkpoint: Checkpoints) -> None:
         raise ValueError(f"{path} is of a run with another {', '.join(others)}")
 
 
-def _of_journal(path: Path) -> ArrivalTrace:
-    return Journal.load(path).trace()
-
-
 def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
     """Read the arrivals to repeat, and hold them against the run."""
     try:
-        first_line = path.open(encoding="utf-8").readline()
-        load = ArrivalTrace.load if "orlomo_jax.ArrivalTrace" in first_line else _of_journal
-        trace = load(path)
+        with path.open(encoding="utf-8") as file:
+            is_trace = "orlomo_jax.ArrivalTrace" in file.readline()
+        trace = ArrivalTrace.load(path) if is_trace else Journal.load(path).trace()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has no arrivals to repeat: {error!r}") from None
     if run.runtime != "simulated":
@@ -208,31 +204,46 @@ def _trace_path(settings: Train) -> Path:
     return settings.output.with_name(name)
 
 
+class _Prepared(NamedTuple):
+    """What a run needs beside its settings, all of it checked."""
+
+    num_steps: int
+    trace_path: Path
+    checkpoint: Checkpoints | None
+    replay: ArrivalTrace | None
+    journal: Path | None
+    listeners: list[Callable[[StepRecord], None]]
+
+
+def _prepare(settings: Train) -> _Prepared:
+    """Refuse what cannot be before anything is computed."""
+    run, trace_path = settings.run, settings.trace or _trace_path(settings)
+    checkpoint = _checkpoints(settings)
+    num_steps = run.num_steps(len(execution.assemble(run, settings.data_dir).train.labels))
+    replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
+    _check_runtime(settings)
+    num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
+    if settings.output.resolve() == trace_path.resolve():
+        raise ValueError(f"--trace must be another file than --output, got {trace_path}")
+    records.check_writable(settings.output)
+    records.check_writable(trace_path)
+    journal = None  # beside the checkpoints
+    if checkpoint is not None:
+        _claim(checkpoint.directory / "run.json", run, checkpoint)
+    elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
+        journal = trace_path.with_suffix(".arrivals.jsonl")
+        Journal.set_aside(journal)
+    folder = settings.tensorboard
+    listeners = [] if folder is None else [tensorboard_writer(folder)]
+    return _Prepared(num_steps, trace_path, checkpoint, replay, journal, listeners)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
     settings = tyro.cli(Train, args=args, description=__doc__)
-    console = Console()
-    run, trace_path = settings.run, settings.trace or _trace_path(settings)
+    console, run = Console(), settings.run
     try:
-        checkpoint = _checkpoints(settings)
-        train_size = len(execution.assemble(run, settings.data_dir).train.labels)
-        num_steps = run.num_steps(train_size)
-        replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
-        _check_runtime(settings)
-        num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
-        if settings.output.resolve() == trace_path.resolve():
-            raise ValueError(f"--trace must be another file than --output, got {trace_path}")
-        records.check_writable(settings.output)
-        records.check_writable(trace_path)
-        journal = None  # beside the checkpoints
-        if checkpoint is not None:
-            _claim(checkpoint.directory / "run.json", run, checkpoint)
-        elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
-            journal = trace_path.with_suffix(".arrivals.jsonl")
-            Journal.set_aside(journal)
-        listeners = []
-        if settings.tensorboard is not None:
-            listeners.append(tensorboard_writer(settings.tensorboard))
+        num_steps, trace_path, checkpoint, replay, journal, listeners = _prepare(settings)
     except (DataError, OSError, ValueError, ImportError, MemoryError) as error:
         raise SystemExit(str(error)) from None
     with progress_bar(console) as progress:
