@@ -21,11 +21,11 @@ import tyro
 from rich.console import Console
 
 from experiments import cells, execution, records
+from experiments.checks import check_count, check_number
 from experiments.decoded import DataError
 from experiments.runs import Run
 from experiments.train import progress_bar, reporter
 from orlomo_jax import Checkpoints
-from orlomo_jax.checks import check_count, check_number
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from experiments.checks import check_count, check_number
 from orlomo_jax import (
     ArrivalTrace,
     ComputeTimes,
@@ -16,7 +17,6 @@ from orlomo_jax import (
     one_slow_worker,
     simulate_arrivals,
 )
-from orlomo_jax.checks import check_count, check_number
 
 PAPER_STEPS = 15_625
 """Global iterations of the paper's Table 3, which its maximum delays belong to."""
