@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from experiments import cells, execution, records
-from experiments.checks import check_count, check_number
+from experiments.checks import check
 from experiments.decoded import DataError
 from experiments.runs import Run
 from experiments.train import progress_bar, reporter
@@ -81,7 +81,7 @@ def _check(row: dict[str, Any]) -> None:
         raise ValueError(f"its status is {row['status']!r}")
     if row["status"] == "finished":
         for metric in ("train_loss", "test_accuracy"):
-            check_number(metric, row[metric], math.isfinite, "finite")
+            check(metric, row[metric], math.isfinite, "finite")
             if not row["curve"][metric]:
                 raise ValueError(f"its curve has no {metric}")
 
@@ -165,7 +165,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         selected = cells.select(at_paper, settings.only)
         rows = recorded(path)
-        seeds = check_count("seeds", scale.seeds if settings.seeds is None else settings.seeds, 1)
+        seeds = scale.seeds if settings.seeds is None else settings.seeds
+        check("seeds", seeds, lambda x: x >= 1, "≥ 1")
         records.check_writable(path)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None

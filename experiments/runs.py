@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.checks import check_count, check_number
+from experiments.checks import check
 from orlomo_jax import (
     ArrivalTrace,
     ComputeTimes,
@@ -69,17 +69,17 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse what no run can be."""
-        for name in ("workers", "local_iterations", "batch_size", "pool"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("seed", "max_delay"):
-            check_count(name, getattr(self, name), 0, 2**31 - 1)
-        for name in ("learning_rate", "weight_decay"):
-            check_number(name, getattr(self, name), lambda x: 0 <= x < 3e38, "in [0, 3e38)")
-        for name in ("epochs", "width"):
-            check_number(name, getattr(self, name), lambda x: 0 < x < math.inf, "finite and > 0")
-        check_number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-        check_number("slowdown", self.slowdown, lambda x: 1 <= x < math.inf, "finite and ≥ 1")
-        check_number("slow_fraction", self.slow_fraction, lambda x: 0 <= x <= 1, "in [0, 1]")
+        for names, valid, wanted in (
+            ("workers local_iterations batch_size pool", _is_count, "an integer ≥ 1"),
+            ("seed max_delay", lambda x: x == 0 or _is_count(x), "an integer in [0, 2³¹)"),
+            ("learning_rate weight_decay", lambda x: 0 <= x < 3e38, "in [0, 3e38)"),
+            ("epochs width", lambda x: 0 < x < math.inf, "finite and > 0"),
+            ("momentum", lambda x: 0 <= x < 1, "in [0, 1)"),
+            ("slowdown", lambda x: 1 <= x < math.inf, "finite and ≥ 1"),
+            ("slow_fraction", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ):
+            for name in names.split():
+                check(name, getattr(self, name), valid, wanted)
 
     def num_steps(self, train_size: int) -> int:
         """Return T: reports for that many epochs, in whole rounds where the method waits."""
@@ -140,3 +140,7 @@ class Run:
         workers = np.where(late, self.workers - 1, others.workers[rest])
         times = np.maximum.accumulate(others.times[np.maximum(rest, 0)])
         return ArrivalTrace.from_workers(workers, self.workers, times=times)
+
+
+def _is_count(x: float) -> bool:
+    return isinstance(x, int) and 1 <= x < 2**31
