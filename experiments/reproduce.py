@@ -127,9 +127,13 @@ def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console
     try:
         with progress_bar(console) as progress:
             train_size = len(execution.assemble(run, settings.data_dir).train.labels)
-            on_step = reporter(progress, label, run.epochs, run.num_steps(train_size))
+            num_steps = run.num_steps(train_size)
             row, _ = execution.execute(
-                run, settings.data_dir, on_step=on_step, checkpoint=checkpoint
+                run,
+                settings.data_dir,
+                evaluate_every=max(1, num_steps // cells.curve_points(run)),
+                on_step=reporter(progress, label, run.epochs, num_steps),
+                checkpoint=checkpoint,
             )
     except DataError:
         raise

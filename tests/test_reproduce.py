@@ -153,6 +153,18 @@ class TestCommand:
         self.reproduce(monkeypatch, path, lambda run, *_, **__: row_of(run), "--retry-failed")
         assert len(records.read(path)) == 2 * len(rows)
 
+    def test_curves_that_figures_show_have_the_points(self, monkeypatch, tmp_path):
+        points = {}
+
+        def execute(run, *_, evaluate_every, **__):
+            num_steps = run.num_steps(len(reproduce.execution.assemble(run).train.labels))
+            points[run.local_iterations] = num_steps // evaluate_every
+            return row_of(run), None
+
+        flags = ("--only", "method=orlomo,workers=16,scenario=homogeneous,dataset=cifar10")
+        self.reproduce(monkeypatch, tmp_path / "rows.jsonl", execute, *flags)
+        assert points[16] >= 20 > points[32] >= 4
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
