@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.arrays import own
 from orlomo_jax.driven import Job
 from orlomo_jax.methods import Method
 from orlomo_jax.plan import Planner, Stretch, count_slots
@@ -20,7 +21,6 @@ from orlomo_jax.server import Holdings, ParameterServer
 from orlomo_jax.server_step import (
     check_merge_weight,
     merge_weight_on_host,
-    own,
     server_step,
     start_momentum,
 )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.arrays import beside, own
 from orlomo_jax.books import Books
 from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
@@ -20,10 +21,8 @@ from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finit
 from orlomo_jax.rules import contract
 from orlomo_jax.server_step import (
     as_partial,
-    beside,
     check_merge_weight,
     merge_weight_on_host,
-    own,
     server_step,
     start_momentum,
 )

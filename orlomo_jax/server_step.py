@@ -1,10 +1,10 @@
-"""The server's numerics: update, apply and merge as one compiled program, and its arrays."""
+"""The server's numerics: update, apply and merge as one compiled program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,6 @@ import numpy as np
 import optax
 
 from orlomo_jax.rules import contract
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, PyTree
 
 
 @lru_cache(maxsize=64)
@@ -94,26 +91,3 @@ def start_momentum(state: Any) -> contract.Params:
         return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
     return optax.tree.get(state, "momentum", filtering=of_a_state)
-
-
-def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
-
-    def leaf(x):
-        if isinstance(x, jax.Array) and not getattr(x, "weak_type", False):  # keys have none
-            return x
-        return jnp.array(x, dtype=jnp.result_type(x))
-
-    return jax.tree.map(leaf, tree)
-
-
-def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
-    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be."""
-    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
-    leaves, structure = jax.tree.flatten(tree)
-    wanted = expected * (len(leaves) // len(expected)) if expected else []
-    moved = [
-        leaf if getattr(leaf, "sharding", sharding) == sharding else jax.device_put(leaf, sharding)
-        for leaf, sharding in zip(leaves, wanted, strict=True)
-    ]
-    return jax.tree.unflatten(structure, moved)

@@ -20,6 +20,7 @@ ORDER = (
     "rules",
     "worker",
     "methods",
+    "arrays",
     "buffers",
     "reports",
     "server_step",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import wire_dtype
@@ -113,7 +114,7 @@ class RayWorkers:
     def submit(self, task: Task) -> int:
         """Send a task; tasks of one version share an object."""
         if self._version is None or self._version[0] != task.dispatched_at:
-            start = jax.device_get(task[3:])
+            start = on_host(task[3:])
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
             self._version = (task.dispatched_at, self._ray.put(start), size)
             self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(start[0])]
@@ -202,7 +203,7 @@ class OrlomoWorker:
     def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
         """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
         begin = time.perf_counter()
-        result, loss = jax.device_get(answer(self._work, self._worker, round, start))
+        result, loss = on_host(answer(self._work, self._worker, round, start))
         update = result.update
         if self._narrow is not None:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
@@ -175,5 +176,6 @@ class _Thread:
             start = jax.device_put(start, self._device)  # 20 µs a leaf, even of what is there
         result, loss = answer(self._work, task.worker, task.round, start)
         jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
-        report = task.report(result)._replace(finite=bool(result.finite))
+        finite, loss = on_host((result.finite, loss))
+        report = task.report(result)._replace(finite=bool(finite))
         return Outcome(task.worker, task.round, report, float(loss))

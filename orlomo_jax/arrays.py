@@ -1,0 +1,66 @@
+"""Trees of arrays on their way between callers, devices and wires."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, PyTree
+
+
+def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
+
+    def leaf(x):
+        if isinstance(x, jax.Array) and not getattr(x, "weak_type", False):  # keys have none
+            return x
+        return jnp.array(x, dtype=jnp.result_type(x))
+
+    return jax.tree.map(leaf, tree)
+
+
+def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
+    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be.
+
+    NumPy arrays for a single device stay: a compiled program takes them along by itself, in a
+    fifth of the time.
+    """
+    expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = expected * (len(leaves) // len(expected)) if expected else []
+    moved = [
+        leaf if _is_there(leaf, sharding) else jax.device_put(leaf, sharding)
+        for leaf, sharding in zip(leaves, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def _is_there(leaf: ArrayLike, sharding: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding == sharding
+    return isinstance(sharding, jax.sharding.SingleDeviceSharding)
+
+
+def on_host(tree: PyTree[ArrayLike]) -> PyTree[np.ndarray]:
+    """Return the tree as NumPy arrays, on a CPU without a copy.
+
+    All copies from other devices are under way before the first is waited for, as
+    ``jax.device_get`` does it, which takes 30 µs a leaf also where there is nothing to copy.
+
+    Example:
+        >>> on_host({"loss": jnp.ones(2)})
+        {'loss': array([1., 1.], dtype=float32)}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not _is_on_cpu(leaf):
+            leaf.copy_to_host_async()
+    return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in leaves])
+
+
+def _is_on_cpu(leaf: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in leaf.devices())
