@@ -14,7 +14,7 @@ from orlomo_jax.arrays import own
 from orlomo_jax.driven import Job
 from orlomo_jax.methods import Method
 from orlomo_jax.plan import Planner, Stretch, count_slots
-from orlomo_jax.reports import Report, ReportRejected, Task, check_form
+from orlomo_jax.reports import Form, Report, ReportRejected, Task
 from orlomo_jax.rounds import fused_round
 from orlomo_jax.rules import contract
 from orlomo_jax.server import Holdings, ParameterServer
@@ -180,7 +180,7 @@ class Compiled:
         report = Report(0, 0, 0, result.update, result.model_state)
         momentum = server.method.worker_momentum is not None
         try:
-            check_form(report, params, model_state, momentum=momentum)
+            Form(params, model_state, momentum=momentum).check(report)
         except (TypeError, ValueError) as error:
             raise ReportRejected(str(error)) from error
         return loss.dtype

@@ -79,39 +79,50 @@ class ReportRejected(ValueError):
         self.reason: Reason = reason
 
 
-def check_form(
-    report: Report, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
-) -> None:
-    """Raise unless the report's trees are like the server's; abstract leaves will do.
+class Form:
+    """What the reports to a server are like, worked out once: the check of one is a single pass.
 
     Args:
-        report: The report.
-        params: The server's parameters.
+        params: The server's parameters; abstract leaves will do.
         model_state: The server's model state.
         momentum: Whether the method's workers report their local momentum.
-
-    Raises:
-        TypeError: If ``report.update`` is no LocalUpdate.
-        ValueError: If a tree has another structure, or a leaf another shape or dtype; the message
-            names the leaf by its path.
     """
-    if not isinstance(report.update, LocalUpdate):
-        kind = type(report.update).__name__
-        raise TypeError(f"`update` must be a LocalUpdate, got {kind}")
-    if momentum != (report.update.momentum is not None):
-        wanted = "have a local momentum" if momentum else "have no local momentum"
-        raise ValueError(
-            f"`update` must {wanted}, got update.momentum={type(report.update.momentum).__name__}: "
-            "make the round by method.local_round"
+
+    def __init__(
+        self, params: contract.Params, model_state: PyTree[Array], *, momentum: bool
+    ) -> None:
+        """Keep shapes and dtypes, no array."""
+        self._params, self._model_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state)
         )
-    update, of_params = report.update, _signature(params)
-    checks = [("update.delta", update.delta, params, of_params)]
-    if momentum:
-        checks.append(("update.momentum", update.momentum, params, of_params))
-    checks.append(("model_state", report.model_state, model_state, _signature(model_state)))
-    for name, tree, like, signature in checks:
-        if _signature(tree) != signature:
-            contract.check_like(name, tree, like, dtypes=True)  # slower, but says where
+        self._momentum = self._params if momentum else None
+        self._signature = _signature((LocalUpdate(self._params, self._momentum), self._model_state))
+
+    def check(self, report: Report) -> None:
+        """Raise unless the report's trees are like the server's.
+
+        Raises:
+            TypeError: If ``report.update`` is no LocalUpdate.
+            ValueError: If a tree has another structure, or a leaf another shape or dtype; the
+                message names the leaf by its path.
+        """
+        update = report.update
+        if _signature((update, report.model_state)) == self._signature:
+            return
+        if not isinstance(update, LocalUpdate):
+            raise TypeError(f"`update` must be a LocalUpdate, got {type(update).__name__}")
+        if (self._momentum is None) != (update.momentum is None):
+            wanted = "have no local momentum" if self._momentum is None else "have a local momentum"
+            raise ValueError(
+                f"`update` must {wanted}, got update.momentum={type(update.momentum).__name__}: "
+                "make the round by method.local_round"
+            )
+        for name, tree, like in (
+            ("update.delta", update.delta, self._params),
+            ("update.momentum", update.momentum, self._momentum),
+            ("model_state", report.model_state, self._model_state),
+        ):
+            contract.check_like(name, tree, like, dtypes=True)
 
 
 def _signature(tree: PyTree[ArrayLike]) -> tuple:

@@ -17,7 +17,7 @@ from orlomo_jax.books import Books
 from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
-from orlomo_jax.reports import Reason, Report, ReportRejected, Task, check_finite, check_form
+from orlomo_jax.reports import Form, Reason, Report, ReportRejected, Task, check_finite
 from orlomo_jax.rules import contract
 from orlomo_jax.server_step import (
     as_partial,
@@ -120,6 +120,8 @@ class ParameterServer:
         self.method, self.num_workers = method, num_workers
         self._books = Books(method.name, num_workers, method.synchronous)
         self._params, self._model_state = own((params, model_state))
+        with_momentum = method.worker_momentum is not None
+        self._form = Form(self._params, self._model_state, momentum=with_momentum)
         self._merging = self._model_state  # ahead of it within a synchronous round
         # A rule may keep params, or one array twice: copies of its own can be donated.
         self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
@@ -373,12 +375,7 @@ class ParameterServer:
                     f"{kind} one"
                 )
             self._check_merge_weight(index)
-            check_form(
-                report,
-                self._params,
-                self._model_state,
-                momentum=self.method.worker_momentum is not None,
-            )
+            self._form.check(report)
             reason = "not finite"
             check_finite(report)
         except (TypeError, ValueError, RuntimeError) as error:
