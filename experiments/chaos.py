@@ -32,7 +32,7 @@ import tyro
 from rich.console import Console
 
 from experiments import data, execution, runs
-from orlomo_jax import Checkpoints, Journal, LocalUpdate, Report
+from orlomo_jax import Checkpoints, Journal, LocalUpdate, RayWorkers, Report
 
 POISONS = {
     "not finite": "not finite",
@@ -176,7 +176,9 @@ def _start(settings: Chaos, folder: Path) -> subprocess.Popen[bytes]:
 def _check(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Raise SystemExit if the victim ended, and not for want of anything to do."""
     if process.poll() not in (None, 0):
-        raise SystemExit(f"the driver failed by itself: see {folder / 'log.txt'}")
+        log = folder / "log.txt"  # which may go with a temporary folder
+        last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
+        raise SystemExit(f"the driver failed by itself: see {log}, which ends with\n{last}")
 
 
 def _progress(folder: Path) -> int:
@@ -231,6 +233,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit("--victim needs --folder")
         be_the_victim(settings, settings.folder)
         return
+    try:
+        RayWorkers(settings.workers)  # says so where Ray is not installed
+    except (ImportError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     console = Console()
     with contextlib.ExitStack() as stack:
         folder = settings.folder

@@ -1,5 +1,7 @@
 """The chaos command at a small size: kills of workers and of the driver, and poison."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -42,6 +44,12 @@ def test_poison_is_of_every_kind(tmp_path):
 
 def test_a_driver_that_fails_by_itself_is_reported(tmp_path):
     (tmp_path / "arrivals.jsonl").write_text("garbage\n")
-    with pytest.raises(SystemExit, match=r"the driver failed by itself: see .*log\.txt"):
+    with pytest.raises(SystemExit, match=r"log\.txt, which ends with\n.*is no line of a journal"):
         chaos.main(["--kills", "1", "--folder", str(tmp_path)])
     assert "arrivals.jsonl:1 is no line of a journal" in (tmp_path / "log.txt").read_text()
+
+
+def test_without_ray_the_command_says_which_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"pip install 'orlomo-jax\[ray\]'"):
+        chaos.main(["--kills", "1"])
