@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,16 @@ def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
 def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
     """Return the tree on the devices of ``params`` (each subtree like them), moved if need be.
 
-    NumPy arrays for a single device stay: a compiled program takes them along by itself, in a
-    fifth of the time.
+    NumPy arrays stay: a compiled program takes them along by itself, in a fifth of the time.
     """
     expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
     leaves, structure = jax.tree.flatten(tree)
     wanted = expected * (len(leaves) // len(expected)) if expected else []
     moved = [
-        leaf if _is_there(leaf, sharding) else jax.device_put(leaf, sharding)
+        leaf if getattr(leaf, "sharding", sharding) == sharding else jax.device_put(leaf, sharding)
         for leaf, sharding in zip(leaves, wanted, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
-
-
-def _is_there(leaf: ArrayLike, sharding: Any) -> bool:
-    if isinstance(leaf, jax.Array):
-        return leaf.sharding == sharding
-    return isinstance(sharding, jax.sharding.SingleDeviceSharding)
 
 
 def on_host(tree: PyTree[ArrayLike]) -> PyTree[np.ndarray]:

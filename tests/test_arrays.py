@@ -40,7 +40,7 @@ class TestBeside:
         mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
         params = jax.device_put(params, sharding)
-        (moved,) = jax.tree.leaves(beside({"w": np.ones(2, np.float32)}, params))
+        (moved,) = jax.tree.leaves(beside({"w": jnp.ones(2)}, params))
         assert isinstance(moved, jax.Array)
         assert moved.sharding == sharding
 
