@@ -124,7 +124,7 @@ class Scale:
         name: Of the command line and of the records' file.
         about: One line for the reports.
         shrink: From the paper's run to the one that is carried out.
-        learning_rates: The one grid that every method chooses from, with seed 0.
+        learning_rates: The one grid that every method searches, with seed 0.
         seeds: Runs at the chosen rate.
         checkpoint_every: Global iterations between checkpoints; 0 for none.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import tyro
 
 from experiments import cells, figures, records
 from experiments.benchmarks import chart
-from experiments.reproduce import RESULTS, cell_of, chosen_rate, recorded
+from experiments.reproduce import RESULTS, Search, cell_of, recorded, search
 from experiments.runs import Run
 from orlomo_jax import ArrivalTrace
 
@@ -48,10 +48,8 @@ class Entry(NamedTuple):
 
     number: cells.Number
     run: Run
-    rate: float | None
+    search: Search
     rows: list[dict[str, Any]]
-    grid: list[str]  # of each rate of the grid that is recorded the status, with seed 0
-    complete: bool  # whether all of them are
 
     def mean(self) -> float | None:
         """Return our mean over the seeds, or None where nothing finished."""
@@ -75,16 +73,14 @@ def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
             if (run, number.metric) in seen or not any(cell_of(done) == run for done in rows):
                 continue
             seen.add((run, number.metric))
-            rate = chosen_rate(rows, run, scale)
-            grid = [rows.get(replace(run, learning_rate=r, seed=0)) for r in scale.learning_rates]
+            found = search(rows, run, scale)
             chosen = [
                 row
                 for done, row in rows.items()
-                if cell_of(done) == run and done.learning_rate == rate
+                if cell_of(done) == run and done.learning_rate == found.chosen
             ]
             finished = [row for row in chosen if row["status"] == "finished"]
-            statuses = [row["status"] for row in grid if row is not None]
-            yield Entry(number, run, rate, finished, statuses, len(statuses) == len(grid))
+            yield Entry(number, run, found, finished)
 
 
 def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
@@ -141,10 +137,11 @@ def _delay_lines(found: list[Entry]) -> list[str]:
 
 def _ours(entry: Entry) -> str:
     mean, places = entry.mean(), DIGITS[entry.number.metric]
-    if not entry.complete:
-        return f"{len(entry.grid)} rates of the grid run"
+    statuses = entry.search.statuses.values()
+    if entry.search.untried:
+        return f"{len(statuses)} rates of the grid run"
     if mean is None:
-        return "failed" if "failed" in entry.grid else "diverged at every rate"
+        return "failed" if "failed" in statuses else "diverged at every rate"
     spread = f" ± {entry.std():.{places}f}" if len(entry.rows) > 1 else ""
     return f"{mean:.{places}f}{spread} ({len(entry.rows)})"
 
@@ -164,7 +161,7 @@ def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
         titles[method]: entry.mean() if ours else entry.number.mean
         for method, entry in group.items()
     }
-    if ours and not all(entry.complete for entry in group.values()):
+    if ours and any(entry.search.untried for entry in group.values()):
         return "–"
     known = {name: value for name, value in values.items() if value is not None}
     pick = max if metric == "test_accuracy" else min
@@ -194,7 +191,8 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
     return [
         f"Scale: {scale.name}: {scale.about}. Learning-rate grid, one for all methods: "
         f"{', '.join(f'{rate:g}' for rate in scale.learning_rates)}, chosen with seed 0 by "
-        f"training loss; {scale.seeds} seeds at the chosen rate.",
+        "training loss, from the middle on until a rate is better than both beside it; "
+        f"{scale.seeds} seeds at the chosen rate.",
         "",
         f"Run: {devices}. Status: "
         + ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))

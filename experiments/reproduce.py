@@ -1,8 +1,9 @@
 """The paper's tables and figures, at a scale that fits the machine.
 
 ``python -m experiments.reproduce --table 2 --scale digits`` runs the cells that the records lack.
-Every method chooses its learning rate from the scale's one grid, with seed 0, by training loss; the
-other seeds run at that rate. Kill it when you like: what is recorded is not run again.
+Every method chooses its learning rate from the scale's one grid, with seed 0, by training loss:
+from the middle of the grid on, until a rate is better than both beside it. The other seeds run at
+that rate. Kill it when you like: what is recorded is not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -86,19 +87,39 @@ def _check(row: dict[str, Any]) -> None:
                 raise ValueError(f"its curve has no {metric}")
 
 
-def chosen_rate(rows: dict[Run, dict[str, Any]], run: Run, scale: cells.Scale) -> float | None:
-    """Return the grid's rate of the lowest training loss with seed 0.
+class Search(NamedTuple):
+    """How far a cell has come in choosing its learning rate."""
 
-    None where every rate failed or diverged, or some are not run yet.
+    best: float
+    """Of the grid's rates that are recorded that of the lowest training loss with seed 0."""
+    statuses: dict[float, str]
+    """Of each recorded rate."""
+    untried: tuple[float, ...]
+    """Rates to try next, ``best`` and those beside it; none where the search is at its end."""
+
+    @property
+    def chosen(self) -> float | None:
+        """The cell's rate; None where it is not found yet, or nothing finished."""
+        return None if self.untried or "finished" not in self.statuses.values() else self.best
+
+
+def search(rows: dict[Run, dict[str, Any]], run: Run, scale: cells.Scale) -> Search:
+    """Return where a cell's search stands.
+
+    A rate that failed or diverged is worse than any other; of several, the lowest is the best.
     """
-    losses = {}
-    for rate in scale.learning_rates:
-        row = rows.get(replace(run, learning_rate=rate, seed=0))
-        if row is None:
-            return None
-        if row["status"] == "finished":
-            losses[rate] = row["train_loss"]
-    return min(losses, key=losses.__getitem__, default=None)
+    grid = sorted(scale.learning_rates)
+    tried = {rate: rows.get(replace(run, learning_rate=rate, seed=0)) for rate in grid}
+    statuses = {rate: row["status"] for rate, row in tried.items() if row is not None}
+    losses = {
+        rate: row["train_loss"] if row["status"] == "finished" else math.inf
+        for rate, row in tried.items()
+        if row is not None
+    }
+    best = min(losses, key=losses.__getitem__, default=grid[len(grid) // 2])
+    middle = grid.index(best)
+    beside = grid[max(0, middle - 1) : middle + 2]
+    return Search(best, statuses, tuple(rate for rate in beside if rate not in losses))
 
 
 def missing(
@@ -106,9 +127,9 @@ def missing(
 ) -> Iterator[Run]:
     """Yield the runs to do, in order; ``rows`` must hold each before the next is asked for."""
     for run in wanted:
-        grid = [replace(run, learning_rate=rate, seed=0) for rate in scale.learning_rates]
-        yield from (candidate for candidate in grid if candidate not in rows)
-        rate = chosen_rate(rows, run, scale)
+        while untried := search(rows, run, scale).untried:
+            yield from (replace(run, learning_rate=rate, seed=0) for rate in untried)
+        rate = search(rows, run, scale).chosen
         if rate is not None:
             repeats = [replace(run, learning_rate=rate, seed=seed) for seed in range(1, seeds)]
             yield from (repeat for repeat in repeats if repeat not in rows)

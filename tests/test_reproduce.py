@@ -77,34 +77,57 @@ class TestSelect:
 class TestMissing:
     run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
 
-    def test_grid_first_then_seeds_at_the_best_rate(self):
-        rows = {}
-        order = []
+    def done(self, losses):
+        """Return what a cell runs, in order, where these are the losses of the grid's rates."""
+        rows, order = {}, []
         for run in reproduce.missing([self.run], rows, SCALE, 3):
             order.append((run.learning_rate, run.seed))
-            rows[run] = row_of(run)
-        grid = [(rate, 0) for rate in SCALE.learning_rates]
-        assert order == [*grid, (0.01, 1), (0.01, 2)]
+            loss = losses[SCALE.learning_rates.index(run.learning_rate)]
+            rows[run] = row_of(run, loss, "diverged" if loss is None else "finished")
         assert list(reproduce.missing([self.run], rows, SCALE, 3)) == []
+        return order
+
+    @pytest.mark.parametrize(
+        ("losses", "rates"),
+        [
+            ([5, 2, 1, 2, 5], [0.03, 0.1, 0.3]),
+            ([5, 1, 2, 3, 5], [0.03, 0.1, 0.3, 0.01]),
+            ([1, 2, 3, 4, 5], [0.03, 0.1, 0.3, 0.01]),
+            ([5, 4, 3, 2, 1], [0.03, 0.1, 0.3, 1.0]),
+            ([1, None, None, None, None], [0.03, 0.1, 0.3, 0.01]),
+            ([5, 2, 1, None, None], [0.03, 0.1, 0.3]),
+        ],
+    )
+    def test_until_a_rate_is_better_than_those_beside_it_then_seeds_at_it(self, losses, rates):
+        best = min(rates, key=lambda rate: losses[SCALE.learning_rates.index(rate)] or 9)
+        seeds = [(best, 1), (best, 2)]
+        assert self.done(losses) == [*((rate, 0) for rate in rates), *seeds]
 
     def test_what_is_recorded_is_skipped(self):
         rows = {}
         fill([self.run], rows)
-        lost = list(rows)[2], list(rows)[-1]
-        for run in lost:
-            del rows[run]
-        assert list(reproduce.missing([self.run], rows, SCALE, 3))[:1] == [lost[0]]
+        first, *_, last = rows
+        del rows[first], rows[last]
+        assert next(reproduce.missing([self.run], rows, SCALE, 3)) == first
+
+    def test_a_rate_beyond_the_search_counts(self):
+        """Where more of the grid is recorded than the search needs, the best of all is chosen."""
+        losses = dict(zip(SCALE.learning_rates, (0.5, 2, 1, 2, 5), strict=True))
+        runs = [replace(self.run, learning_rate=rate) for rate in losses]
+        rows = {run: row_of(run, losses[run.learning_rate]) for run in runs}
+        assert reproduce.search(rows, self.run, SCALE).chosen == 0.01
 
     def test_diverged_rates_are_not_chosen(self):
         rows = {}
         for run in reproduce.missing([self.run], rows, SCALE, 2):
             rows[run] = row_of(run, status="diverged" if run.learning_rate < 0.3 else "finished")
-        assert reproduce.chosen_rate(rows, self.run, SCALE) == 0.3
+        assert reproduce.search(rows, self.run, SCALE).chosen == 0.3
 
-    def test_a_cell_that_always_diverges_ends(self):
+    def test_a_cell_that_always_diverges_ends_at_the_lowest_rate(self):
         rows = {}
         fill([self.run], rows, status="diverged")
-        assert len(rows) == len(SCALE.learning_rates)
+        assert [run.learning_rate for run in rows] == [0.03, 0.1, 0.3, 0.01]
+        assert reproduce.search(rows, self.run, SCALE).chosen is None
 
     def test_tables_4_and_5_are_the_runs_of_2_and_1(self):
         assert cells.table_runs(5) == cells.table_runs(1)
@@ -242,10 +265,10 @@ class TestReport:
 
     def test_a_grid_that_is_not_run_to_its_end_says_so(self):
         rows = self.rows()
-        gone = max((run for run in rows if run.method == "orlomo"), key=lambda r: r.learning_rate)
+        gone = min((run for run in rows if run.method == "orlomo"), key=lambda r: r.learning_rate)
         del rows[gone]
         text = "\n".join(report.table_lines(2, rows, SCALE))
-        (line,) = [x for x in text.splitlines() if "4 rates of the grid run / " in x]
+        (line,) = [x for x in text.splitlines() if "3 rates of the grid run / " in x]
         assert line.split(" | ")[-3] == "–"
 
     def test_part_of_a_cell(self):
