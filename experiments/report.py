@@ -64,22 +64,24 @@ class Entry(NamedTuple):
 
 def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
     """Yield every cell of a table that is recorded, each once, in the paper's order."""
+    by_cell: dict[Run, Rows] = {}
+    for done, row in rows.items():
+        by_cell.setdefault(cell_of(done), {})[done] = row
     seen = set()
     for number in cells.paper_numbers():
         if number.table != table:
             continue
         for form in cells.forms(number):
             run = cell_of(scale.shrink(form))
-            if (run, number.metric) in seen or not any(cell_of(done) == run for done in rows):
+            if run not in by_cell or (run, number.metric) in seen:
                 continue
             seen.add((run, number.metric))
-            found = search(rows, run, scale)
-            chosen = [
+            found = search(by_cell[run], run, scale)
+            finished = [
                 row
-                for done, row in rows.items()
-                if cell_of(done) == run and done.learning_rate == found.chosen
+                for done, row in by_cell[run].items()
+                if done.learning_rate == found.chosen and row["status"] == "finished"
             ]
-            finished = [row for row in chosen if row["status"] == "finished"]
             yield Entry(number, run, found, finished)
 
 
