@@ -46,6 +46,7 @@ def execute(
     on_step: Callable[[StepRecord], None] | None = None,
     checkpoint: Checkpoints | None = None,
     replay: ArrivalTrace | None = None,
+    compute_batch: int = 1,
     ray: Ray | None = None,
     **supervision: Any,
 ) -> tuple[dict[str, Any], TrainingResult]:
@@ -58,6 +59,8 @@ def execute(
         on_step: See :func:`orlomo_jax.simulate`.
         checkpoint: Where to save, and to go on from.
         replay: Arrivals to repeat in place of the scenario's (simulated runs).
+        compute_batch: Rounds that are computed together, by vmap, where the scenario is simulated;
+            1 leaves the form to :func:`orlomo_jax.simulate`. Results differ by rounding.
         ray: Where and with what the workers run (Ray).
         **supervision: Of real workers; further arguments of :func:`orlomo_jax.train`.
 
@@ -81,7 +84,9 @@ def execute(
     start = time.perf_counter()
     if run.runtime == "simulated":
         if replay is None:
-            result = simulate(*job, run.trace(num_steps), **shared)
+            together: dict[str, Any] = {"worker_axis": "vmap", "compute_batch": compute_batch}
+            form = together if compute_batch > 1 else {}
+            result = simulate(*job, run.trace(num_steps), **shared, **form)
         else:  # by the programs that the workers ran
             result = simulate(*job, replay, compiled=False, **shared)
     else:
