@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+import orlomo_jax
 from experiments import execution, records, train
+from experiments.runs import Run
 from orlomo_jax import Arrival, ArrivalTrace, AuditFailure, Journal, WorkersGone
 
 FLAGS = (
@@ -192,3 +194,17 @@ def test_a_mistyped_flag_is_refused_with_a_suggestion(capsys):
     with pytest.raises(SystemExit):
         train.main(["--methd", "orlomo"])
     assert "--method" in capsys.readouterr().err
+
+
+def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
+    forms = []
+
+    def simulate(*job, **options):
+        forms.append((options.get("worker_axis"), options.get("compute_batch")))
+        return orlomo_jax.simulate(*job, **options)
+
+    monkeypatch.setattr(execution, "simulate", simulate)
+    run = Run(model="mlp", dataset="digits", workers=4, local_iterations=4, epochs=2)
+    alone, together = (execution.execute(run, compute_batch=batch)[0] for batch in (1, 4))
+    assert forms == [(None, None), ("vmap", 4)]
+    assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
