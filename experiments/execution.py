@@ -84,9 +84,9 @@ def execute(
     start = time.perf_counter()
     if run.runtime == "simulated":
         if replay is None:
-            together: dict[str, Any] = {"worker_axis": "vmap", "compute_batch": compute_batch}
-            form = together if compute_batch > 1 else {}
-            result = simulate(*job, run.trace(num_steps), **shared, **form)
+            if compute_batch > 1:
+                shared |= {"worker_axis": "vmap", "compute_batch": compute_batch}
+            result = simulate(*job, run.trace(num_steps), **shared)
         else:  # by the programs that the workers ran
             result = simulate(*job, replay, compiled=False, **shared)
     else:
