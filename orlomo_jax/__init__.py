@@ -15,6 +15,7 @@ from orlomo_jax.health import Health
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.methods import METHOD_NAMES, Method, make_method
+from orlomo_jax.order import Event
 from orlomo_jax.reports import Report, ReportRejected, Task
 from orlomo_jax.rounds import narrow_reports
 from orlomo_jax.rules import (
@@ -42,7 +43,7 @@ from orlomo_jax.runtimes import (
 )
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.simulator import simulate
-from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.trace import ArrivalTrace
 from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
 
 __all__ = [

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.order import Event
+from orlomo_jax.trace import ArrivalTrace
 
 _FORMAT = "orlomo_jax.Journal"
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from orlomo_jax.books import Books, Ticket
-from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.order import Event
+from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

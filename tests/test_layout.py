@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each room may import what stands before it.
 ORDER = (
     "checks",
+    "order",
     "trace",
     "arrivals",
     "books",
@@ -38,7 +39,7 @@ ORDER = (
     "runtimes",
     "adapters",
 )
-NUMPY_ONLY = ("checks", "trace", "arrivals", "books", "plan")
+NUMPY_ONLY = ("checks", "order", "trace", "arrivals", "books", "plan")
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:

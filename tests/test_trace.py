@@ -15,7 +15,8 @@ from orlomo_jax.arrivals import (
     homogeneous,
     simulate_arrivals,
 )
-from orlomo_jax.trace import ArrivalTrace, Event
+from orlomo_jax.order import Event
+from orlomo_jax.trace import ArrivalTrace
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 FIGURE_1 = [0, 2, 1, 2, 1, 1, 2, 2, 0]

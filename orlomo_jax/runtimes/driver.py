@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from orlomo_jax.history import TrainingResult
 from orlomo_jax.journal import Arrival
+from orlomo_jax.order import Event
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task
 from orlomo_jax.runtimes.notes import Notes, Plan
 from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
 from orlomo_jax.server import ParameterServer
-from orlomo_jax.trace import Event
 
 _POLL = 0.2
 """Seconds between two looks at clocks and memberships."""
