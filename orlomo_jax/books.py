@@ -58,6 +58,23 @@ class Books:
         """Return ``worker`` as an int in [0, K), or raise."""
         return check_count("worker", worker, 0, self.num_workers - 1)
 
+    def why_stale(self, ticket: Ticket) -> str | None:
+        """Return why a report of this task cannot be applied; None where its worker holds it."""
+        worker, round, index = ticket
+        held = self.held.get(worker)
+        if held is None:
+            return (
+                f"worker {worker} holds no task; got a report of round={round}, "
+                f"dispatched_at={index}, a duplicate or stale one"
+            )
+        if held == ticket:
+            return None
+        kind = "a duplicate or stale" if round < held.round else "a wrong"
+        return (
+            f"worker {worker} holds round={held.round}, dispatched_at={held.dispatched_at}; "
+            f"got a report of round={round}, dispatched_at={index}, {kind} one"
+        )
+
     def dispatch(self, worker: int) -> Ticket:
         """Write down a new task.
 

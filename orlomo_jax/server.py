@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from orlomo_jax.arrays import beside, own
-from orlomo_jax.books import Books
+from orlomo_jax.books import Books, Ticket
 from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
@@ -26,6 +26,7 @@ from orlomo_jax.server_step import (
     server_step,
     start_momentum,
 )
+from orlomo_jax.snapshots import content, filled
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree, Scalar
@@ -278,18 +279,18 @@ class ParameterServer:
         """
         versions = {
             str(task.dispatched_at): {
-                "params": _with_content(task.params),
-                "model_state": _with_content(task.model_state),
-                "momentum": _with_content(task.momentum),
+                "params": content(task.params),
+                "model_state": content(task.model_state),
+                "momentum": content(task.momentum),
                 "local_learning_rate": task.local_learning_rate,
             }
             for task in self._held.values()
         }
         arrays = {
-            "params": _with_content(self._params),
-            "state": _with_content(self._state),
-            "model_state": _with_content(self._model_state),
-            "merging": _with_content(self._merging),
+            "params": content(self._params),
+            "state": content(self._state),
+            "model_state": content(self._model_state),
+            "merging": content(self._merging),
             "local_learning_rate": self._local_learning_rate,
             "versions": versions,
         }
@@ -303,31 +304,17 @@ class ParameterServer:
             ValueError: If the snapshot is of another number of workers, or its trees are not like
                 this server's; nothing has changed then.
         """
-
-        def fill(name: str, like: Any, leaves: Any) -> Any:
-            (wanted, structure), there = jax.tree.flatten(like), leaves or []
-            if len(there) != len(_with_content(like)):
-                raise ValueError(
-                    f"the snapshot's `{name}` must have {len(_with_content(like))} leaves, "
-                    f"got {len(there)}"
-                )
-            filled = iter(there)
-            leaves = [jnp.asarray(next(filled)) if leaf.size else leaf for leaf in wanted]
-            tree = jax.tree.unflatten(structure, leaves)
-            contract.check_like(name, tree, like, dtypes=True)
-            return tree
-
         ledger = Books(self.method.name, self.num_workers, self.method.synchronous)
         ledger.restore(books)
         like = {"params": self._params, "state": self._state}
         like |= {"model_state": self._model_state, "merging": self._merging}
-        trees = {name: fill(name, tree, arrays[name]) for name, tree in like.items()}
+        trees = {name: filled(name, tree, arrays[name]) for name, tree in like.items()}
         momentum = start_momentum(self._state) if self.method.synchronous else None
         versions = {
             int(index): (
-                fill("params", self._params, version["params"]),
-                fill("model_state", self._model_state, version["model_state"]),
-                fill("momentum", momentum, version["momentum"]),
+                filled("params", self._params, version["params"]),
+                filled("model_state", self._model_state, version["model_state"]),
+                filled("momentum", momentum, version["momentum"]),
                 jnp.asarray(version["local_learning_rate"]),
             )
             for index, version in (arrays["versions"] or {}).items()
@@ -357,24 +344,15 @@ class ParameterServer:
         try:
             if not isinstance(report, Report):
                 raise TypeError(f"`report` must be a Report, got {type(report).__name__}")
-            task = self.held(report.worker)
-            round = check_count("round", report.round)
-            index = check_count("dispatched_at", report.dispatched_at)
-            if task is None:
+            ticket = Ticket(
+                self._books.check_worker(report.worker),
+                check_count("round", report.round),
+                check_count("dispatched_at", report.dispatched_at),
+            )
+            if (why := self._books.why_stale(ticket)) is not None:
                 reason = "stale"
-                raise ValueError(
-                    f"worker {report.worker} holds no task; got a report of round={round}, "
-                    f"dispatched_at={index}, a duplicate or stale one"
-                )
-            if (round, index) != (task.round, task.dispatched_at):
-                reason = "stale"
-                kind = "a duplicate or stale" if round < task.round else "a wrong"
-                raise ValueError(
-                    f"worker {task.worker} holds round={task.round}, dispatched_at="
-                    f"{task.dispatched_at}; got a report of round={round}, dispatched_at={index}, "
-                    f"{kind} one"
-                )
-            self._check_merge_weight(index)
+                raise ValueError(why)
+            self._check_merge_weight(ticket.dispatched_at)
             self._form.check(report)
             reason = "not finite"
             check_finite(report)
@@ -387,8 +365,3 @@ class ParameterServer:
         delay = self.step - dispatched_at
         weight = merge_weight_on_host(self.method.merge_weight, self.step, delay)
         check_merge_weight(float(weight), self.step, delay)
-
-
-def _with_content(tree: Any) -> list[Any]:
-    """Return the leaves that have an entry: of the others a checkpoint has nothing to hold."""
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]

@@ -25,6 +25,7 @@ ORDER = (
     "buffers",
     "reports",
     "server_step",
+    "snapshots",
     "server",
     "audit",
     "rounds",
