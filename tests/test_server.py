@@ -1,8 +1,7 @@
-"""The parameter server: its bookkeeping, its merging, and that bad input changes nothing."""
+"""The parameter server: its bookkeeping and its merging."""
 
 import gc
 import threading
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,15 @@ from orlomo_jax import (
     make_method,
 )
 from tests import helpers
-
-K = 3
-STATE = {"mean": jnp.zeros(2), "variance": jnp.ones(2)}
-
-
-cached_method = lru_cache(make_method)  # one compiled server step for each
-
-
-def make_server(name="orlomo", model_state=None, rate=0.1, **options) -> ParameterServer:
-    method = cached_method(name, K, 0.5, **options)
-    return ParameterServer(method, helpers.tree(), K, model_state, local_learning_rate=rate)
-
-
-def make_report(task, seed=0, model_state=None, name="orlomo", **changes) -> Report:
-    update = helpers.report(seed)
-    if name in ("al_sgd", "local_ormo_da"):
-        update = update._replace(momentum=None)
-    return Report(*task[:3], update, model_state)._replace(**changes)
+from tests.servers import (
+    STATE,
+    K,
+    assert_unchanged,
+    cached_method,
+    make_report,
+    make_server,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("name", helpers.RULES)
@@ -207,152 +197,6 @@ class TestModelState:
             ParameterServer(method, helpers.tree(), K, STATE, local_learning_rate=0.1)
 
 
-def snapshot(server):
-    trees = (server.params, server.state, server.model_state)
-    return server.step, jax.tree.map(np.array, trees), [server.held(k) for k in range(K)]
-
-
-def assert_unchanged(server, before):
-    step, trees, held = snapshot(server)
-    assert step == before[0]
-    helpers.assert_trees_equal(trees, before[1])
-    assert [task and task[:3] for task in held] == [task and task[:3] for task in before[2]]
-
-
-def poisoned(tree, value):
-    leaves, structure = jax.tree.flatten(tree)
-    leaves[1] = leaves[1].at[0].set(value)
-    return jax.tree.unflatten(structure, leaves)
-
-
-def poisoned_numpy():
-    update = LocalUpdate(poisoned(helpers.tree(), jnp.inf), helpers.tree())
-    return jax.tree.map(np.asarray, update)
-
-
-def with_delta(delta):
-    return lambda task: make_report(task, 1, STATE, update=LocalUpdate(delta, helpers.tree()))
-
-
-BAD_REPORTS = {
-    "not a report": (lambda task: task, "`report` must be a Report, got Task"),
-    "unknown worker": (
-        lambda t: make_report(t, 1, STATE, worker=K),
-        r"`worker` must be in \[0, 2\]",
-    ),
-    "negative worker": (lambda t: make_report(t, 1, STATE, worker=-1), "got worker=-1"),
-    "worker of a wrong type": (lambda t: make_report(t, 1, STATE, worker="0"), "worker='0'"),
-    "idle worker": (lambda t: make_report(t, 1, STATE, worker=2), "worker 2 holds no task"),
-    "future index": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=9),
-        "dispatched_at=9, a wrong",
-    ),
-    "stale index": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=0),
-        "worker 0 holds round=1, dispatched_at=1; got a report of round=1, dispatched_at=0",
-    ),
-    "duplicate": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=0, round=0),
-        "round=0, dispatched_at=0, a duplicate or stale one",
-    ),
-    "no update": (lambda t: make_report(t, 1, STATE, update=(1, 2)), "must be a LocalUpdate"),
-    "no momentum": (
-        lambda t: make_report(t, 1, STATE, update=LocalUpdate(helpers.tree())),
-        "`update` must have a local momentum",
-    ),
-    "structure": (with_delta({"other": jnp.ones(2)}), "`update.delta` must have the structure"),
-    "shape": (
-        with_delta(jax.tree.map(lambda x: x[None], helpers.tree())),
-        r"`update.delta\['layer'\]\[0\]` must have shape \(3, 2\), got shape \(1, 3, 2\)",
-    ),
-    "dtype": (
-        with_delta(jax.tree.map(lambda x: x.astype(jnp.float16), helpers.tree())),
-        r"`update.delta\['layer'\]\[0\]` must be float32, got float16",
-    ),
-    "nan": (
-        with_delta(poisoned(helpers.tree(), jnp.nan)),
-        r"`update.delta\['layer'\]\[1\]\[0\]` must be finite",
-    ),
-    "inf of numpy, called finite": (
-        lambda t: make_report(
-            t,
-            1,
-            STATE,
-            update=jax.tree.map(
-                np.asarray, LocalUpdate(poisoned(helpers.tree(), jnp.inf), helpers.tree())
-            ),
-            finite=True,
-        ),
-        "must be finite",
-    ),
-    "flag": (lambda t: make_report(t, 1, STATE, finite=jnp.array(False)), "finite=False"),
-    "no model state": (lambda t: make_report(t, 1, None), "`model_state` must have the structure"),
-    "nan in model state": (
-        lambda t: make_report(t, 1, {**STATE, "mean": jnp.full(2, jnp.nan)}),
-        r"`model_state\['mean'\]` must be finite",
-    ),
-}
-
-
-@pytest.mark.parametrize(("bad", "message"), BAD_REPORTS.values(), ids=BAD_REPORTS.keys())
-def test_a_bad_report_changes_nothing(bad, message):
-    server = make_server(model_state=STATE)
-    server.receive(make_report(server.dispatch(0), 0, STATE))
-    task = server.dispatch(0)
-    server.dispatch(1)
-    before = snapshot(server)
-    with pytest.raises(ReportRejected, match=message):
-        server.receive(bad(task))
-    assert_unchanged(server, before)
-    server.receive(make_report(task, 1, STATE))
-    assert server.step == 2
-
-
-def test_plain_sgd_methods_refuse_momentum():
-    server = make_server("al_sgd")
-    with pytest.raises(ReportRejected, match="`update` must have no local momentum"):
-        server.receive(make_report(server.dispatch(0)))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda s: s.dispatch(0), "worker 0 is busy with the task dispatched at step 0"),
-        (lambda s: s.dispatch(K), r"`worker` must be in \[0, 2\], got worker=3"),
-        (lambda s: s.dispatch(-1), "worker=-1"),
-        (lambda s: s.release(1), "worker 1 holds no task"),
-        (lambda s: s.release(7), "worker=7"),
-    ],
-)
-def test_bad_dispatch_changes_nothing(call, message):
-    server = make_server()
-    server.dispatch(0)
-    before = snapshot(server)
-    with pytest.raises(ValueError, match=message):
-        call(server)
-    assert_unchanged(server, before)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (
-            {"num_workers": 4},
-            ValueError,
-            "`num_workers` must be the method's, 3, got num_workers=4",
-        ),
-        ({"num_workers": 0}, ValueError, "num_workers=0"),
-        ({"local_learning_rate": -1.0}, ValueError, "local_learning_rate=-1.0"),
-        ({"local_learning_rate": float("nan")}, ValueError, "local_learning_rate=nan"),
-        ({"params": {"a": jnp.arange(2)}}, TypeError, r"int32 at params\['a'\]"),
-    ],
-)
-def test_bad_construction(options, error, message):
-    arguments = {"params": helpers.tree(), "num_workers": K, "local_learning_rate": 0.1} | options
-    with pytest.raises(error, match=message):
-        ParameterServer(make_method("orlomo", K), **arguments)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_other_dtypes(dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -418,30 +262,6 @@ def test_synchronous_momentum_is_found_wherever_it_is():
     helpers.assert_trees_equal(task.momentum, params)
 
 
-def test_float64_of_numpy_is_another_dtype():
-    server = ParameterServer(cached_method("al_sgd", 1), jnp.zeros(2), 1, local_learning_rate=0.1)
-    task = server.dispatch(0)
-    with pytest.raises(ReportRejected, match="must be float32, got float64"):
-        server.receive(Report(*task[:3], LocalUpdate(np.full(2, 1e300)), finite=True))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"round": 0.7}, {"round": float("inf")}, {"finite": "False"}, {"worker": None}]
-)
-def test_fields_of_a_wrong_type_are_rejected(changes):
-    server = make_server()
-    task = server.dispatch(0)
-    with pytest.raises(ReportRejected):
-        server.receive(make_report(task, 0, **changes))
-    assert server.step == 0
-
-
-@pytest.mark.parametrize("rate", [lambda step: jnp.ones(2), lambda step: -1.0])
-def test_schedules_are_looked_at(rate):
-    with pytest.raises(ValueError, match="`local_learning_rate` must be"):
-        make_server(rate=rate)
-
-
 def test_low_precision_averages_add_up_in_float32():
     method = make_method("prsgdm", 512, accumulator_dtype=jnp.float32)
     params = jnp.zeros(2, jnp.bfloat16)
@@ -471,25 +291,3 @@ def test_schedules_that_differ_in_their_arrays_share_a_program():
         server.receive(Report(*task[:3], LocalUpdate({"a": jnp.ones(2)})))
         assert server.dispatch(0).local_learning_rate == start / 2
     assert len([step for step in traces if isinstance(step, jax.core.Tracer)]) == 1
-
-
-@pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), np.array(np.nan, np.float32)])
-def test_a_number_of_the_host_is_looked_at_whatever_the_report_says(nan):
-    method = make_method("al_sgd", 1)
-    server = ParameterServer(method, jnp.zeros([]), 1, local_learning_rate=0.1)
-    task = server.dispatch(0)
-    with pytest.raises(ReportRejected):
-        server.receive(Report(*task[:3], LocalUpdate(nan), finite=True))
-    assert server.step == 0
-
-
-def test_a_snapshot_of_other_workers_changes_nothing():
-    server, other = (
-        make_server(),
-        ParameterServer(make_method("orlomo", 2, 0.5), helpers.tree(1), 2, local_learning_rate=0.1),
-    )
-    before = server.params
-    with pytest.raises(ValueError, match="must be of num_workers=3, got rounds="):
-        server.restore(*other.snapshot())
-    helpers.assert_trees_equal(server.params, before)
-    assert server.dispatch(2).worker == 2

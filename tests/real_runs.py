@@ -1,0 +1,97 @@
+"""A small job for real runs, workers that fail, and the replay that each run is held to."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orlomo_jax import (
+    Outcome,
+    Threads,
+    make_method,
+    simulate,
+    train,
+)
+from tests import helpers
+
+K, S, T = 3, 2, 30
+PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2), "none": None}
+STATE = {"mean": jnp.zeros(3)}
+
+
+class Killed(BaseException):
+    pass
+
+
+def loss_fn(params, model_state, batch, key):
+    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
+    error = jnp.tanh(noisy @ params["a"] + params["b"]) - 0.5
+    state = {"mean": 0.9 * model_state["mean"] + 0.1 * noisy.mean(0)}
+    return jnp.mean(error**2), (state, {})
+
+
+def batch_fn(key, worker, round):
+    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
+    return jax.random.normal(key, (S, 4, 3))
+
+
+@lru_cache
+def setup(name):
+    method = make_method(name, K)
+    return method, method.local_round(loss_fn, S)
+
+
+def schedule(step):
+    return 0.1 / (1.0 + step)
+
+
+def arguments(seed=0):
+    return {
+        "key": jax.random.key(seed),
+        "model_state": STATE,
+        "local_learning_rate": schedule,
+        "evaluate": lambda params, model_state: {"a": params["a"].sum()},
+        "evaluate_every": 7,
+    }
+
+
+def run(name="orlomo", workers=None, *, num_steps=T, **options):
+    method, round_fn = setup(name)
+    workers = Threads(K) if workers is None else workers
+    options = arguments() | {"num_steps": num_steps} | options
+    return train(method, round_fn, batch_fn, PARAMS, workers, **options)
+
+
+def assert_replays(result, name="orlomo"):
+    """The simulator repeats the run from its trace: to the bit, the programs being the same."""
+    method, round_fn = setup(name)
+    again = simulate(
+        method, round_fn, batch_fn, PARAMS, result.trace, compiled=False, **arguments()
+    )
+    for part in ("params", "model_state", "state"):
+        helpers.assert_trees_equal(getattr(result, part), getattr(again, part))
+    np.testing.assert_array_equal(result.history.loss, again.history.loss)
+    np.testing.assert_array_equal(result.history.delay, again.history.delay)
+    ours, theirs = ([e.metrics for e in r.history.evaluations] for r in (result, again))
+    assert ours == theirs
+
+
+class Unreliable(Threads):
+    """Threads of which some tasks come to nothing, as those of a dying or hanging worker."""
+
+    def __init__(self, num_workers, failing=(), hanging=()):
+        super().__init__(num_workers)
+        self.failing, self.hanging, self.starts = failing, hanging, []
+
+    def start(self, worker):
+        self.starts.append(worker)
+        super().start(worker)
+
+    def wait(self, timeout):
+        outcome = super().wait(timeout)
+        if outcome is None or outcome[:2] in self.hanging:
+            return None
+        if outcome[:2] in self.failing:
+            return Outcome(*outcome[:2], None, error="it died")
+        return outcome
