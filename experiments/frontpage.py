@@ -64,8 +64,8 @@ def results_tables() -> str:
             continue
         names = list(cells.METHODS)
         lines = [
-            f"**`{scale.name}`: {scale.about}.** Test accuracy % ± std / training loss, K = 16, "
-            f"Table 2 ({len(rows)} runs; [all tables and figures]"
+            f"**`{scale.name}`: {scale.about}.** Test accuracy % (± std of several seeds) / "
+            f"training loss, K = 16, Table 2 ({len(rows)} runs; [all tables and figures]"
             f"(experiments/results/{scale.name}/report.md)):",
             "",
             f"| data | scenario | S | {' | '.join(names)} |",
@@ -92,7 +92,7 @@ def _both_metrics(entry: report.Entry | None) -> str:
     )
     if accuracy.mean() is None:
         return "diverged"
-    return f"{accuracy.mean():.2f} ± {accuracy.std():.2f} / {loss.mean():.3g}"
+    return f"{accuracy.mean():.2f}{accuracy.spread()} / {loss.mean():.3g}"
 
 
 def benchmark_table() -> str:

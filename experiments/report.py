@@ -61,6 +61,11 @@ class Entry(NamedTuple):
         values = [row[self.number.metric] for row in self.rows]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
+    def spread(self) -> str:
+        """Return " ± std", or nothing of a single seed, which has no spread."""
+        places = DIGITS[self.number.metric]
+        return f" ± {self.std():.{places}f}" if len(self.rows) > 1 else ""
+
 
 def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
     """Yield every cell of a table that is recorded, each once, in the paper's order."""
@@ -144,8 +149,7 @@ def _ours(entry: Entry) -> str:
         return f"{len(statuses)} rates of the grid run"
     if mean is None:
         return "failed" if "failed" in statuses else "diverged at every rate"
-    spread = f" ± {entry.std():.{places}f}" if len(entry.rows) > 1 else ""
-    return f"{mean:.{places}f}{spread} ({len(entry.rows)})"
+    return f"{mean:.{places}f}{entry.spread()} ({len(entry.rows)})"
 
 
 def _against_paper(entry: Entry | None) -> str:
@@ -194,7 +198,7 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
         f"Scale: {scale.name}: {scale.about}. Learning-rate grid, one for all methods: "
         f"{', '.join(f'{rate:g}' for rate in scale.learning_rates)}, chosen with seed 0 by "
         "training loss, from the middle on until a rate is better than both beside it; "
-        f"{scale.seeds} seeds at the chosen rate.",
+        f"{scale.seeds} seeds at the chosen rate, where a cell's (n) says no other.",
         "",
         f"Run: {devices}. Status: "
         + ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
