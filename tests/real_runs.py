@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax import (
+    LocalUpdate,
     Outcome,
     Threads,
     make_method,
@@ -95,3 +96,16 @@ class Unreliable(Threads):
         if outcome[:2] in self.failing:
             return Outcome(*outcome[:2], None, error="it died")
         return outcome
+
+
+def poison(report, kind):
+    worse = {
+        "nan": lambda: report._replace(
+            update=jax.tree.map(lambda x: x * jnp.nan, report.update), finite=None
+        ),
+        "shape": lambda: report._replace(update=LocalUpdate({"a": jnp.ones(2)}, PARAMS)),
+        "index": lambda: report._replace(dispatched_at=report.dispatched_at + 1),
+        "round": lambda: report._replace(round=report.round + 5),
+        "worker": lambda: report._replace(worker=K),
+    }
+    return worse[kind]()

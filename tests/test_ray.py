@@ -23,7 +23,7 @@ from orlomo_jax import (
     train,
 )
 from tests import helpers
-from tests.test_runtimes import (
+from tests.real_runs import (
     PARAMS,
     Killed,
     arguments,

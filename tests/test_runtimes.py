@@ -15,7 +15,6 @@ from orlomo_jax import (
     METHOD_NAMES,
     AuditFailure,
     Checkpoints,
-    LocalUpdate,
     Membership,
     ParameterServer,
     Threads,
@@ -34,6 +33,7 @@ from tests.real_runs import (
     arguments,
     assert_replays,
     batch_fn,
+    poison,
     run,
     setup,
 )
@@ -66,19 +66,6 @@ def test_a_hanging_worker_is_given_up():
     result = run(workers=workers, round_timeout=0.7, on_step=lambda record: time.sleep(0.05))
     assert [event[1:] for event in result.trace.events] == [("lost", 2), ("redispatched", 2)]
     assert_replays(result)
-
-
-def poison(report, kind):
-    worse = {
-        "nan": lambda: report._replace(
-            update=jax.tree.map(lambda x: x * jnp.nan, report.update), finite=None
-        ),
-        "shape": lambda: report._replace(update=LocalUpdate({"a": jnp.ones(2)}, PARAMS)),
-        "index": lambda: report._replace(dispatched_at=report.dispatched_at + 1),
-        "round": lambda: report._replace(round=report.round + 5),
-        "worker": lambda: report._replace(worker=K),
-    }
-    return worse[kind]()
 
 
 @pytest.mark.parametrize(
