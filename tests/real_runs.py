@@ -25,6 +25,16 @@ class Killed(BaseException):
     pass
 
 
+def killed_at(step):
+    """A callback in which the run dies after this many reports."""
+
+    def on_step(record):
+        if record.step == step:
+            raise Killed
+
+    return on_step
+
+
 def loss_fn(params, model_state, batch, key):
     noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
     error = jnp.tanh(noisy @ params["a"] + params["b"]) - 0.5

@@ -29,6 +29,7 @@ from tests.real_runs import (
     arguments,
     assert_replays,
     batch_fn,
+    killed_at,
     poison,
     run,
     setup,
@@ -99,12 +100,8 @@ def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
     narrow_fn = narrow_reports(round_fn, jnp.bfloat16)
     job = (method, narrow_fn, batch_fn, PARAMS)
 
-    def on_step(record):
-        if record.step == 7:
-            raise Killed
-
     with pytest.raises(Killed):
-        train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", on_step=on_step, **options)
+        train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", on_step=killed_at(7), **options)
     narrow = train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", **options)
     state, delta = 12, sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     reports = 12 - 7  # of the second process

@@ -20,6 +20,7 @@ from tests.real_runs import (
     Killed,
     Unreliable,
     assert_replays,
+    killed_at,
     run,
 )
 
@@ -51,19 +52,12 @@ def test_a_killed_run_loses_nothing_that_was_applied(name, tmp_path):
 
 def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
     failing = {(0, 1), (1, 2), (2, 2), (1, 3)}
-    kill_at = iter((6, 12, 18))
-    for _ in range(3):
-        step = next(kill_at)
-
-        def on_step(record, step=step):
-            if record.step == step:
-                raise Killed
-
+    for step in (6, 12, 18):
         with pytest.raises(Killed):
             run(
                 workers=Unreliable(K, failing),
                 checkpoint=Checkpoints(tmp_path, every=4),
-                on_step=on_step,
+                on_step=killed_at(step),
             )
     result = run(workers=Unreliable(K, failing), checkpoint=Checkpoints(tmp_path, every=4))
     assert len(result.trace.events) >= 8
@@ -71,12 +65,8 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
 
 
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path):
-    def on_step(record):
-        if record.step == 8:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=100), on_step=on_step)
+        run(checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(8))
     journal = tmp_path / "arrivals.jsonl"
     journal.write_text(journal.read_text() + '{"worker": 1, "ti')
     torn = journal.stat().st_size
@@ -193,10 +183,6 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
 
 
 def test_audit_goes_on_from_a_checkpoint(tmp_path):
-    def on_step(record):
-        if record.step == 13:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=5), audit=True, on_step=on_step)
+        run(checkpoint=Checkpoints(tmp_path, every=5), audit=True, on_step=killed_at(13))
     run(checkpoint=Checkpoints(tmp_path, every=5), audit=True)

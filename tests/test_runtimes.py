@@ -27,6 +27,7 @@ from tests.real_runs import (
     PARAMS,
     STATE,
     K,
+    Killed,
     S,
     T,
     Unreliable,
@@ -37,6 +38,20 @@ from tests.real_runs import (
     run,
     setup,
 )
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """OrLoMo's programs on each device, so that no time limit meets a compiler."""
+    rounds = [0] * K
+
+    def on_step(record):
+        rounds[record.worker] += 1
+        if min(rounds) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(num_steps=10**6, on_step=on_step)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -61,6 +76,7 @@ def test_a_lost_round_is_an_event_and_replays(name):
     assert_replays(result, name)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_hanging_worker_is_given_up():
     workers = Unreliable(K, hanging={(2, 1)})
     result = run(workers=workers, round_timeout=0.7, on_step=lambda record: time.sleep(0.05))
@@ -164,6 +180,7 @@ def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
     assert_replays(result, name)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_one_lost_worker_is_no_end():
     failing = {(2, round) for round in range(2, 100)}
     result = run(workers=Unreliable(K, failing), max_failures=1)
@@ -243,6 +260,7 @@ def test_one_leaves_as_another_joins():
     assert_replays(result)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_slow_callback_is_nobodys_delay():
     result = run(round_timeout=0.6, on_step=lambda record: time.sleep(0.5), num_steps=8)
     assert result.health.lost == 0
