@@ -307,6 +307,25 @@ def test_reports_come_from_every_device():
     assert_replays(result)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_device_compiles_the_round_once(num_devices, caplog):
+    """Whichever threads need it at once, and whether parameters are w_0 or merged."""
+
+    def batch_fn(key, worker, round):  # no other test's, so that its program is new
+        return jax.random.uniform(jax.random.fold_in(key, num_devices), (S, 5, 3)) + worker + round
+
+    method, round_fn = setup("orlomo")
+    workers = Threads(K, devices=jax.devices()[:num_devices])
+    jax.config.update("jax_log_compiles", True)  # of all threads: the context manager is of one
+    try:
+        train(method, round_fn, batch_fn, PARAMS, workers, num_steps=T, **arguments())
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    done = [record.getMessage() for record in caplog.records]
+    done = [line for line in done if line.startswith("Finished XLA compilation of jit(run_round)")]
+    assert len(done) == num_devices, done
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

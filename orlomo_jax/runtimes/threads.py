@@ -14,7 +14,7 @@ import jax
 from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
-from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
+from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns, prepare
 
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for the rounds that its threads are in."""
@@ -72,6 +72,7 @@ class Threads:
         self._threads: dict[int, _Thread] = {}
         self._ending: list[_Thread] = []
         self._work: dict[Any, Work] = {}
+        self._compiling: dict[Any, threading.Lock] = {}
         self._used: list[Any] = []
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
@@ -84,13 +85,19 @@ class Threads:
             device: Work(work.round_fn, *jax.device_put(work[1:], device))
             for device in dict.fromkeys(self._used)
         }
+        self._compiling = {device: threading.Lock() for device in self._work}
 
     def start(self, worker: int) -> None:
         """Start a thread; one that hangs goes on by itself, and its report will be stale."""
         self.stop(worker)
         device = self._used[worker]
         self._threads[worker] = _Thread(
-            worker, self._work[device], device, self.slowdowns[worker], self._outcomes
+            worker,
+            self._work[device],
+            device,
+            self._compiling[device],
+            self.slowdowns[worker],
+            self._outcomes,
         )
 
     def submit(self, task: Task) -> int:
@@ -133,11 +140,13 @@ class _Thread:
         worker: int,
         work: Work,
         device: Any,
+        compiling: threading.Lock,
         slowdown: float,
         outcomes: queue.SimpleQueue[Outcome],
     ) -> None:
         """Start it."""
         self.worker, self._work, self._device = worker, work, device
+        self._compiling, self._prepared = compiling, False
         self._slowdown, self._outcomes = slowdown, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -172,8 +181,16 @@ class _Thread:
 
     def _carry_out(self, task: Task) -> Outcome:
         start = task[3:]
-        if any(leaf.devices() != {self._device} for leaf in jax.tree.leaves(start)):
+        # What is merged is bound to a device. Were w_0 not, its rounds would need a program more.
+        if any(
+            leaf.devices() != {self._device} or not leaf.committed
+            for leaf in jax.tree.leaves(start)
+        ):
             start = jax.device_put(start, self._device)  # 20 µs a leaf, even of what is there
+        if not self._prepared:
+            with self._compiling:  # or the threads of a device would each compile the same
+                prepare(self._work, task.worker, task.round, start)
+            self._prepared = True
         result, loss = answer(self._work, task.worker, task.round, start)
         jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
         finite, loss = on_host((result.finite, loss))

@@ -104,7 +104,17 @@ def answer(
         round: The task's.
         start: The task's params, model state, momentum and local learning rate.
     """
-    result, loss, _ = fused_round(work.round_fn)(
+    result, loss, _ = fused_round(work.round_fn)(*_arguments(work, worker, round, start))
+    return result, loss
+
+
+def prepare(work: Work, worker: int, round: int, start: tuple[Any, Any, Any, Any]) -> None:
+    """Compile the program that :func:`answer` runs, where that is not done yet; run nothing."""
+    fused_round(work.round_fn).lower(*_arguments(work, worker, round, start)).compile()
+
+
+def _arguments(work: Work, worker: int, round: int, start: tuple[Any, Any, Any, Any]) -> tuple:
+    return (
         work.batch_fn,
         *start,
         work.data_key,
@@ -114,7 +124,6 @@ def answer(
         np.int32(0),
         np.int32(-1),
     )
-    return result, loss
 
 
 def check_slowdowns(slowdowns: Sequence[float] | None, num_workers: int) -> tuple[float, ...]:
