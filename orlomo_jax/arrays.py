@@ -23,6 +23,24 @@ def own(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     return jax.tree.map(leaf, tree)
 
 
+def bound(tree: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
+    """Return the tree with what is bound to no device bound to those of ``params``, whole on each.
+
+    Where ``params`` are free themselves, nothing is bound.
+
+    Example:
+        >>> there = jax.device_put(jnp.ones(2), jax.devices()[0])
+        >>> bound(jnp.ones(3), jnp.ones(2)).committed, bound(jnp.ones(3), there).committed
+        (False, True)
+    """
+    where = next((leaf.sharding for leaf in jax.tree.leaves(params) if leaf.committed), None)
+    if where is None:
+        return tree
+    if isinstance(where, jax.sharding.NamedSharding):
+        where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda leaf: leaf if leaf.committed else jax.device_put(leaf, where), tree)
+
+
 def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:
     """Return the tree on the devices of ``params`` (each subtree like them), moved if need be.
 

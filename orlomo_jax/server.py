@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orlomo_jax.arrays import beside, own
+from orlomo_jax.arrays import beside, bound, own
 from orlomo_jax.books import Books, Ticket
 from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
@@ -120,7 +120,8 @@ class ParameterServer:
             raise ValueError(f"`model_state` needs a method with merge_weight, got {method.name!r}")
         self.method, self.num_workers = method, num_workers
         self._books = Books(method.name, num_workers, method.synchronous)
-        self._params, self._model_state = own((params, model_state))
+        params, model_state = own((params, model_state))
+        self._params, self._model_state = bound((params, model_state), params)
         with_momentum = method.worker_momentum is not None
         self._form = Form(self._params, self._model_state, momentum=with_momentum)
         self._merging = self._model_state  # ahead of it within a synchronous round

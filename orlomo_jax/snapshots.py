@@ -19,7 +19,7 @@ def content(tree: PyTree[Array]) -> list[Array]:
 
 
 def filled(name: str, like: PyTree[Array], leaves: list[ArrayLike] | None) -> PyTree[Array]:
-    """Return a tree like ``like`` of leaves that :func:`content` returned.
+    """Return a tree like ``like`` of leaves that :func:`content` returned, each placed as its like.
 
     Raises:
         ValueError: If there are more or fewer, or one has another shape or dtype.
@@ -37,7 +37,11 @@ def filled(name: str, like: PyTree[Array], leaves: list[ArrayLike] | None) -> Py
         )
     there = iter(there)
     tree = jax.tree.unflatten(
-        structure, [jnp.asarray(next(there)) if leaf.size else leaf for leaf in wanted]
+        structure, [_placed(next(there), leaf) if leaf.size else leaf for leaf in wanted]
     )
     contract.check_like(name, tree, like, dtypes=True)
     return tree
+
+
+def _placed(value: ArrayLike, like: Array) -> Array:
+    return jax.device_put(value, like.sharding) if like.committed else jnp.asarray(value)

@@ -101,6 +101,33 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path):
     assert steps == [0, 0, 8, 8, 24]
 
 
+def placements():
+    """Of one leaf, which the others go along with: a device of the user's choice, and two."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    halves = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    return [jax.devices()[-1], halves]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("place", placements(), ids=["device", "mesh"])
+def test_a_resumed_run_goes_on_where_its_parameters_were(place, compiled, tmp_path):
+    params = PARAMS | {"a": jax.device_put(PARAMS["a"], place)}
+
+    def on_step(record):
+        if record.step == 11:
+            raise Killed
+
+    checkpoint = Checkpoints(tmp_path, every=4)
+    with pytest.raises(Killed):
+        run("orlomo", checkpoint, params=params, compiled=compiled, on_step=on_step)
+    resumed = run("orlomo", checkpoint, params=params, compiled=compiled, on_step=None)
+    unbroken = run("orlomo", params=params, compiled=compiled, on_step=None)
+    assert_same(resumed, unbroken)
+    for name in ("a", "b"):
+        assert resumed.params[name].sharding == unbroken.params[name].sharding
+        assert resumed.params[name].devices() == params["a"].devices()
+
+
 def test_leaves_without_entries_are_saved_too(tmp_path):
     params = PARAMS | {"empty": jnp.zeros((0, 3))}
     unbroken = run("orlomo", params=params)
