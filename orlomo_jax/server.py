@@ -23,6 +23,7 @@ from orlomo_jax.server_step import (
     as_partial,
     check_merge_weight,
     merge_weight_on_host,
+    rates_of,
     server_step,
     start_momentum,
 )
@@ -160,6 +161,14 @@ class ParameterServer:
         """The rule's state (u_t among it). Reading it keeps the arrays alive through a step."""
         self._state_shared = True
         return self._state
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a run that resumes this one must have in common with it, JSON-able."""
+        return {
+            "method": self.method.name,
+            "num_workers": self.num_workers,
+            "local_learning_rate": rates_of(self.schedule, self._local_learning_rate),
+        }
 
     @_transaction
     def held(self, worker: int) -> Task | None:

@@ -75,9 +75,9 @@ def simulate(
             compiled stretch that it belongs to. Of a diverging run also for some steps after the
             one that ``diverged_at`` will name.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
-            method, trace, key and program (the three arguments below) goes on from the newest, and
-            ends as the unbroken run does, to the bit; ``on_step`` then sees the steps after it
-            alone.
+            method, trace, key, learning rate and program (the three arguments below) goes on from
+            the newest, and ends as the unbroken run does, to the bit; ``on_step`` then sees the
+            steps after it alone. Another loss or start is not noticed.
         compiled: Whether stretches of at most 256 steps, up to the next evaluation or checkpoint,
             run as one compiled program each, or every step is driven from Python. "auto" is True
             but on a CPU for a million parameters or more, whose copies cost more than Python, and
@@ -126,7 +126,7 @@ def simulate(
         method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
     )
     job = Job(round_fn, as_partial(batch_fn), trace, data_key, noise_key)
-    identity = _identity(method, trace, key)
+    identity = {} if checkpoint is None else _identity(server, trace, key)
     saved = None if checkpoint is None else checkpoint.newest_of(identity)
     if saved is not None:
         server.restore(saved.arrays["server"], saved.notes["server"])
@@ -187,10 +187,9 @@ def simulate(
     )
 
 
-def _identity(method: Method, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
+def _identity(server: ParameterServer, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
     """Return what a checkpoint must have in common with the run that resumes from it."""
-    return {
-        "method": method.name,
+    return server.identity() | {
         "trace": trace.digest(),
         "key": jax.random.key_data(key).tolist(),
     }

@@ -174,6 +174,8 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
         ("orlomo", {}, "method"),
         ("al_sgd", {"seed": 1}, "key"),
         ("al_sgd", {"trace": trace_for("al_sgd", seed=1)}, "trace"),
+        ("al_sgd", {"local_learning_rate": 0.1}, "local_learning_rate"),
+        ("al_sgd", {"local_learning_rate": lambda t: decaying(t) / 2}, "local_learning_rate"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, options, part):

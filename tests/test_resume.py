@@ -82,6 +82,8 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path):
         run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3), key=jax.random.key(1))
     with pytest.raises(ValueError, match="got one of another method"):
         run("al_sgd", num_steps=6, checkpoint=Checkpoints(tmp_path, every=3))
+    with pytest.raises(ValueError, match="got one of another local_learning_rate"):
+        run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3), local_learning_rate=0.2)
     with pytest.raises(ValueError, match="`num_steps` must be ≥ 6"):
         run(num_steps=4, checkpoint=Checkpoints(tmp_path, every=3))
     (tmp_path / "arrivals.jsonl").unlink()

@@ -142,10 +142,8 @@ class Notes:
         """Return what a checkpoint must have in common with the run that resumes from it."""
         keys = (self.work.data_key, self.work.noise_key)
         wire = getattr(self.work.round_fn, "wire_dtype", None)
-        return {
+        return self.server.identity() | {
             "runtime": "real",
-            "method": self.server.method.name,
-            "num_workers": self.server.num_workers,
             "synchronous": self.server.method.synchronous,
             "keys": [jax.random.key_data(key).tolist() for key in keys],
             "wire": None if wire is None else str(wire),
