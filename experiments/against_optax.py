@@ -146,7 +146,9 @@ def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
-    settings = tyro.cli(AgainstOptax, args=args, description=__doc__)
+    settings = tyro.cli(
+        AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
+    )
     try:
         comparison = compare(settings.run, settings.data_dir, settings.evaluations)
     except (DataError, ValueError) as error:

@@ -5,6 +5,7 @@ Each stands between ``<!-- block NAME -->`` and ``<!-- end -->``; nothing there 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -126,6 +127,9 @@ def render(text: str) -> str:
 
 def main() -> None:
     """Write the README."""
+    argparse.ArgumentParser(
+        prog="python -m experiments.frontpage", description=__doc__
+    ).parse_args()
     records.write(README, render(README.read_text(encoding="utf-8")))
 
 

@@ -85,7 +85,12 @@ def accuracies(run: runs.Run, data_dir: Path | None = None) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
-    settings = tyro.cli(MergedStatistics, args=args, description=__doc__)
+    settings = tyro.cli(
+        MergedStatistics,
+        prog="python -m experiments.merged_statistics",
+        args=args,
+        description=__doc__,
+    )
     try:
         found = accuracies(settings.run, settings.data_dir)
     except (DataError, ValueError) as error:

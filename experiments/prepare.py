@@ -247,7 +247,7 @@ CONTENTS = {"cifar10": _cifar10, "cifar100": _cifar100, "tiny-imagenet": _tiny_i
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prepare a data set from the command line."""
-    config = tyro.cli(Config, args=args, description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.prepare", args=args, description=__doc__)
     data_dir = (config.data_dir or decoded.default_data_dir()).expanduser()
     try:
         counts = prepare(config.name, config.source.expanduser(), data_dir)

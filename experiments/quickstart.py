@@ -258,7 +258,9 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console()
     start = time.perf_counter()
     try:
-        config = tyro.cli(Config, args=args, description=__doc__)
+        config = tyro.cli(
+            Config, prog="python -m experiments.quickstart", args=args, description=__doc__
+        )
         experiment = Experiment(config)
         config.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -243,7 +243,7 @@ def benchmarks(path: Path, output: Path) -> Path:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write the report."""
-    settings = tyro.cli(Report, args=args, description=__doc__)
+    settings = tyro.cli(Report, prog="python -m experiments.report", args=args, description=__doc__)
     plt.switch_backend("agg")
     try:
         print(_made(settings))

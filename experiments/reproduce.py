@@ -42,7 +42,8 @@ class Reproduce:
     scale: Literal["paper", "small", "digits", "smoke"] = "digits"
     """How large the runs are."""
     only: str = ""
-    """Cells to keep, as field=value[|value],… (workers=16,local_iterations=32)."""
+    """Cells of the paper's to keep, by its models and data sets whatever the scale, as
+    field=value[|value],… (workers=16,local_iterations=32)."""
     seeds: int | None = None
     """Seeds at the chosen learning rate; by default the scale's."""
     data_dir: Path | None = None
@@ -177,7 +178,9 @@ def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run what is missing of a table or figure."""
-    settings = tyro.cli(Reproduce, args=args, description=__doc__)
+    settings = tyro.cli(
+        Reproduce, prog="python -m experiments.reproduce", args=args, description=__doc__
+    )
     if (settings.table is None) == (settings.figure is None):
         raise SystemExit("give either --table or --figure")
     scale = cells.SCALES[settings.scale]

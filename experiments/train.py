@@ -240,7 +240,7 @@ def _prepare(settings: Train) -> _Prepared:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
-    settings = tyro.cli(Train, args=args, description=__doc__)
+    settings = tyro.cli(Train, prog="python -m experiments.train", args=args, description=__doc__)
     console, run = Console(), settings.run
     try:
         num_steps, trace_path, checkpoint, replay, journal, listeners = _prepare(settings)

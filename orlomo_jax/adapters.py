@@ -73,7 +73,14 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
     streams, structure = jax.tree.flatten(rng_state)
     kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
 
+    expected = jax.tree.structure(model_state)
+
     def merge(params, model_state, key):
+        if (got := jax.tree.structure(model_state)) != expected:
+            raise ValueError(
+                "`model_state` must be like that of from_nnx, which simulate and train take as "
+                f"model_state=…; wanted {expected}, got {got}"
+            )
         fresh = [_seed(stream, jax.random.fold_in(key, i)) for i, stream in enumerate(streams)]
         return nnx.merge(graphdef, params, jax.tree.unflatten(structure, fresh), model_state)
 

@@ -27,14 +27,18 @@ def parser() -> argparse.ArgumentParser:
         "--lemma", action="append", metavar="NAME",
         help="only this statement (repeatable): a number, or one of " + ", ".join(STATEMENTS),
     )  # fmt: skip
-    p.add_argument("--check", action="append", choices=list(CHECKS), help="only this check")
-    p.add_argument("--examples", type=int, default=size.examples, help="Hypothesis examples")
+    p.add_argument("--check", action="append", choices=list(CHECKS), metavar="NAME",
+                   help="only this check (repeatable): one of " + ", ".join(CHECKS))  # fmt: skip
+    p.add_argument("--examples", type=int, default=size.examples,
+                   help="Hypothesis examples (default: %(default)s)")  # fmt: skip
     p.add_argument(
         "--exhaustive", type=int, nargs=2, action="append", metavar=("K", "T"),
         help="run all K^T arrival orders (repeatable); default: " + ", ".join(
             f"{k}^{t}" for k, t in size.exhaustive),
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=size.seed, help="of everything drawn")
+    p.add_argument(
+        "--seed", type=int, default=size.seed, help="of everything drawn (default: %(default)s)"
+    )
     p.add_argument("--json", metavar="FILE", help="write the table as JSON ('-': to stdout only)")
     p.add_argument("--plots", metavar="DIR", help="write the log-log plots of Remarks 4 and 5")
     p.add_argument("--map", action="store_true", help="print what code and what checks hold what")

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from orlomo_jax import LocalUpdate, Method, Report, ReportRejected, local_momentum_sgd
+from orlomo_jax import (
+    LocalUpdate,
+    Method,
+    Report,
+    ReportRejected,
+    delay_adaptive,
+    local_momentum_sgd,
+)
 from proofs_check import rounding, sequences
 from proofs_check.exhaustive import momentum_of
 from proofs_check.extras import need
@@ -34,7 +41,10 @@ BY_STEP = np.array([1.0, 0.3, 1.7, 0.6, 1.1])
 def _method(subject: Subject, num_workers: int, beta: float) -> Method:
     by_step = jnp.asarray(BY_STEP)
     rule = subject.rule(
-        num_workers, momentum=beta, learning_rate=lambda step: by_step[step % len(BY_STEP)]
+        num_workers,
+        momentum=beta,
+        learning_rate=lambda step: by_step[step % len(BY_STEP)],
+        delay_weight=delay_adaptive(num_workers),
     )
     return Method("subject", rule, beta if subject.worker_momentum else None, False, num_workers)
 

@@ -166,3 +166,9 @@ def test_state_that_cannot_be_merged_is_refused_by_path():
 
     with pytest.raises(TypeError, match=r"`module\['calls'\]` must be floating .* got int32"):
         from_nnx(Counter(), criterion)
+
+
+def test_a_missing_model_state_is_named():
+    model = from_nnx(net(), criterion)
+    with pytest.raises(ValueError, match="`model_state` must be like that of from_nnx"):
+        model.loss_fn(model.params, None, example_batch(), KEY)

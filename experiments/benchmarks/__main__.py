@@ -1,5 +1,7 @@
 """Time the library against its limits; ``python -m experiments.benchmarks`` runs all of it.
 
+That takes half an hour on two cores, and tells something where nothing else runs on them.
+
 Each row holds a figure, the limit measured in turn with it in the same run, and their ratio. Rows
 go to the terminal and, with ``--output``, to a JSONL file with device and versions, of which
 ``python -m experiments.report --benchmarks FILE`` makes a table and a plot.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -52,11 +55,15 @@ class Benchmarks:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the benchmarks."""
-    settings = tyro.cli(Benchmarks, args=args, description=__doc__)
+    settings = tyro.cli(
+        Benchmarks, prog="python -m experiments.benchmarks", args=args, description=__doc__
+    )
     if unknown := set(settings.only) - set(GROUPS):
         raise SystemExit(f"--only must be of {', '.join(GROUPS)}, got {', '.join(unknown)}")
     if settings.repeats < 1:
         raise SystemExit(f"--repeats must be ≥ 1, got {settings.repeats}")
+    if "ray" in settings.only and find_spec("ray") is None:
+        raise SystemExit("the group ray needs Ray (pip install 'orlomo-jax[ray]'); or give --only")
     table = Table("benchmark", "figure", "limit", "", "ratio", "bar")
     console = Console()
     for group in settings.only:

@@ -90,7 +90,8 @@ def train(
         membership: Who joins late or leaves; not for a synchronous method.
         round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
             never.
-        max_failures: Lost rounds in a row, ≥ 0, after which a worker is not started again.
+        max_failures: Lost rounds in a row, ≥ 0, that are forgiven: with one more a worker is given
+            up.
         audit: Whether to hold Lemmas 1 and 2 against the server at each step (OrLoMo alone); a few
             passes over the parameters in float64.
         inject: Fault injection: maps each report that comes to those that the server sees.
