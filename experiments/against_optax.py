@@ -22,9 +22,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from rich.console import Console
+from rich.progress import Progress
 
 from experiments import execution, runs
 from experiments.decoded import DataError
+from experiments.train import progress_bar, reporter
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,35 @@ class Comparison(NamedTuple):
     distance: float
 
 
-def compare(run: runs.Run, data_dir: Path | None = None, evaluations: int = 4) -> Comparison:
-    """Train as every run is, and by optax."""
+def compare(
+    run: runs.Run,
+    data_dir: Path | None = None,
+    evaluations: int = 4,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Train as every run is, and by optax, with a bar for each."""
+    progress = Progress(disable=True) if progress is None else progress
     parts = execution.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     every = max(1, num_steps // evaluations)
-    _, result = execution.execute(run, data_dir, evaluate_every=every)
+    on_step = reporter(progress, "simulated", run.epochs, num_steps)
+    _, result = execution.execute(run, data_dir, evaluate_every=every, on_step=on_step)
     params, model_state, key = execution.beginning(run, parts)
     schedule = execution.schedule(run.learning_rate, num_steps)
 
-    def by_optax(params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
+    def by_optax(label: str, params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
         metrics, last = {}, params
         states = plain_optax(run, parts, schedule, params, model_state, key)
+        bar = progress.add_task(label, total=num_steps, rate="")
         for step, (last, statistics) in enumerate(islice(states, num_steps), 1):
+            progress.update(bar, completed=step)
             if step % every == 0 or step == num_steps:
                 metrics[step] = _floats(parts.evaluate(last, statistics))
         return last, metrics
 
-    last, plain = by_optax(params)
-    _, control = by_optax(jax.tree.map(lambda x: x * (1 + jnp.finfo(x.dtype).eps), params))
+    last, plain = by_optax("plain optax", params)
+    apart = jax.tree.map(lambda x: x * (1 + jnp.finfo(x.dtype).eps), params)
+    _, control = by_optax("from a rounding apart", apart)
     norm, minus = optax.tree.norm, optax.tree.sub
     return Comparison(
         {evaluation.step: dict(evaluation.metrics) for evaluation in result.history.evaluations},
@@ -150,7 +163,8 @@ def main(args: Sequence[str] | None = None) -> None:
         AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
     )
     try:
-        comparison = compare(settings.run, settings.data_dir, settings.evaluations)
+        with progress_bar(Console(stderr=True)) as progress:
+            comparison = compare(settings.run, settings.data_dir, settings.evaluations, progress)
     except (DataError, ValueError) as error:
         raise SystemExit(str(error)) from None
     last = 0.0
