@@ -14,7 +14,7 @@ from orlomo_jax.worker import RoundResult, all_finite
 
 
 @lru_cache(maxsize=32)
-def fused_round(round_fn: Callable) -> Callable:
+def fused_round(round_fn: Callable) -> jax.stages.Wrapped:
     """Return batches, round and finite check as one compiled program, kept for a sweep's runs.
 
     Simulator and real runtimes run this same program, so that a replay can be exact to the bit.
