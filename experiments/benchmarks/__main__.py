@@ -1,6 +1,6 @@
 """Time the library against its limits; ``python -m experiments.benchmarks`` runs all of it.
 
-That takes half an hour on two cores, and tells something where nothing else runs on them.
+That takes ten minutes on two cores, and tells something where nothing else runs on them.
 
 Each row holds a figure, the limit measured in turn with it in the same run, and their ratio. Rows
 go to the terminal and, with ``--output``, to a JSONL file with device and versions, of which
