@@ -156,9 +156,9 @@ def check_finite(report: Report) -> None:
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    """Return whether all entries are finite: their sum says yes in one pass without a temporary.
+    """Return whether all entries are finite: Σ|x|² says yes in one pass without a temporary.
 
-    A sum of finite numbers may overflow, so that only the entries themselves can say no.
+    The squares of finite numbers may overflow, so that only the entries themselves can say no.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
+        return bool(np.isfinite(np.vdot(x, x)) or np.isfinite(x).all())
