@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -189,6 +190,7 @@ class OrlomoWorker:
         self, known: list[Any], worker: int, gpu: bool, slowdown: float, narrow: Any
     ) -> None:
         """Choose the platform, before any array is made; then fetch what all workers know."""
+        _keep_freed_memory()
         if gpu:
             os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
         else:
@@ -215,6 +217,20 @@ class OrlomoWorker:
         self._warm = True
         finite = bool(result.finite)
         return update, result.model_state, result.loss, float(loss), finite, seconds
+
+
+def _keep_freed_memory() -> None:
+    """Let this process reuse the memory of a round's results for those of the next.
+
+    glibc gives large arrays back as they are freed, and the kernel clears every page of the new
+    ones: with 44 MB of parameters a quarter of a worker's processor time. Other allocators are left
+    as they are.
+    """
+    largest = 2**31 - 1  # bytes
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, largest)  # M_TRIM_THRESHOLD
+        mallopt(-3, largest)  # M_MMAP_THRESHOLD
 
 
 def _what_happened(error: Exception) -> str:
