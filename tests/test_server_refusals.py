@@ -192,6 +192,13 @@ def test_a_number_of_the_host_is_looked_at_whatever_the_report_says(nan):
     assert server.step == 0
 
 
+def test_large_numbers_of_the_host_are_finite():
+    """Whose squares are not, nor their sum."""
+    server = ParameterServer(make_method("al_sgd", 1), jnp.zeros(3), 1, local_learning_rate=0.1)
+    delta = np.full(3, 3e38, np.float32)
+    assert server.receive(Report(*server.dispatch(0)[:3], LocalUpdate(delta), finite=True)) == (0,)
+
+
 def test_a_snapshot_of_other_workers_changes_nothing():
     server, other = (
         make_server(),
