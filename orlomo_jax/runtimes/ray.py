@@ -34,7 +34,8 @@ class RayWorkers:
     An actor is never restarted or retried by Ray itself, so that no report can be applied twice:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
     travel once to each host; Δw and Δu travel in the dtype of
-    :func:`~orlomo_jax.narrow_reports`, where the round is of it.
+    :func:`~orlomo_jax.narrow_reports`, where the round is of it. An actor keeps the memory that its
+    rounds free, for the next.
 
     Args:
         num_workers: K ≥ 1.
@@ -223,8 +224,9 @@ def _keep_freed_memory() -> None:
     """Let this process reuse the memory of a round's results for those of the next.
 
     glibc gives large arrays back as they are freed, and the kernel clears every page of the new
-    ones: with 44 MB of parameters a quarter of a worker's processor time. Other allocators are left
-    as they are.
+    ones: with 44 MB of parameters a quarter of a worker's processor time. What its threads free of
+    arenas of their own still goes; one arena for all slows short rounds down. Other allocators are
+    left as they are.
     """
     largest = 2**31 - 1  # bytes
     with contextlib.suppress(AttributeError, OSError, TypeError):
