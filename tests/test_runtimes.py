@@ -1,9 +1,6 @@
 """Real runs on threads: replays, losses, membership, audits."""
 
 import math
-import subprocess
-import sys
-import threading
 import time
 
 import jax
@@ -16,19 +13,15 @@ from orlomo_jax import (
     AuditFailure,
     Checkpoints,
     Membership,
-    ParameterServer,
     Threads,
     WorkersGone,
     orlomo,
     train,
 )
-from orlomo_jax.runtimes.workers import Work
 from tests.real_runs import (
     PARAMS,
-    STATE,
     K,
     Killed,
-    S,
     T,
     Unreliable,
     arguments,
@@ -126,41 +119,6 @@ def test_what_is_no_report_is_rejected():
     result = run(inject=lambda report: ["garbage", None, report])
     assert result.health.rejected == {"malformed": 2 * T}
     assert_replays(result)
-
-
-def test_an_interpreter_with_busy_threads_exits_cleanly():
-    code = """
-import jax, jax.numpy as jnp
-from orlomo_jax import Threads, make_method, train
-def loss_fn(params, model_state, batch, key):
-    x = params
-    for _ in range(20):
-        x = jnp.tanh(x @ params)
-    return x.sum(), (model_state, {})
-method = make_method("orlomo", 3)
-train(method, method.local_round(loss_fn, 4), lambda key, worker, round: jnp.ones((4, 1)),
-      jnp.eye(300), Threads(3, slowdowns=[1, 1, 50]), num_steps=12, key=jax.random.key(0),
-      local_learning_rate=1e-3)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
-    def slowly(key, worker, round):
-        begun.set()
-        return jax.pure_callback(lambda: time.sleep(0.5) or ones, ones)
-
-    ones, begun = np.ones((S, 4, 3), np.float32), threading.Event()
-    method, round_fn = setup("orlomo")
-    server = ParameterServer(method, PARAMS, K, STATE, local_learning_rate=0.1)
-    workers = Threads(K)
-    workers.open(Work.of(round_fn, slowly, jax.random.key(0)))
-    workers.start(0)
-    workers.submit(server.dispatch(0))
-    assert begun.wait(10)
-    workers.stop(0)
-    workers.close()
-    assert not [thread for thread in threading.enumerate() if "orlomo" in thread.name]
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -301,31 +259,6 @@ def test_health_counts_what_happened():
     assert "lost rounds   1" in str(health)
 
 
-def test_reports_come_from_every_device():
-    assert len(jax.devices()) == 2
-    result = run(workers=Threads(K, devices=jax.devices()))
-    assert_replays(result)
-
-
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_device_compiles_the_round_once(num_devices, caplog):
-    """Whichever threads need it at once, and whether parameters are w_0 or merged."""
-
-    def batch_fn(key, worker, round):  # no other test's, so that its program is new
-        return jax.random.uniform(jax.random.fold_in(key, num_devices), (S, 5, 3)) + worker + round
-
-    method, round_fn = setup("orlomo")
-    workers = Threads(K, devices=jax.devices()[:num_devices])
-    jax.config.update("jax_log_compiles", True)  # of all threads: the context manager is of one
-    try:
-        train(method, round_fn, batch_fn, PARAMS, workers, num_steps=T, **arguments())
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    done = [record.getMessage() for record in caplog.records]
-    done = [line for line in done if line.startswith("Finished XLA compilation of jit(run_round)")]
-    assert len(done) == num_devices, done
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -345,13 +278,7 @@ def test_bad_arguments(options, error, message):
         run(**options)
 
 
-def test_bad_workers():
-    with pytest.raises(ValueError, match="`slowdowns` must hold a factor for each of 3"):
-        Threads(3, slowdowns=[1, 2])
-    with pytest.raises(ValueError, match=r"`slowdowns\[1\]` must be ≥ 1"):
-        Threads(2, slowdowns=[1, 0.5])
-    with pytest.raises(ValueError, match="`devices` must hold a device"):
-        Threads(2, devices=[])
+def test_bad_memberships():
     with pytest.raises(ValueError, match=r"`membership.absent` must be empty"):
         run("prsgdm", membership=Membership(K, [1]))
     with pytest.raises(ValueError, match=r"`absent` must be in \[0, 2\], got absent=3"):
