@@ -11,7 +11,7 @@ import pytest
 
 import orlomo_jax
 from orlomo_jax import LocalUpdate, al_sgd, delay_adaptive, local_ormo_da, orlomo, prsgdm
-from orlomo_jax.rules.base import geometric_sum
+from orlomo_jax.rules.base import _behind_a_barrier, _by_branch, geometric_sum
 from tests import helpers
 
 STEPS = 2000
@@ -109,6 +109,19 @@ def test_geometric_sum_near_one(count):
     assert float(geometric_sum(0.999999, 1000)) == pytest.approx(
         sum(float(np.float32(0.999999)) ** j for j in range(1, 1001)), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_every_platform_gets_the_same_coefficients(momentum):
+    args = [
+        (jnp.float32(momentum), jnp.float32(0.1), jnp.bool(opens), late, late - opens)
+        for opens in (False, True)
+        for late in map(jnp.int32, range(10))
+    ]
+    for here, elsewhere in zip(
+        (_by_branch(*arg) for arg in args), (_behind_a_barrier(*arg) for arg in args), strict=True
+    ):
+        np.testing.assert_allclose(here, elsewhere, rtol=1e-6)
 
 
 def test_delay_adaptive_is_eq_6():

@@ -155,7 +155,8 @@ def geometric_sum(decay: ArrayLike, count: ArrayLike) -> Scalar:
         power, next_odd = terms
         return total * (1 + power) + next_odd, None
 
-    total, _ = jax.lax.scan(doubled, jnp.zeros_like(decay), (powers[:-1], odd[1:]))
+    terms = (powers[:-1], odd[1:])  # unrolled: a loop on a GPU is a launch or two for each of them
+    total, _ = jax.lax.scan(doubled, jnp.zeros_like(decay), terms, unroll=True)
     return jnp.where(count < 0, -1, total)
 
 
@@ -168,15 +169,26 @@ def ordered_coefficients(
     w_{t+1} = w_t − o·u_{t+1} − ηΔw − η Σ_{j=1..n−o} β^j Δu: the same by
     o·β·u_t = o·(u_{t+1} − β^n ηΔu), and a compiler can then write u in place, in one pass.
 
-    Both branches of the condition give the same: a compiler may fuse anything else that makes a
-    scalar into the loop over the parameters, where it is made anew for every element (XLA on a CPU
-    does, whatever the barriers, and took 25 times as long over a leaf of odd size).
+    On a CPU they come out of a branch, both of whose sides give the same: XLA fuses anything else
+    that makes a scalar there into the loop over the parameters, whatever the barriers, makes it
+    anew for every element, and took 25 times as long over a leaf of odd size. On a GPU XLA keeps
+    scalars apart by itself, while at a branch the host waits for all that the device has to do.
     """
     momentum = jnp.asarray(momentum, float)
     opens = opens_group(step, num_workers)
     late = group(step, num_workers) - group(dispatched_at, num_workers)  # n
     missed = late - opens.astype(jnp.int32)
+    return jax.lax.platform_dependent(
+        momentum, rate, opens, late, missed, cpu=_by_branch, default=_behind_a_barrier
+    )
+
+
+def _by_branch(momentum, rate, opens, late, missed) -> Coefficients:
     return jax.lax.cond(missed > 0, _of_late, _of_others, momentum, rate, opens, late, missed)
+
+
+def _behind_a_barrier(momentum, rate, opens, late, missed) -> Coefficients:
+    return jax.lax.optimization_barrier(_of_late(momentum, rate, opens, late, missed))
 
 
 def _of_late(momentum, rate, opens, late, missed) -> Coefficients:
