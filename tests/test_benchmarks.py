@@ -1,9 +1,12 @@
 """The benchmarks run, and their rows become a table and a plot."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from experiments import records, report
-from experiments.benchmarks import chart, measure
+from experiments.benchmarks import chart, measure, simulator
 from experiments.benchmarks.__main__ import GROUPS, main
 
 ENVIRONMENT = {"device": "cpu", "cpus": 2, "jax": "1", "jaxlib": "1", "python": "3"}
@@ -43,6 +46,21 @@ def test_rows_are_appended_with_device_and_versions(tmp_path, capsys):
 def test_bad_arguments(args, message):
     with pytest.raises(SystemExit, match=message):
         main(args)
+
+
+def test_appfl_is_timed_by_a_python_of_its_own(tmp_path, monkeypatch):
+    stand_in = tmp_path / "job.py"
+    stand_in.write_text("import sys; print(int(sys.argv[1]) / (2 if sys.argv[2] == 'True' else 4))")
+    monkeypatch.setattr(simulator, "APPFL_JOB", stand_in)
+    monkeypatch.setattr(simulator, "seconds", lambda run: 10.0)
+    rows = list(simulator.against_appfl(1, Path(sys.executable)))
+    assert [(row.figure, row.limit, row.ratio) for row in rows] == [(100, 2, 50), (100, 4, 25)]
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", sys.executable])
+def test_a_python_without_appfl_is_refused(python):
+    with pytest.raises(SystemExit, match="--appfl must be a Python that has APPFL"):
+        main(["--only", "startup", "--appfl", python])
 
 
 def test_every_group_is_documented():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "finite": server.finite,
     "worker": simulator.worker,
     "simulator": simulator.simulator,
+    "axes": simulator.axes,
     "workers": scaling.workers,
     "local_steps": scaling.local_steps,
     "parameters": scaling.parameters,
@@ -51,6 +53,8 @@ class Benchmarks:
     """Measurements of each figure and of its limit, in turn."""
     output: Path | None = None
     """JSONL file that the rows are appended to."""
+    appfl: Path | None = None
+    """Python of an environment with APPFL 1.12, whose simulator then does the small job too."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -64,10 +68,15 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--repeats must be ≥ 1, got {settings.repeats}")
     if "ray" in settings.only and find_spec("ray") is None:
         raise SystemExit("the group ray needs Ray (pip install 'orlomo-jax[ray]'); or give --only")
+    if settings.appfl is not None and not simulator.has_appfl(settings.appfl):
+        raise SystemExit(f"--appfl must be a Python that has APPFL, got {settings.appfl}")
+    groups = {name: GROUPS[name] for name in settings.only}
+    if settings.appfl is not None:
+        groups["appfl"] = partial(simulator.against_appfl, python=settings.appfl)
     table = Table("benchmark", "figure", "limit", "", "ratio", "bar")
     console = Console()
-    for group in settings.only:
-        for row in GROUPS[group](settings.repeats):
+    for group, rows in groups.items():
+        for row in rows(settings.repeats):
             bar = "" if row.bar is None else f"{row.bar:.2f}"
             figures = (f"{row.figure:.4g}", f"{row.limit:.4g} ({row.against})", row.unit)
             table.add_row(row.benchmark, *figures, f"{row.ratio:.2f}", bar)

@@ -56,7 +56,7 @@ def in_turn(repeats: int, ours: Callable[[], Any], *limits: Callable[[], Any]) -
     functions = (ours, *limits)
     for function in functions:
         function()
-    rounds = [[_seconds(function) for function in functions] for _ in range(repeats)]
+    rounds = [[seconds(function) for function in functions] for _ in range(repeats)]
     own = statistics.median(times[0] for times in rounds)
     return [
         Timing(
@@ -73,6 +73,16 @@ def rate(name: str, count: float, timing: Timing, unit: str, against: str, bar=N
     return Row(name, count / timing.seconds, count / timing.limit, unit, against, timing.ratio, bar)
 
 
+def of_pairs(
+    name: str, figures: list[float], limits: list[float], unit: str, against: str, bar=None
+) -> Row:
+    """Return a row of medians; the ratio is that of the pairs, which saw the same machine."""
+    ratio = statistics.median(f / x for f, x in zip(figures, limits, strict=True))
+    return Row(
+        name, statistics.median(figures), statistics.median(limits), unit, against, ratio, bar
+    )
+
+
 def fresh_process(code: str) -> str:
     """Return what a fresh Python process prints that runs ``code``.
 
@@ -83,7 +93,8 @@ def fresh_process(code: str) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any]) -> float:
+    """Return how long a call takes; it must wait for its results."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

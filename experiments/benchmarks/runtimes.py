@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import execution, runs
-from experiments.benchmarks.measure import Row
+from experiments.benchmarks.measure import Row, of_pairs
 from experiments.models import mlp
 from orlomo_jax import RayWorkers, Threads, make_method, train
 
@@ -39,16 +38,6 @@ def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
     assert result.status == "finished"
     warm = int(WARM * num_steps)
     return (num_steps - 1 - warm) / (stamps[-1] - stamps[warm])
-
-
-def _row(
-    name: str, figures: list[float], limits: list[float], unit: str, against: str, bar=None
-) -> Row:
-    """Return a row of medians; the ratio is that of the pairs, which saw the same machine."""
-    ratio = statistics.median(f / x for f, x in zip(figures, limits, strict=True))
-    return Row(
-        name, statistics.median(figures), statistics.median(limits), unit, against, ratio, bar
-    )
 
 
 def threads(repeats: int) -> Iterator[Row]:
@@ -80,7 +69,9 @@ def threads(repeats: int) -> Iterator[Row]:
             name = (
                 f"threads, K={num_workers}, MLP of {size}, S={num_local_steps}, batch {batch_size}"
             )
-            yield _row(name, figures[1:], limits[1:], "reports/s", "a loop of the same rounds", 0.9)
+            yield of_pairs(
+                name, figures[1:], limits[1:], "reports/s", "a loop of the same rounds", 0.9
+            )
 
 
 class _Echo:
@@ -149,8 +140,8 @@ def ray_round_trips(repeats: int) -> Iterator[Row]:
             with_round.append(_bare_ray_rate(size, num_workers, num_steps, round_fn, batches))
             figures.append(_rate((*job, jnp.ones(size)), RayWorkers(num_workers), num_steps))
         name = f"Ray round trips, {megabytes} MB of parameters, K={num_workers}"
-        yield _row(name, figures, with_round, "1/s", "bare Ray, the same bytes and rounds", 0.8)
-        yield _row(name, figures, bytes_alone, "1/s", "bare Ray, the same bytes alone", 0.8)
+        yield of_pairs(name, figures, with_round, "1/s", "bare Ray, the same bytes and rounds", 0.8)
+        yield of_pairs(name, figures, bytes_alone, "1/s", "bare Ray, the same bytes alone", 0.8)
     if begun_here:
         ray.shutdown()
 
@@ -182,7 +173,7 @@ def race(repeats: int) -> Iterator[Row]:
         for method, run in chosen.items():
             real = replace(run, runtime="threads", seed=seed)
             seconds[method].append(_time_to(target, real, "real_time"))
-    yield _row(
+    yield of_pairs(
         f"threads, K=4, one 4× slower: training loss {target}",
         [1 / s for s in seconds["orlomo"]],
         [1 / s for s in seconds["prsgdm"]],

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from experiments import models
-from experiments.benchmarks.measure import Row, in_turn, rate
+from experiments.benchmarks.measure import Row, in_turn, of_pairs, rate, seconds
 from experiments.models import mlp
 from orlomo_jax import ArrivalTrace, Method, make_method, one_slow_worker, simulate
 from orlomo_jax import simulate_arrivals as arrivals_of
 
-APPFL = 85
-"""Global iterations a second of APPFL 1.12's simulator at the job of 2 400 parameters."""
+APPFL_JOB = Path(__file__).with_name("appfl_job.py")
+"""Its simulator at the small job, for the Python of an environment that has it."""
 
 
 class Job(NamedTuple):
@@ -72,9 +74,11 @@ def perceptron(widths, num_local_steps, num_workers, num_steps, batch_size=32) -
     return _job("MLP", mlp.loss_fn, params, None, batches, num_workers, num_steps)
 
 
-def resnet(num_local_steps=4, num_workers=4, num_steps=6, batch_size=64) -> Job:
+def resnet(
+    num_local_steps=4, num_workers=4, num_steps=6, batch_size=64, convolution: Any = "auto"
+) -> Job:
     """Return the job of ResNet8 on 32×32 images."""
-    network = models.make("resnet8", 10, (32, 32, 3))
+    network = models.make("resnet8", 10, (32, 32, 3), convolution=convolution)
     params, model_state = network.init(jax.random.key(0))
     shape = (num_local_steps, batch_size)
     batches = jnp.ones((*shape, 32, 32, 3)), jnp.zeros(shape, jnp.int32)
@@ -83,17 +87,12 @@ def resnet(num_local_steps=4, num_workers=4, num_steps=6, batch_size=64) -> Job:
 
 def simulator(repeats: int) -> Iterator[Row]:
     """Global iterations a second, driven from Python and compiled."""
-    small = perceptron((64, 32, 10), 8, 4, 1000)
+    small = _small()
     for form, bar in (("compiled", 1.2), ("driven from Python", 0.5)):
         run = partial(small.simulated, compiled=form == "compiled")
         (timing,) = in_turn(repeats, run, small.rounds)
         name = f"simulator, {form}, {small.name}"
         yield rate(name, small.trace.num_steps, timing, "iterations/s", "bare rounds", bar)
-        if form == "compiled":
-            figure = small.trace.num_steps / timing.seconds
-            yield Row(
-                name, figure, APPFL, "iterations/s", "APPFL 1.12, as stated", figure / APPFL, 80.0
-            )
     jobs = (
         (perceptron((64, 512, 80), 8, 4, 200), repeats),
         (perceptron((64, 256, 200, 10), 32, 16, 64), repeats),
@@ -103,6 +102,52 @@ def simulator(repeats: int) -> Iterator[Row]:
         (timing,) = in_turn(count, job.simulated, job.rounds)
         steps, name = job.trace.num_steps, f"simulator, {job.name}"
         yield rate(name, steps, timing, "iterations/s", "bare rounds", 1 / 1.05)
+
+
+def axes(repeats: int) -> Iterator[Row]:
+    """Each way of computing rounds against the one that is chosen here: none should be above 1."""
+    dense, convolving = perceptron((64, 512, 80), 8, 16, 64), resnet(2, 8, 16)
+    jobs = [("", dense, dense, repeats)]
+    for form in ("matmul",) if jax.default_backend() == "cpu" else ("xla", "matmul"):
+        job = resnet(2, 8, 16, convolution=form)
+        jobs.append((f", {form}", job, convolving, min(repeats, 3)))
+    for form, job, chosen, count in jobs:
+        for axis in ("loop", "map", "vmap"):
+            run = partial(job.simulated, compiled=True, worker_axis=axis)
+            (timing,) = in_turn(count, run, chosen.simulated)
+            name = f"{job.name}: {axis}{form}"
+            yield rate(name, job.trace.num_steps, timing, "iterations/s", "as chosen")
+
+
+def has_appfl(python: Path) -> bool:
+    """Return whether that Python can import APPFL's simulator."""
+    look = "import importlib.util as util; assert util.find_spec('appfl.vsim')"
+    try:
+        return subprocess.run([str(python), "-c", look], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def against_appfl(repeats: int, python: Path) -> Iterator[Row]:
+    """The small job, compiled, against APPFL's simulator, as installed and without its collections.
+
+    APPFL collects all garbage some ten times in a global iteration unless told otherwise, which
+    takes longer the more has been imported.
+    """
+    job = _small()
+    job.simulated(compiled=True)
+    for collect, num_steps, against in (
+        (True, 4, "APPFL 1.12"),
+        (False, 400, "APPFL 1.12, never collecting garbage"),
+    ):
+        figures, limits = [], []
+        for _ in range(min(repeats, 5)):
+            command = [str(python), str(APPFL_JOB), str(num_steps), str(collect)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            limits.append(num_steps / float(done.stdout))
+            figures.append(job.trace.num_steps / seconds(partial(job.simulated, compiled=True)))
+        name = f"simulator, compiled, {job.name}"
+        yield of_pairs(name, figures, limits, "iterations/s", against, 80.0)
 
 
 def worker(repeats: int) -> Iterator[Row]:
@@ -130,6 +175,10 @@ def worker(repeats: int) -> Iterator[Row]:
 
         (timing,) = in_turn(count, job.rounds, bare)
         yield rate(f"worker round, {job.name}", steps, timing, "local steps/s", "bare steps")
+
+
+def _small() -> Job:
+    return perceptron((64, 32, 10), 8, 4, 1000)
 
 
 def _job(name, loss_fn, params, model_state, batches, num_workers, num_steps) -> Job:
