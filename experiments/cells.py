@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.runs import Run
+from experiments.runs import Form, Run
 
 METHODS = {
     "PRSGDm": "prsgdm",
@@ -127,7 +127,7 @@ class Scale:
         learning_rates: The one grid that every method searches, with seed 0.
         seeds: Runs at the chosen rate.
         checkpoint_every: Global iterations between checkpoints; 0 for none.
-        compute_batch: Rounds that are computed together, see :func:`experiments.execution.execute`.
+        form: How the rounds are computed.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Scale:
     learning_rates: tuple[float, ...]
     seeds: int
     checkpoint_every: int = 0
-    compute_batch: int = 1
+    form: Form = field(default_factory=Form)
 
 
 def _on_digits(run: Run, epochs: float, batch_size: int) -> Run:
@@ -173,7 +173,9 @@ SCALES = {
             _small,
             (0.004, 0.02, 0.1, 0.5, 2.5),
             seeds=2,
-            compute_batch=4,  # on one thread, slim networks gain a quarter to a half by it
+            form=Form(
+                "vmap", compute_batch=4
+            ),  # on one thread, slim networks gain a quarter to a half by it
         ),
         Scale(
             "digits",

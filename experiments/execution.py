@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from experiments import data, models, records
-from experiments.runs import Run
+from experiments.runs import Form, Run
 from orlomo_jax import (
     ArrivalTrace,
     Checkpoints,
@@ -46,7 +46,7 @@ def execute(
     on_step: Callable[[StepRecord], None] | None = None,
     checkpoint: Checkpoints | None = None,
     replay: ArrivalTrace | None = None,
-    compute_batch: int = 1,
+    form: Form | None = None,
     ray: Ray | None = None,
     **supervision: Any,
 ) -> tuple[dict[str, Any], TrainingResult]:
@@ -59,8 +59,7 @@ def execute(
         on_step: See :func:`orlomo_jax.simulate`.
         checkpoint: Where to save, and to go on from.
         replay: Arrivals to repeat in place of the scenario's (simulated runs).
-        compute_batch: Rounds that are computed together, by vmap, where the scenario is simulated;
-            1 leaves the form to :func:`orlomo_jax.simulate`. Results differ by rounding.
+        form: How its rounds are computed.
         ray: Where and with what the workers run (Ray).
         **supervision: Of real workers; further arguments of :func:`orlomo_jax.train`.
 
@@ -68,7 +67,8 @@ def execute(
         The row: full configuration, versions and device, final metrics, the curve, virtual and
         real time, and the status; and the result.
     """
-    parts = assemble(run, data_dir)
+    form = Form() if form is None else form
+    parts = assemble(run, data_dir, form.convolution)
     num_steps = run.num_steps(len(parts.train.labels))
     params, model_state, key = beginning(run, parts)
     shared: dict[str, Any] = {
@@ -84,15 +84,14 @@ def execute(
     start = time.perf_counter()
     if run.runtime == "simulated":
         if replay is None:
-            if compute_batch > 1:
-                shared |= {"worker_axis": "vmap", "compute_batch": compute_batch}
+            shared |= {"worker_axis": form.worker_axis, "compute_batch": form.compute_batch}
             result = simulate(*job, run.trace(num_steps), **shared)
         else:  # by the programs that the workers ran
             result = simulate(*job, replay, compiled=False, **shared)
     else:
         workers = _workers(run, Ray() if ray is None else ray)
         result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
-    row = _row(run, result, time.perf_counter() - start)
+    row = _row(run, form, result, time.perf_counter() - start)
     if replay is not None:
         row["replayed"] = replay.digest()
     return row, result
@@ -134,9 +133,11 @@ class Parts(NamedTuple):
     evaluate: Callable
 
 
-def assemble(run: Run, data_dir: Path | None = None) -> Parts:
+def assemble(
+    run: Run, data_dir: Path | None = None, convolution: Literal["auto", "xla", "matmul"] = "auto"
+) -> Parts:
     """Return the parts of a run, the same objects for runs of one shape."""
-    return _assemble(_shared(run), data_dir)
+    return _assemble(_shared(run), data_dir, convolution)
 
 
 def _shared(run: Run) -> Run:
@@ -154,7 +155,7 @@ def _shared(run: Run) -> Run:
 
 
 @lru_cache(maxsize=8)
-def _assemble(run: Run, data_dir: Path | None) -> Parts:
+def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
     source = data.load(run.dataset, data_dir, pool=run.pool)
     network = models.make(
         run.model,
@@ -162,6 +163,7 @@ def _assemble(run: Run, data_dir: Path | None) -> Parts:
         source.image_shape,
         width=run.width,
         dtype=jnp.dtype(run.dtype),
+        convolution=convolution,
     )
     method = make_method(run.method, run.workers, run.momentum)
     loss_fn = source.training_loss(network.loss_fn)
@@ -228,7 +230,7 @@ def _in_steps(start: jax.Array, drops: jax.Array, step: jax.Array) -> jax.Array:
     return start * 0.1 ** (step >= drops).sum()
 
 
-def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
+def _row(run: Run, form: Form, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     evaluations = result.history.evaluations
     real, end = run.runtime != "simulated", float(result.trace.times.max(initial=0.0))
     # What the scenario's speeds come to, beside the seconds that the workers really took.
@@ -243,6 +245,7 @@ def _row(run: Run, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     finished = result.status == "finished" and curve["train_loss"][-1:] != [None]
     return {
         "run": asdict(run),
+        "form": asdict(form),
         "status": "finished" if finished else "diverged",
         "diverged_at": result.diverged_at,
         "num_steps": result.trace.num_steps,

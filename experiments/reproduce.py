@@ -156,7 +156,7 @@ def run_cell(run: Run, settings: Reproduce, scale: cells.Scale, console: Console
                 evaluate_every=max(1, num_steps // cells.curve_points(run)),
                 on_step=reporter(progress, label, run.epochs, num_steps),
                 checkpoint=checkpoint,
-                compute_batch=scale.compute_batch,
+                form=scale.form,
             )
     except DataError:
         raise

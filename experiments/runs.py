@@ -18,6 +18,19 @@ from orlomo_jax import (
     simulate_arrivals,
 )
 
+
+@dataclass(frozen=True)
+class Form:
+    """How the rounds of a run are computed; results differ by rounding."""
+
+    worker_axis: Literal["auto", "loop", "map", "vmap"] = "auto"
+    """One by one, or those that can be together by lax.map or vmap (simulated runs)."""
+    compute_batch: int | None = None
+    """The most rounds together; by default as many as can be."""
+    convolution: Literal["auto", "xla", "matmul"] = "auto"
+    """XLA's convolutions, or matrix products."""
+
+
 PAPER_STEPS = 15_625
 """Global iterations of the paper's Table 3, which its maximum delays belong to."""
 

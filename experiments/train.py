@@ -61,6 +61,8 @@ class Train:
     """A trace, or a killed run's arrivals.jsonl: repeat its arrivals in the simulator."""
     audit: bool = False
     """Hold Lemmas 1 and 2 against the server at each step (real runtimes, OrLoMo)."""
+    form: runs.Form = field(default_factory=runs.Form)
+    """How its rounds are computed."""
     ray: execution.Ray = field(default_factory=execution.Ray)
     """Where and with what Ray's workers run."""
 
@@ -175,6 +177,12 @@ def _check_runtime(settings: Train) -> None:
         raise ValueError(f"--evaluate-every must be ≥ 1, got {settings.evaluate_every}")
     if run.runtime == "simulated" and settings.audit:
         raise ValueError("--audit needs --runtime threads or ray")
+    together = (settings.form.worker_axis, settings.form.compute_batch)
+    if together != ("auto", None) and (run.runtime != "simulated" or settings.replay is not None):
+        raise ValueError(
+            "--form.worker-axis and --form.compute-batch are of simulated runs: those of real "
+            "workers, and what repeats them, compute each round alone"
+        )
     if run.runtime != "simulated":
         run.compute_times()  # refuses an order of arrivals
     if run.runtime == "ray":
@@ -262,6 +270,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 on_health=lambda health: console.print(str(health), highlight=False),
                 checkpoint=checkpoint,
                 replay=replay,
+                form=settings.form,
                 ray=settings.ray,
                 audit=settings.audit,
                 journal=journal,

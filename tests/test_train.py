@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import orlomo_jax
-from experiments import execution, records, train
-from experiments.runs import Run
+from experiments import execution, models, records, train
+from experiments.runs import Form, Run
 from orlomo_jax import Arrival, ArrivalTrace, AuditFailure, Journal, WorkersGone
 
 FLAGS = (
@@ -173,6 +174,7 @@ def test_tensorboard_logs(tmp_path):
         (["--scenario", "one_delayed", "--method", "prsgdm"], "must not be one_delayed for prsgdm"),
         (["--scenario", "one_delayed", "--runtime", "threads"], "must be one of speeds"),
         (["--audit"], "--audit needs --runtime threads or ray"),
+        (["--form.worker-axis", "map", "--runtime", "threads"], "compute each round alone"),
         (["--replay", "/nowhere/trace.json"], "No such file"),
         (["--evaluate-every", "0"], "--evaluate-every must be ≥ 1, got 0"),
         (["--checkpoint-dir", "new", "--checkpoint-every", "0"], "`every` must be ≥ 1"),
@@ -196,6 +198,20 @@ def test_a_mistyped_flag_is_refused_with_a_suggestion(capsys):
     assert "--method" in capsys.readouterr().err
 
 
+def test_convolutions_are_computed_as_one_says(monkeypatch):
+    seen = []
+
+    def make(*args, convolution, **options):
+        seen.append(convolution)
+        return models.make(*args, **options)
+
+    monkeypatch.setattr(execution, "models", SimpleNamespace(make=make))
+    run = Run(model="mlp", dataset="digits", width=0.3)
+    for convolution in ("auto", "xla", "matmul", "xla"):
+        execution.assemble(run, convolution=convolution)
+    assert seen == ["auto", "xla", "matmul"]  # each once
+
+
 def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
     forms = []
 
@@ -205,6 +221,9 @@ def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
 
     monkeypatch.setattr(execution, "simulate", simulate)
     run = Run(model="mlp", dataset="digits", workers=4, local_iterations=4, epochs=2)
-    alone, together = (execution.execute(run, compute_batch=batch)[0] for batch in (1, 4))
-    assert forms == [(None, None), ("vmap", 4)]
+    alone, together = (
+        execution.execute(run, form=form)[0] for form in (Form(), Form("vmap", compute_batch=4))
+    )
+    assert forms == [("auto", None), ("vmap", 4)]
+    assert together["form"] == {"worker_axis": "vmap", "compute_batch": 4, "convolution": "auto"}
     assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
