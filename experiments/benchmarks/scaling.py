@@ -68,7 +68,8 @@ def memory(repeats: int) -> Iterator[Row]:
     """Peak memory of a run's arrays in a fresh process, against the bound of the design.
 
     The bound is one copy of w for each version that workers hold, w and u and the step's own, and
-    one report of 2 copies.
+    one report of 2 copies. What the C library keeps of freed arrays counts too: of a run driven
+    from Python that is half, and GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1000000 takes it away.
     """
     del repeats
     size = 4_000_000
