@@ -173,9 +173,8 @@ SCALES = {
             _small,
             (0.004, 0.02, 0.1, 0.5, 2.5),
             seeds=2,
-            form=Form(
-                "vmap", compute_batch=4
-            ),  # on one thread, slim networks gain a quarter to a half by it
+            # On one thread, slim networks gain a quarter to a half by it.
+            form=Form("vmap", compute_batch=4),
         ),
         Scale(
             "digits",
