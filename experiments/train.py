@@ -132,20 +132,21 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
     return on_step
 
 
-def _claim(path: Path, run: runs.Run, checkpoint: Checkpoints) -> None:
+def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
     """Note whose checkpoints a folder holds; refuse those of a run with other settings."""
+    mine = asdict(settings.run) | {"convolution": settings.form.convolution}
     if not path.exists():
         if checkpoint.steps():
             raise ValueError(f"{path} is missing: nobody knows whose the checkpoints beside it are")
-        records.write(path, json.dumps(asdict(run)))
+        records.write(path, json.dumps(mine))
         return
     try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        theirs = {"convolution": "auto"} | dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, remove it if the folder is this run's: {error}"
         ) from None
-    others = [name for name, value in asdict(run).items() if theirs.get(name) != value]
+    others = [name for name, value in mine.items() if theirs.get(name) != value]
     if others:
         raise ValueError(f"{path} is of a run with another {', '.join(others)}")
 
@@ -237,7 +238,7 @@ def _prepare(settings: Train) -> _Prepared:
     records.check_writable(trace_path)
     journal = None  # beside the checkpoints
     if checkpoint is not None:
-        _claim(checkpoint.directory / "run.json", run, checkpoint)
+        _claim(checkpoint.directory / "run.json", settings, checkpoint)
     elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
         journal = trace_path.with_suffix(".arrivals.jsonl")
         Journal.set_aside(journal)

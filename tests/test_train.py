@@ -53,6 +53,8 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path):
     assert records.read(broken) == []
     with pytest.raises(SystemExit, match="holds checkpoints: add --resume"):
         train.main(flags)
+    with pytest.raises(SystemExit, match=r"run\.json is of a run with another convolution"):
+        train.main([*flags, "--resume", "--form.convolution", "xla"])
     with pytest.raises(SystemExit, match=r"run\.json is of a run with another learning_rate"):
         train.main([*flags, "--resume", "--learning-rate", "0.2"])
     train.main([*flags, "--resume"])
