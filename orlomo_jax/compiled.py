@@ -77,21 +77,24 @@ class Compiled:
             ("loop"), or together before their server steps, by ``jax.lax.map`` or ``jax.vmap``.
         batch: The most rounds of a group; 1 for "loop".
 
+    Attributes:
+        slots: How many versions of w there is room for.
+
     Raises:
         ReportRejected: If the job's reports are not like the server's trees.
     """
 
     def __init__(self, server: ParameterServer, job: Job, axis: WorkerAxis, batch: int) -> None:
         """Check the job; the server keeps everything until the first stretch."""
-        self._server, self._job, self._batch = server, job, batch
-        self._program = stretch_program(
+        self.server, self.job, self._batch = server, job, batch
+        self.program = stretch_program(
             server.method,
             server.num_workers,
             fused_round(job.round_fn),
             axis,
             batch,
         )
-        self._slots = count_slots(job.trace)
+        self.slots, self._merges = count_slots(job.trace), bool(jax.tree.leaves(server.model_state))
         self._carry: Carry | None = None
         self._losses_dtype = self._check_job()
         self.first_bad = -1
@@ -103,29 +106,35 @@ class Compiled:
             ReportRejected: If the weight of a report's model state will be out of [0, 1]; nothing
                 of this stretch has run then.
         """
-        carry = self._load() if self._carry is None else self._carry
-        first = self._planner.books.step
-        stretch = self._planner.advance(stop, LENGTH)
-        count = stop - first
-        if jax.tree.leaves(carry.merging):
-            self._check_merge_weights(first, stretch.dispatched_at[:count])
-        groups = int(np.count_nonzero(stretch.sizes))
-        carry = self._carry = self._program(
-            self._job.batch_fn,
-            self._server.schedule,
-            carry,
-            np.stack(stretch),
-            np.int32(first),
-            np.int32(groups),
-            self._job.data_key,
-            self._job.noise_key,
+        if self._carry is None:
+            self._carry = self.load()
+        first = self.server.step
+        self._carry = self.program(
+            self.job.batch_fn,
+            self.server.schedule,
+            self._carry,
+            *self.plan(stop),
+            self.job.data_key,
+            self.job.noise_key,
         )
-        self.first_bad = int(carry.first_bad)
-        return np.array(carry.losses)[:count]
+        self.first_bad = int(self._carry.first_bad)
+        return np.array(self._carry.losses)[: stop - first]
+
+    def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
+        """Plan the steps until ``stop``: their table, the first of them, and how many groups.
+
+        Raises:
+            ReportRejected: As :meth:`advance` does.
+        """
+        first = self.server.step
+        stretch = self._planner.advance(stop, LENGTH)
+        if self._merges:
+            self._check_merge_weights(first, stretch.dispatched_at[: stop - first])
+        return np.stack(stretch), np.int32(first), np.int32(np.count_nonzero(stretch.sizes))
 
     def peek(self) -> tuple[Any, Any, Any]:
         """Return params, model state and the rule's state, of use until the next stretch."""
-        source = self._server if self._carry is None else self._carry
+        source = self.server if self._carry is None else self._carry
         return source.params, source.model_state, source.state
 
     def arrays(self) -> tuple[Any, Any, Any]:
@@ -134,8 +143,12 @@ class Compiled:
 
     def settle(self) -> None:
         """Leave everything with the server, just as if it had received each report."""
-        if (carry := self._carry) is None:
-            return
+        if self._carry is not None:
+            self.unload(self._carry)
+            self._carry = None
+
+    def unload(self, carry: Carry) -> None:
+        """Give the server all that a carry holds."""
         books = self._planner.books
         params, state, _, model_state, rate, *_ = carry
         newest = _newest(params, state, model_state, rate, books.synchronous)
@@ -146,26 +159,25 @@ class Compiled:
             if slot is not None and slot not in versions:
                 versions[slot] = _read(carry.slots, np.int32(slot))
             tasks[worker] = Task(*ticket, *versions[slot])
-        self._server.settle(Holdings(books, *carry[:5], tasks))
-        self._carry = None
+        self.server.settle(Holdings(books, *carry[:5], tasks))
 
-    def _load(self) -> Carry:
+    def load(self) -> Carry:
         """Take everything from the server."""
-        books, *arrays, tasks = self._server.lend()
-        self._planner = Planner(books, self._job.trace, self._batch, self._slots)
+        books, *arrays, tasks = self.server.lend()
+        self._planner = Planner(books, self.job.trace, self._batch, self.slots)
         versions = {task.dispatched_at: Version(*task[3:]) for task in tasks.values()}
         tasks.clear()
         params, state, merging, model_state, rate = jax.tree.map(jnp.copy, own(arrays))
         first_bad, losses = jnp.int32(self.first_bad), jnp.zeros(LENGTH, self._losses_dtype)
         newest = _newest(params, state, model_state, rate, books.synchronous)
-        slots = _repeat(newest, self._slots)
+        slots = _repeat(newest, self.slots)
         for version, slot in self._planner.versions.items():
             slots = _write(slots, own(versions.pop(version)), np.int32(slot))
         return Carry(params, state, merging, model_state, rate, slots, first_bad, losses)
 
     def _check_job(self) -> Any:
         """Check a report's form without computing one; return the dtype of its mean loss."""
-        server, job = self._server, self._job
+        server, job = self.server, self.job
         params, model_state, state = self.peek()
         rate = jnp.zeros([])
         version = _newest(params, state, model_state, rate, server.method.synchronous)
@@ -190,7 +202,7 @@ class Compiled:
         steps[: len(dispatched_at)] += np.arange(len(dispatched_at))
         delays = np.zeros(LENGTH, int)
         delays[: len(dispatched_at)] = steps[: len(dispatched_at)] - dispatched_at
-        weights = merge_weight_on_host(self._server.method.merge_weight, steps, delays)
+        weights = merge_weight_on_host(self.server.method.merge_weight, steps, delays)
         for index in np.flatnonzero(~((weights >= 0) & (weights <= 1)))[:1]:
             try:
                 check_merge_weight(float(weights[index]), int(steps[index]), int(delays[index]))

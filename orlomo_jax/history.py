@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from orlomo_jax.compiled import Compiled
     from orlomo_jax.driven import Driven
 
-    Engine: TypeAlias = Driven | Compiled
+    from orlomo_jax.together import Lane
+
+    Engine: TypeAlias = Driven | Compiled | Lane
 
 
 class StepRecord(NamedTuple):
@@ -128,8 +130,8 @@ class Progress:
             evaluations=tuple(self.evaluations),
         )
 
-    def snapshot(self, server: ParameterServer, identity: dict[str, Any]) -> tuple[dict, dict]:
+    def snapshot(self, server: ParameterServer) -> tuple[dict, dict]:
         """Return a checkpoint's arrays and notes."""
         arrays, books = server.snapshot()
-        notes = {"identity": identity, "server": books, "evaluations": self.evaluations}
+        notes = {"server": books, "evaluations": self.evaluations}
         return {"server": arrays, "losses": np.asarray(self.losses)}, notes

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import optax
 
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
-from orlomo_jax.compiled import LENGTH
-from orlomo_jax.driven import Job
-from orlomo_jax.form import choose
+from orlomo_jax.compiled import LENGTH, Compiled
+from orlomo_jax.driven import Driven, Job
+from orlomo_jax.form import Form, choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
 from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.server_step import as_partial
+from orlomo_jax.together import Alone, Lane, Together
 from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
@@ -120,78 +121,247 @@ def simulate(
         >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
         ('finished', True)
     """
-    _check_fit(method, trace, key, evaluate_every)
-    data_key, noise_key = jax.random.split(key)
-    server = ParameterServer(
-        method, params, trace.num_workers, model_state, local_learning_rate=local_learning_rate
+    results = simulate_together(
+        method,
+        round_fn,
+        batch_fn,
+        [RunStart(params, trace, key, local_learning_rate, model_state)],
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        on_step=on_step,
+        checkpoint=checkpoint,
+        compiled=compiled,
+        worker_axis=worker_axis,
+        compute_batch=compute_batch,
     )
-    job = Job(round_fn, as_partial(batch_fn), trace, data_key, noise_key)
-    identity = {} if checkpoint is None else _identity(server, trace, key)
+    assert results is not None  # nothing asked it to stop
+    return results[0]
+
+
+class RunStart(NamedTuple):
+    """What one of several runs of a shape has for itself; see :func:`simulate`."""
+
+    params: contract.Params
+    trace: ArrivalTrace
+    key: Array
+    local_learning_rate: float | optax.Schedule
+    model_state: PyTree[ArrayLike] = None
+
+
+def simulate_together(
+    method: Method,
+    round_fn: Callable,
+    batch_fn: BatchFn,
+    starts: Sequence[RunStart],
+    *,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    checkpoint: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
+    compiled: Literal["auto"] | bool = "auto",
+    worker_axis: Literal["auto"] | WorkerAxis = "auto",
+    compute_batch: int | None = None,
+) -> list[TrainingResult] | None:
+    """Simulate runs of one method, shape and length; several go through one compiled program.
+
+    Several runs are computed by ``vmap`` over the runs, each report by itself. Their results are
+    those of single runs up to rounding. If a run diverges, the others go on.
+
+    Args:
+        method: As in :func:`simulate`, and so are all arguments that are not named here.
+        round_fn: The local round of all runs.
+        batch_fn: The batch function of all runs.
+        starts: At least one run; constant learning rates and schedules cannot be mixed.
+        evaluate: Called for each run on its own.
+        evaluate_every: Steps between evaluations.
+        on_step: Called for the first run alone.
+        checkpoint: All runs share one folder, and resume together.
+        stop: Asked after each compiled stretch, and after each evaluation or checkpoint of a run
+            driven from Python. If it returns True, the runs are saved, and the call ends.
+        compiled: Of several runs always compiled.
+        worker_axis: Of several runs always "loop".
+        compute_batch: Of several runs always 1.
+
+    Returns:
+        The result of each run, or None if ``stop`` ended the call.
+
+    Raises:
+        ValueError: If there is no run, ``stop`` has no ``checkpoint``, or the runs cannot share a
+            program.
+    """
+    if not starts:
+        raise ValueError("`starts` must hold at least one run")
+    if stop is not None and checkpoint is None:
+        raise ValueError("`stop` needs a `checkpoint`")
+    for start in starts:
+        _check_fit(method, start.trace, start.key, evaluate_every)
+    num_steps = starts[0].trace.num_steps
+    if any(start.trace.num_steps != num_steps for start in starts):
+        raise ValueError("the traces of runs together must have the same number of steps")
+    several = len(starts) > 1
+    if several:
+        compiled, worker_axis, compute_batch = True, "loop", None
+    batch_fn = as_partial(batch_fn)
+    runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
+    form = choose(compiled, worker_axis, compute_batch, runs[0].server, runs[0].job)
+    identity = _identity(runs, form)
     saved = None if checkpoint is None else checkpoint.newest_of(identity)
-    if saved is not None:
-        server.restore(saved.arrays["server"], saved.notes["server"])
-    form = choose(compiled, worker_axis, compute_batch, server, job)
-    identity["program"] = str(form)
-    if saved is None:
-        progress = Progress()
-        for worker in set(range(trace.num_workers)) - trace.late_joiners:
-            server.dispatch(worker)
-    else:
-        saved.check(identity)
-        progress = Progress(saved.arrays["losses"], saved.notes["evaluations"])
-    engine = form.engine(server, job)
-    evaluate_every = trace.num_steps if evaluate_every is None else evaluate_every
+    for index, run in enumerate(runs):
+        if saved is None:
+            run.begin()
+        else:
+            run.resume(saved.arrays["runs"][index], saved.notes["runs"][index])
+    engines = [form.engine(run.server, run.job) for run in runs]
+    group = Together(engines) if several else Alone(engines[0])
+    for run, lane in zip(runs, group.lanes, strict=True):
+        run.engine = lane
+        if run.bad >= 0:
+            lane.first_bad = run.bad
+    evaluate_every = num_steps if evaluate_every is None else evaluate_every
     every = [evaluate_every, LENGTH] + ([] if checkpoint is None else [checkpoint.every])
-    delays = trace.delays
 
-    def record(step: int, loss: Scalar, metrics: dict[str, float] | None = None) -> StepRecord:
-        worker, delay = int(trace.workers[step - 1]), int(delays[step - 1])
-        return StepRecord(step, float(trace.times[step - 1]), worker, delay, loss, metrics)
+    def save(step: int) -> None:
+        assert checkpoint is not None
+        group.settle()
+        arrays, notes = zip(*(run.snapshot() for run in runs), strict=True)
+        checkpoint.save(
+            step, {"runs": list(arrays)}, {"identity": identity, "runs": list(notes)}
+        )
 
-    def announced(losses: Iterable[Scalar], start: int, stop: int) -> Iterator[Scalar]:
+    first, step = runs[0], runs[0].server.step
+    while step < num_steps:
+        end = min([num_steps, *(step - step % n + n for n in every)])
+        for run, losses in zip(runs, group.advance(end), strict=True):
+            told = on_step if run is first else None
+            run.take(losses if told is None else first.announced(losses, step, end, told))
+        step, last = end, end == num_steps
+        for run in runs:
+            run.look(step)
+        if all(run.bad >= 0 for run in runs):
+            break
+        if evaluate is not None and (step % evaluate_every == 0 or last):
+            for run in runs:
+                run.evaluate(evaluate, step)
+        if on_step is not None:
+            on_step(first.record(step))
+        if checkpoint is not None and (step % checkpoint.every == 0 or last):
+            save(step)
+        if stop is not None and not last and stop():
+            if step % checkpoint.every:
+                save(step)
+            return None
+    for run in runs:
+        run.look(step)
+    return [run.result(step) for run in runs]
+
+
+class _Run:
+    """One run: its server, and what it has gathered.
+
+    Attributes:
+        engine: What carries it out.
+        bad: The step at which its numbers ceased to be finite, −1 for none.
+    """
+
+    engine: Driven | Compiled | Lane
+
+    def __init__(
+        self, method: Method, round_fn: Callable, batch_fn: jax.tree_util.Partial, start: RunStart
+    ) -> None:
+        """Make the server."""
+        params, self.trace, key, local_learning_rate, model_state = start
+        self._key_data = jax.random.key_data(key).tolist()
+        self.server = ParameterServer(
+            method,
+            params,
+            self.trace.num_workers,
+            model_state,
+            local_learning_rate=local_learning_rate,
+        )
+        self.job = Job(round_fn, batch_fn, self.trace, *jax.random.split(key))
+        self.progress, self.bad = Progress(), -1
+        self._metrics: dict[str, float] | None = None
+        self._loss: Any = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with the run that resumes from it."""
+        return self.server.identity() | {"trace": self.trace.digest(), "key": self._key_data}
+
+    def begin(self) -> None:
+        """Dispatch the first tasks."""
+        for worker in set(range(self.trace.num_workers)) - self.trace.late_joiners:
+            self.server.dispatch(worker)
+
+    def resume(self, arrays: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Go on from a :meth:`snapshot`."""
+        self.server.restore(arrays["server"], notes["server"])
+        self.progress = Progress(arrays["losses"], notes["evaluations"])
+        self.bad = notes["first_bad"]
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a checkpoint's arrays and notes."""
+        arrays, notes = self.progress.snapshot(self.server)
+        return arrays, notes | {"first_bad": self.bad}
+
+    def take(self, losses: Iterable[Scalar]) -> None:
+        """Keep the losses of a stretch."""
+        self.progress.waiting_losses.extend(losses)
+        self._loss, self._metrics = self.progress.waiting_losses[-1], None
+
+    def look(self, step: int) -> None:
+        """Fetch the losses, and find whether the run has diverged."""
+        bad = self.progress.look(self.engine, step)
+        self.bad = bad if self.bad < 0 else self.bad
+
+    def evaluate(self, evaluate: Evaluate, step: int) -> None:
+        """Evaluate the run, unless it has diverged."""
+        if self.bad >= 0:
+            return
+        params, model_state, _ = self.engine.arrays()
+        values = evaluate(params, model_state)
+        self._metrics = {name: float(value) for name, value in values.items()}
+        time = float(self.trace.times[step - 1])
+        self.progress.evaluations.append(Evaluation(step, time, self._metrics))
+
+    def record(self, step: int, loss: Any = None) -> StepRecord:
+        """Return what ``on_step`` sees; without a ``loss``, of the newest step."""
+        at, metrics = step - 1, self._metrics if loss is None else None
+        loss = self._loss if loss is None else loss
+        worker, delay = int(self.trace.workers[at]), int(self.trace.delays[at])
+        return StepRecord(step, float(self.trace.times[at]), worker, delay, loss, metrics)
+
+    def announced(
+        self, losses: Iterable[Scalar], start: int, end: int, on_step: Callable
+    ) -> Iterator[Scalar]:
+        """Yield the losses, and tell ``on_step`` of each but the last."""
         for step, loss in enumerate(losses, start + 1):
-            if on_step and step < stop:
-                on_step(record(step, loss))
+            if step < end:
+                on_step(self.record(step, loss))
             yield loss
 
-    step = server.step
-    while step < trace.num_steps:
-        stop = min([trace.num_steps, *(step - step % n + n for n in every)])
-        losses = engine.advance(stop)
-        progress.waiting_losses.extend(announced(losses, step, stop) if on_step else losses)
-        step, metrics, loss = stop, None, progress.waiting_losses[-1]
-        if progress.look(engine, step) >= 0:
-            break
-        last = step == trace.num_steps
-        if evaluate is not None and (step % evaluate_every == 0 or last):
-            params, model_state, _ = engine.arrays()
-            values = evaluate(params, model_state)
-            metrics = {name: float(value) for name, value in values.items()}
-            progress.evaluations.append(Evaluation(step, float(trace.times[step - 1]), metrics))
-        if on_step is not None:
-            on_step(record(step, loss, metrics))
-        if checkpoint is not None and (step % checkpoint.every == 0 or last):
-            engine.settle()
-            checkpoint.save(step, *progress.snapshot(server, identity))
-
-    bad = progress.look(engine, step)
-    params, model_state, state = engine.peek()
-    return TrainingResult(
-        params=params,
-        model_state=model_state,
-        state=state,
-        history=progress.history(trace, step if bad < 0 else bad + 1),
-        trace=trace,
-        status="finished" if bad < 0 else "diverged",
-        diverged_at=None if bad < 0 else bad,
-    )
+    def result(self, step: int) -> TrainingResult:
+        """Return what came of the run after ``step`` steps."""
+        bad = self.bad
+        params, model_state, state = self.engine.peek()
+        return TrainingResult(
+            params=params,
+            model_state=model_state,
+            state=state,
+            history=self.progress.history(self.trace, step if bad < 0 else bad + 1),
+            trace=self.trace,
+            status="finished" if bad < 0 else "diverged",
+            diverged_at=None if bad < 0 else bad,
+        )
 
 
-def _identity(server: ParameterServer, trace: ArrivalTrace, key: Array) -> dict[str, Any]:
-    """Return what a checkpoint must have in common with the run that resumes from it."""
-    return server.identity() | {
-        "trace": trace.digest(),
-        "key": jax.random.key_data(key).tolist(),
+def _identity(runs: Sequence[_Run], form: Form) -> dict[str, Any]:
+    """Return what a checkpoint of these runs must have in common with those that resume from it."""
+    each = [run.identity() | {"program": str(form)} for run in runs]
+    if len(each) == 1:
+        return each[0]
+    return {"together": len(each)} | {
+        name: [identity[name] for identity in each] for name in each[0]
     }
 
 

@@ -240,10 +240,10 @@ def compile_stretch(name, num_workers, axis, batch, size=20_000):
     keys = jax.random.split(jax.random.key(0))
     job = Job(method.local_round(linear, 2), ones, trace, *keys)
     engine = Compiled(server, job, axis, batch)
-    carry = engine._load()
+    carry = engine.load()
     plan = np.zeros((7, LENGTH), np.int32)
     args = (ones, None, carry, plan, np.int32(0), np.int32(1), *keys)
-    compiled = engine._program.lower(*args).compile()
+    compiled = engine.program.lower(*args).compile()
     return compiled.memory_analysis(), 4 * size, sum(x.nbytes for x in jax.tree.leaves(carry))
 
 
@@ -276,10 +276,10 @@ def test_the_batch_bounds_the_memory(axis):
 def test_one_program_for_every_length():
     engine = Compiled(server_for("orlomo"), job_for("orlomo"), "loop", 1)
     engine.advance(1)
-    before = engine._program._cache_size()
+    before = engine.program._cache_size()
     for stop in (2, 7, 50, 100):
         engine.advance(stop)
-    assert engine._program._cache_size() == before
+    assert engine.program._cache_size() == before
 
 
 def convolving(params, model_state, batch, key):

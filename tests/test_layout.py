@@ -31,6 +31,7 @@ ORDER = (
     "rounds",
     "driven",
     "compiled",
+    "together",
     "form",
     "checkpoint",
     "journal",
