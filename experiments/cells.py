@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.runs import Form, Run
+from orlomo_jax import METHOD_NAMES
 
 METHODS = {
     "PRSGDm": "prsgdm",
@@ -91,6 +92,22 @@ def table_runs(table: int) -> tuple[Run, ...]:
         run for number in paper_numbers() if number.table == SOURCES[table] for run in forms(number)
     ]
     return tuple(dict.fromkeys(runs))
+
+
+def importance(run: Run) -> tuple:
+    """Return what sorts the runs of Tables 1 and 2, the most important first.
+
+    ResNet20 on CIFAR10 with K = 16, S = 32 and unequal workers comes first; then equal workers,
+    S = 16 and 8, SqueezeNet, CIFAR100, K = 8.
+    """
+    return (
+        run.workers != 16,
+        run.dataset != "cifar10",
+        run.model != "resnet20",
+        -run.local_iterations,
+        run.scenario != "heterogeneous",
+        METHOD_NAMES.index(run.method),
+    )
 
 
 def figure_runs(figure: int) -> tuple[Run, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from orlomo_jax import (
     simulate,
     train,
 )
+from orlomo_jax.simulator import RunStart, simulate_together
 
 MILESTONES = (0.5, 0.75)
 """Shares of a run after which the local learning rate falls to a tenth: epochs 80, 120 of 160."""
@@ -97,6 +98,67 @@ def execute(
     return row, result
 
 
+def execute_together(
+    runs: Sequence[Run],
+    data_dir: Path | None = None,
+    *,
+    evaluate_every: int | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    checkpoint: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
+    form: Form | None = None,
+) -> list[dict[str, Any]] | None:
+    """Simulate runs of one shape, several as one program; return their rows.
+
+    Args:
+        runs: Runs that differ in seed, learning rate and scenario alone.
+        data_dir: See :func:`execute`, and so for all arguments that are not named here.
+        evaluate_every: Global iterations between evaluations.
+        on_step: Sees the first run.
+        checkpoint: All runs share one.
+        stop: Asked after each compiled segment whether to save the runs and end the call.
+        form: How the rounds of a single run are computed; of several, its convolution alone.
+
+    Returns:
+        The rows, or None if ``stop`` ended the call. The ``wall_time`` of several runs is that of
+        all of them, and ``together`` is how many they are.
+
+    Raises:
+        ValueError: If the runs differ in shape.
+    """
+    form = Form() if form is None else form
+    if len(shapes := {shape_of(run) for run in runs}) != 1:
+        raise ValueError(f"runs together must be of one shape, got {shapes}")
+    parts = assemble(runs[0], data_dir, form.convolution)
+    num_steps = runs[0].num_steps(len(parts.train.labels))
+    start = time.perf_counter()
+    results = simulate_together(
+        parts.method,
+        parts.round_fn,
+        parts.batch_fn,
+        [run_start(run, parts, num_steps) for run in runs],
+        evaluate=parts.evaluate,
+        evaluate_every=evaluate_every or max(1, num_steps // 20),
+        on_step=on_step,
+        checkpoint=checkpoint,
+        stop=stop,
+        worker_axis=form.worker_axis,
+        compute_batch=form.compute_batch,
+    )
+    if results is None:
+        return None
+    wall_time = time.perf_counter() - start
+    rows = [_row(run, form, result, wall_time) for run, result in zip(runs, results, strict=True)]
+    return rows if len(runs) == 1 else [row | {"together": len(runs)} for row in rows]
+
+
+def run_start(run: Run, parts: Parts, num_steps: int) -> RunStart:
+    """Return what a run has for itself."""
+    params, model_state, key = beginning(run, parts)
+    rate = schedule(run.learning_rate, num_steps)
+    return RunStart(params, run.trace(num_steps), key, rate, model_state)
+
+
 @dataclass(frozen=True)
 class Ray:
     """Where and with what Ray's workers run."""
@@ -137,21 +199,12 @@ def assemble(
     run: Run, data_dir: Path | None = None, convolution: Literal["auto", "xla", "matmul"] = "auto"
 ) -> Parts:
     """Return the parts of a run, the same objects for runs of one shape."""
-    return _assemble(_shared(run), data_dir, convolution)
+    return _assemble(replace(shape_of(run), epochs=1, runtime="simulated"), data_dir, convolution)
 
 
-def _shared(run: Run) -> Run:
-    """Return the run with all that needs no other program set to its default."""
-    return replace(
-        run,
-        scenario="homogeneous",
-        seed=0,
-        epochs=1,
-        learning_rate=0.0,
-        slowdown=1,
-        max_delay=0,
-        runtime="simulated",
-    )
+def shape_of(run: Run) -> Run:
+    """Return the run with what needs no other program, nor another length, set to its default."""
+    return replace(run, scenario="homogeneous", seed=0, learning_rate=0.0, slowdown=1, max_delay=0)
 
 
 @lru_cache(maxsize=8)

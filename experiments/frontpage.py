@@ -16,7 +16,8 @@ from rich.console import Console
 
 from experiments import cells, quickstart, records, report
 from experiments.benchmarks import chart
-from experiments.reproduce import RESULTS, recorded
+from experiments.records import RESULTS
+from experiments.search import recorded
 from proofs_check.registry import STATEMENTS
 
 README = Path(__file__).parent.parent / "README.md"

@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 
+RESULTS = Path(__file__).parent / "results"
+"""The committed records, and what is made of them."""
+
 
 def environment() -> dict[str, Any]:
     """Return what a number depends on beside the code: versions, device, processor count.
@@ -37,14 +40,15 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written")
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Append one row, flushed to disk; several processes may append to one file.
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    """Append rows, all or none, flushed to disk; several processes may append to one file.
 
     Raises:
-        ValueError: If the row is not JSON (NaN and Inf are not).
+        ValueError: If a row is not JSON (NaN and Inf are not).
         OSError: If the disk is full; the file is then as it was before.
     """
-    line = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
+    line = "".join(lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:  # no buffer whose rest would be written later
         fcntl.flock(file, fcntl.LOCK_EX)

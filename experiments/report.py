@@ -19,11 +19,10 @@ import tyro
 
 from experiments import cells, figures, records
 from experiments.benchmarks import chart
-from experiments.reproduce import RESULTS, Search, cell_of, recorded, search
 from experiments.runs import Run
+from experiments.search import Rows, Search, cell_of, recorded, search
 from orlomo_jax import ArrivalTrace
 
-Rows = dict[Run, dict[str, Any]]
 DIGITS = {"test_accuracy": 2, "train_loss": 4}
 
 
@@ -259,9 +258,9 @@ def _made(settings: Report) -> Path:
         output = settings.output or settings.trace.parent
         figures.draw_timeline(ArrivalTrace.load(settings.trace), output / "timeline")
         return output / "timeline.png"
-    output = settings.output or RESULTS / settings.scale
+    output = settings.output or records.RESULTS / settings.scale
     scale = cells.SCALES[settings.scale]
-    path = settings.records or RESULTS / f"{scale.name}.jsonl"
+    path = settings.records or records.RESULTS / f"{scale.name}.jsonl"
     rows = recorded(path)
     if not rows:
         raise ValueError(f"{path} holds no rows: python -m experiments.reproduce makes them")

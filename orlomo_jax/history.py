@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from orlomo_jax.compiled import Compiled
     from orlomo_jax.driven import Driven
-
     from orlomo_jax.together import Lane
 
     Engine: TypeAlias = Driven | Compiled | Lane

@@ -177,8 +177,8 @@ def simulate_together(
         evaluate_every: Steps between evaluations.
         on_step: Called for the first run alone.
         checkpoint: All runs share one folder, and resume together.
-        stop: Asked after each compiled stretch, and after each evaluation or checkpoint of a run
-            driven from Python. If it returns True, the runs are saved, and the call ends.
+        stop: Asked after each stretch of at most 256 steps. If it returns True, the runs are saved
+            to ``checkpoint``, where there is one, and the call ends.
         compiled: Of several runs always compiled.
         worker_axis: Of several runs always "loop".
         compute_batch: Of several runs always 1.
@@ -187,13 +187,10 @@ def simulate_together(
         The result of each run, or None if ``stop`` ended the call.
 
     Raises:
-        ValueError: If there is no run, ``stop`` has no ``checkpoint``, or the runs cannot share a
-            program.
+        ValueError: If there is no run, or the runs cannot share a program.
     """
     if not starts:
         raise ValueError("`starts` must hold at least one run")
-    if stop is not None and checkpoint is None:
-        raise ValueError("`stop` needs a `checkpoint`")
     for start in starts:
         _check_fit(method, start.trace, start.key, evaluate_every)
     num_steps = starts[0].trace.num_steps
@@ -225,9 +222,7 @@ def simulate_together(
         assert checkpoint is not None
         group.settle()
         arrays, notes = zip(*(run.snapshot() for run in runs), strict=True)
-        checkpoint.save(
-            step, {"runs": list(arrays)}, {"identity": identity, "runs": list(notes)}
-        )
+        checkpoint.save(step, {"runs": list(arrays)}, {"identity": identity, "runs": list(notes)})
 
     first, step = runs[0], runs[0].server.step
     while step < num_steps:
@@ -248,7 +243,7 @@ def simulate_together(
         if checkpoint is not None and (step % checkpoint.every == 0 or last):
             save(step)
         if stop is not None and not last and stop():
-            if step % checkpoint.every:
+            if checkpoint is not None and step % checkpoint.every:
                 save(step)
             return None
     for run in runs:

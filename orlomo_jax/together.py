@@ -140,6 +140,4 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 @jax.jit
 def _lane(tree: Any, index: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)

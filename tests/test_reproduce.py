@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments import cells, records, report, reproduce
+from experiments import cells, records, report, reproduce, search, together
 from experiments.runs import Run
 from orlomo_jax import ArrivalTrace
 
@@ -30,7 +30,7 @@ def row_of(run: Run, loss=None, status="finished"):
 
 
 def fill(runs, rows, seeds=3, **options):
-    for run in reproduce.missing(runs, rows, SCALE, seeds):
+    for run in search.missing(runs, rows, SCALE, seeds):
         rows[run] = row_of(run, **options)
 
 
@@ -75,16 +75,16 @@ class TestSelect:
 
 
 class TestMissing:
-    run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+    run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
 
     def done(self, losses):
         """Return what a cell runs, in order, where these are the losses of the grid's rates."""
         rows, order = {}, []
-        for run in reproduce.missing([self.run], rows, SCALE, 3):
+        for run in search.missing([self.run], rows, SCALE, 3):
             order.append((run.learning_rate, run.seed))
             loss = losses[SCALE.learning_rates.index(run.learning_rate)]
             rows[run] = row_of(run, loss, "diverged" if loss is None else "finished")
-        assert list(reproduce.missing([self.run], rows, SCALE, 3)) == []
+        assert list(search.missing([self.run], rows, SCALE, 3)) == []
         return order
 
     @pytest.mark.parametrize(
@@ -108,26 +108,26 @@ class TestMissing:
         fill([self.run], rows)
         first, *_, last = rows
         del rows[first], rows[last]
-        assert next(reproduce.missing([self.run], rows, SCALE, 3)) == first
+        assert next(search.missing([self.run], rows, SCALE, 3)) == first
 
     def test_a_rate_beyond_the_search_counts(self):
         """Where more of the grid is recorded than the search needs, the best of all is chosen."""
         losses = dict(zip(SCALE.learning_rates, (0.5, 2, 1, 2, 5), strict=True))
         runs = [replace(self.run, learning_rate=rate) for rate in losses]
         rows = {run: row_of(run, losses[run.learning_rate]) for run in runs}
-        assert reproduce.search(rows, self.run, SCALE).chosen == 0.01
+        assert search.search(rows, self.run, SCALE).chosen == 0.01
 
     def test_diverged_rates_are_not_chosen(self):
         rows = {}
-        for run in reproduce.missing([self.run], rows, SCALE, 2):
+        for run in search.missing([self.run], rows, SCALE, 2):
             rows[run] = row_of(run, status="diverged" if run.learning_rate < 0.3 else "finished")
-        assert reproduce.search(rows, self.run, SCALE).chosen == 0.3
+        assert search.search(rows, self.run, SCALE).chosen == 0.3
 
     def test_a_cell_that_always_diverges_ends_at_the_lowest_rate(self):
         rows = {}
         fill([self.run], rows, status="diverged")
         assert [run.learning_rate for run in rows] == [0.03, 0.1, 0.3, 0.01]
-        assert reproduce.search(rows, self.run, SCALE).chosen is None
+        assert search.search(rows, self.run, SCALE).chosen is None
 
     def test_tables_4_and_5_are_the_runs_of_2_and_1(self):
         assert cells.table_runs(5) == cells.table_runs(1)
@@ -137,7 +137,10 @@ class TestCommand:
     flags = ("--table", "2", "--scale", "smoke", "--only", "method=orlomo,workers=8")
 
     def reproduce(self, monkeypatch, path, execute, *flags):
-        monkeypatch.setattr(reproduce.execution, "execute", execute)
+        def execute_together(runs, *args, **options):
+            return [execute(run, *args, **options) for run in runs]
+
+        monkeypatch.setattr(together.execution, "execute_together", execute_together)
         reproduce.main([*self.flags, "--output", str(path), *flags])
 
     def test_a_killed_command_goes_on(self, monkeypatch, tmp_path):
@@ -147,7 +150,7 @@ class TestCommand:
             if len(executed) == 3:
                 raise KeyboardInterrupt
             executed.append(run)
-            return row_of(run), None
+            return row_of(run)
 
         with pytest.raises(SystemExit, match="interrupted after 3 runs"):
             self.reproduce(monkeypatch, path, execute)
@@ -180,9 +183,9 @@ class TestCommand:
         points = {}
 
         def execute(run, *_, evaluate_every, **__):
-            num_steps = run.num_steps(len(reproduce.execution.assemble(run).train.labels))
+            num_steps = run.num_steps(len(together.execution.assemble(run).train.labels))
             points[run.local_iterations] = num_steps // evaluate_every
-            return row_of(run), None
+            return row_of(run)
 
         flags = ("--only", "method=orlomo,workers=16,scenario=homogeneous,dataset=cifar10")
         self.reproduce(monkeypatch, tmp_path / "rows.jsonl", execute, *flags)
@@ -223,14 +226,14 @@ class TestCommand:
     def test_other_arrivals_than_the_scenarios_are_no_run_of_a_cell(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         records.append(path, row_of(Run()) | {"replayed": "0f"})
-        assert reproduce.recorded(path) == {}
+        assert search.recorded(path) == {}
 
 
 class TestReport:
     def rows(self):
-        runs = [reproduce.cell_of(SCALE.shrink(run)) for run in cells.table_runs(2)]
+        runs = [search.cell_of(SCALE.shrink(run)) for run in cells.table_runs(2)]
         rows = {}
-        for run in reproduce.missing(list(dict.fromkeys(runs)), rows, SCALE, 3):
+        for run in search.missing(list(dict.fromkeys(runs)), rows, SCALE, 3):
             worse = {"orlomo": 0.0, "prsgdm": 0.1, "al_sgd": 0.2, "local_ormo_da": 0.3}[run.method]
             rows[run] = row_of(run, loss=worse + run.learning_rate + 0.01 * run.seed)
         return rows
@@ -255,7 +258,7 @@ class TestReport:
 
     def test_a_cell_without_a_finished_run_says_so(self):
         rows = {}
-        run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
         fill([run], rows, status="diverged")
         text = "\n".join(report.table_lines(2, rows, SCALE))
         assert "diverged at every rate" in text
@@ -273,7 +276,7 @@ class TestReport:
 
     def test_part_of_a_cell(self):
         """One seed has no spread, and methods that are not there yet leave dashes."""
-        run = reproduce.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
         rows = {}
         fill([run], rows, seeds=1)
         (line,) = [x for x in report.table_lines(2, rows, SCALE) if x.startswith("| homogeneous")]
@@ -283,7 +286,7 @@ class TestReport:
 
     def test_table_3(self):
         rows = {}
-        runs = [reproduce.cell_of(SCALE.shrink(run)) for run in cells.table_runs(3)]
+        runs = [search.cell_of(SCALE.shrink(run)) for run in cells.table_runs(3)]
         fill(runs, rows)
         text = "\n".join(report.table_lines(3, rows, SCALE))
         assert "| 50× slower | 34 | 99.99 ± 0.01 (3) | 9449 | 91.44 |" in text

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from experiments import cells, report
-from experiments.reproduce import RESULTS, recorded
+from experiments.records import RESULTS
+from experiments.search import recorded
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.jsonl")))

@@ -1,0 +1,155 @@
+"""Which way of sharing a device is the fastest, measured on the spot."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import execution, records
+from experiments.runs import Run
+from experiments.together import Way
+from orlomo_jax.simulator import simulate_together
+
+SEGMENT = 32
+"""Global iterations of a timed segment: a second or so of a ResNet20 on a large GPU."""
+
+
+def candidates(count: int) -> list[Way]:
+    """Return the ways that :func:`choose` compares."""
+    return [
+        Way("alone", 1, "xla"),
+        Way("alone", 1, "matmul"),
+        Way("vmap", count, "matmul"),
+        Way("vmap", count, "xla"),
+        Way("processes", count, "xla"),
+    ]
+
+
+def choose(
+    path: Path,
+    run: Run,
+    ways: Sequence[Way],
+    data_dir: Path | None = None,
+    *,
+    seconds: float = 3.0,
+    segment: int = SEGMENT,
+    log: Callable[[str], None] = print,
+) -> Way:
+    """Return the way with the most local steps a second, measured once for a device.
+
+    The choice and all rates are kept in the file: results differ by rounding between the ways, so
+    that later calls go on in the same one.
+
+    Args:
+        path: Where the choice is kept.
+        run: The run to measure with; its program is compiled once for measurement and use.
+        ways: What to compare. All but the processes compile side by side, then run in turn.
+        data_dir: The TFDS data_dir.
+        seconds: How long each way is timed.
+        segment: Global iterations between looks at the clock.
+        log: Told of each rate.
+    """
+    device = jax.devices()[0].device_kind
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("device") == device:
+        return Way(**kept["way"])
+    rates = measure(run, ways, data_dir, seconds=seconds, segment=segment)
+    for way, rate in zip(ways, rates, strict=True):
+        shown = f"{rate:.0f} local steps/s" if isinstance(rate, float) else rate
+        log(f"{way.how} {way.count} {way.convolution}: {shown}")
+    speeds = [rate if isinstance(rate, float) else 0.0 for rate in rates]
+    best = ways[speeds.index(max(speeds))]
+    measured = [asdict(way) | {"rate": rate} for way, rate in zip(ways, rates, strict=True)]
+    choice = {"device": device, "way": asdict(best), "measured": measured}
+    records.write(path, json.dumps(choice, indent=1))
+    return best
+
+
+def measure(
+    run: Run,
+    ways: Sequence[Way],
+    data_dir: Path | None = None,
+    *,
+    seconds: float = 3.0,
+    segment: int = SEGMENT,
+) -> list[float | str]:
+    """Return the local steps a second of all runs of each way, or the error of one that fails."""
+    short = {"data_dir": data_dir, "segment": segment}
+
+    def compile_one(way: Way) -> str | None:
+        try:
+            _rate(run, way, seconds=0.0, **short)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    inside = [way for way in ways if way.how != "processes"]
+    with ThreadPoolExecutor(len(inside) or 1) as pool:  # XLA compiles on several processors
+        errors = dict(zip(inside, pool.map(compile_one, inside), strict=True))
+    rates: list[float | str] = []
+    for way in ways:
+        if way.how == "processes":
+            rates.append(_rate_of_processes(run, way, seconds=seconds, **short))
+        else:
+            rates.append(errors[way] or _rate(run, way, seconds=seconds, **short))
+    return rates
+
+
+def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: float) -> float:
+    """Return the local steps a second of runs in this process, after the first segment."""
+    parts = execution.assemble(run, data_dir, way.convolution)
+    num_steps = run.num_steps(len(parts.train.labels))
+    count = way.count if way.how == "vmap" else 1
+    runs = [replace(run, seed=run.seed + index) for index in range(count)]
+    times: list[float] = []
+
+    def stop() -> bool:
+        times.append(time.perf_counter())
+        return times[-1] - times[0] >= seconds and len(times) > (seconds > 0)
+
+    simulate_together(
+        parts.method,
+        parts.round_fn,
+        parts.batch_fn,
+        [execution.run_start(run, parts, num_steps) for run in runs],
+        evaluate_every=segment,
+        stop=stop,
+    )
+    if len(times) < 2:
+        return 0.0
+    steps = count * segment * run.local_iterations * (len(times) - 1)
+    return steps / (times[-1] - times[0])
+
+
+def _rate_of_processes(run: Run, way: Way, **options: Any) -> float | str:
+    """Return the local steps a second of all processes, which start their clocks together."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(way.count)
+    runs = [replace(run, seed=run.seed + index) for index in range(way.count)]
+    try:
+        with ProcessPoolExecutor(way.count, context, _share, (ready,)) as pool:
+            futures = [pool.submit(_rate_when_ready, one, way, options) for one in runs]
+            return sum(future.result() for future in futures)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _share(barrier: Any) -> None:
+    global _ready
+    _ready = barrier
+
+
+_ready: Any = None
+
+
+def _rate_when_ready(run: Run, way: Way, options: dict[str, Any]) -> float:
+    _rate(run, way, **options | {"seconds": 0.0})  # compiles
+    _ready.wait(timeout=300)
+    return _rate(run, way, **options)

@@ -1,0 +1,191 @@
+"""Runs that share a device: one after the other, as one program, or in processes of their own.
+
+A batch of 64 small images leaves a large GPU nearly idle. Runs that differ in seed, learning rate
+or arrivals can go through one program ("vmap"); any runs can be computed by processes on one device
+("processes"). Results of "vmap" differ from those of single runs by rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import cells, execution, records
+from experiments.decoded import DataError
+from experiments.runs import Form, Run
+from orlomo_jax import Checkpoints, StepRecord
+
+CACHE = Path(".cache")
+"""Where checkpoints and compiled programs are kept."""
+
+SAVING = 2.0
+"""Seconds set aside for a checkpoint before a deadline."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How runs share a device.
+
+    Attributes:
+        how: One after the other ("alone"), as one program ("vmap"), or each in a process of its own
+            ("processes").
+        count: The most runs at a time.
+        convolution: How they compute convolutions.
+    """
+
+    how: Literal["alone", "vmap", "processes"] = "alone"
+    count: int = 1
+    convolution: Literal["auto", "xla", "matmul"] = "auto"
+
+    def family(self, run: Run) -> Run:
+        """Return what runs that can go together have in common."""
+        if self.how == "alone":
+            return run
+        shape = execution.shape_of(run)
+        return shape if self.how == "vmap" else replace(shape, method="orlomo")
+
+    def form(self, form: Form) -> Form:
+        """Return the form, with this way's convolution where it has one."""
+        if self.convolution == "auto":
+            return form
+        return replace(form, convolution=self.convolution)
+
+    def groups(self, wave: Sequence[Run]) -> Iterator[list[Run]]:
+        """Split runs into those that go together."""
+        for first in range(0, len(wave), self.count):
+            yield list(wave[first : first + self.count])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What runs are carried out with.
+
+    Attributes:
+        way: How runs share the device.
+        form: How the rounds of single runs are computed.
+        checkpoint_every: Global iterations between checkpoints; 0 for none but at a deadline.
+        data_dir: The TFDS data_dir.
+        deadline: When to stop, as ``time.time()`` counts; infinite for never.
+    """
+
+    way: Way
+    form: Form = field(default_factory=Form)
+    checkpoint_every: int = 0
+    data_dir: Path | None = None
+    deadline: float = math.inf
+
+    def num_steps(self, run: Run) -> int:
+        """Return T of a run."""
+        parts = execution.assemble(run, self.data_dir, self.way.form(self.form).convolution)
+        return run.num_steps(len(parts.train.labels))
+
+    def carry_out(
+        self, runs: Sequence[Run], on_step: Callable[[StepRecord], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Carry out runs that go together; return the rows of those that ended before the deadline.
+
+        The others are saved, and go on when they are carried out again. A failure is a row too.
+
+        Args:
+            runs: At most ``way.count`` runs of one family.
+            on_step: Sees the first run, unless processes compute them.
+
+        Raises:
+            DataError: If the data is missing or damaged.
+        """
+        if self.way.how != "processes":
+            return self._in_this_process(runs, on_step)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(runs), context) as pool:
+            rows = [row for [row] in filter(None, pool.map(self._by_itself, runs))]
+        return [row | {"processes": len(runs)} for row in rows]
+
+    def _by_itself(self, run: Run) -> list[dict[str, Any]]:
+        return self._in_this_process([run])
+
+    def _in_this_process(
+        self, runs: Sequence[Run], on_step: Callable[[StepRecord], None] | None = None
+    ) -> list[dict[str, Any]]:
+        clock, folder = Clock(self.deadline), _folder(runs)
+        note, checkpoint, before = folder / "seconds", None, 0.0
+        try:
+            num_steps = self.num_steps(runs[0])
+            if self.checkpoint_every or self.deadline < math.inf:
+                checkpoint = Checkpoints(folder, self.checkpoint_every or num_steps)
+                before = float(note.read_text()) if note.exists() else 0.0
+            rows = execution.execute_together(
+                runs,
+                self.data_dir,
+                evaluate_every=max(1, num_steps // cells.curve_points(runs[0])),
+                on_step=on_step,
+                checkpoint=checkpoint,
+                stop=clock.stop,
+                form=self.way.form(self.form),
+            )
+        except DataError:
+            raise
+        except Exception as error:
+            return [_failure(run, error, clock.elapsed()) for run in runs]
+        if rows is None:
+            records.write(note, f"{before + clock.elapsed():.3f}")
+            return []
+        times = {"wall_time": before + rows[0]["wall_time"], "startup": clock.startup or 0.0}
+        return [row | {name: round(value, 3) for name, value in times.items()} for row in rows]
+
+
+def forget(runs: Sequence[Run]) -> None:
+    """Remove the checkpoints of runs whose rows are on record."""
+    for group in ([*runs], *([run] for run in runs)):
+        shutil.rmtree(_folder(group), ignore_errors=True)
+
+
+class Clock:
+    """Says when a run has to stop, from the time left and the time that its segments take.
+
+    Attributes:
+        startup: Seconds until the end of the first segment, compiling included; None before it.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        """Start."""
+        self.startup: float | None = None
+        self._deadline, self._longest = deadline, 0.0
+        self._start = self._last = time.time()
+
+    def stop(self) -> bool:
+        """Return whether the next segment would end too late; to be called after each segment."""
+        now, last = time.time(), self._last
+        if self.startup is None:
+            self.startup = now - self._start
+        else:
+            self._longest = max(self._longest, now - last)
+        self._last = now
+        return now + self._longest + SAVING > self._deadline
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return time.time() - self._start
+
+
+def _folder(runs: Sequence[Run]) -> Path:
+    text = repr(runs[0] if len(runs) == 1 else list(runs))
+    return CACHE / "checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _failure(run: Run, error: Exception, wall_time: float) -> dict[str, Any]:
+    return {
+        "run": asdict(run),
+        "status": "failed",
+        "error": "".join(traceback.format_exception_only(error)).strip(),
+        "wall_time": round(wall_time, 3),
+        "environment": records.environment(),
+    }
