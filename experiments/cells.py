@@ -207,6 +207,21 @@ SCALES = {
             (0.1,),
             seeds=1,
         ),
+        Scale(
+            "rehearsal",
+            "ResNet8 of a quarter of the width on 4×4 pixels: rehearses the scale paper, no more",
+            lambda run: replace(
+                run,
+                model="resnet8",
+                width=0.25,
+                pool=8,
+                local_iterations=max(1, run.local_iterations // 16),
+                batch_size=4,
+                epochs=1,
+            ),
+            (0.1,),
+            seeds=1,
+        ),
     )
 }
 

@@ -1,0 +1,137 @@
+"""A quarter of an hour on a GPU: its benchmarks, then as many of the paper's cells as fit.
+
+``python -m experiments.gpu_session --packed FOLDER --output FOLDER`` restores a packed data set,
+runs the benchmarks of a GPU, and then the paper's cells by importance until the budget is spent.
+The same command goes on where an earlier one stopped.
+
+``--rehearse`` does all of this at a tiny size on made-up images, on a CPU in about a minute, and
+calls it again until every run is done.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from experiments import decoded, folders, packed, records
+from experiments.decoded import Arrays, DataError
+
+REHEARSED = "workers=16,dataset=cifar10,model=resnet20,local_iterations=32,method=orlomo|prsgdm"
+"""The cells of a rehearsal."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What to run, and for how long."""
+
+    output: Path = Path("gpu_session")
+    """Folder for benchmarks.jsonl and paper.jsonl."""
+    packed: tuple[Path, ...] = ()
+    """Folders of packed data sets, restored where they are not there yet."""
+    data_dir: Path | None = None
+    """The data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
+    budget: float = 540.0
+    """Seconds after which to stop."""
+    rehearse: bool = False
+    """Run at a tiny size on made-up images, in a temporary folder."""
+    reproduce: tuple[str, ...] = field(default_factory=tuple)
+    """Further arguments of experiments.reproduce."""
+
+
+def steps(session: Session, deadline: float) -> Iterator[list[str]]:
+    """Yield the arguments of the commands, one after the other, as time is left then.
+
+    Raises:
+        DataError: If a packed data set is missing or damaged.
+    """
+    data_dir = (session.data_dir or decoded.default_data_dir()).expanduser()
+    for folder in session.packed:
+        try:
+            name = folders.read_manifest(folder.expanduser()).name
+        except ValueError as error:
+            raise DataError(f"{error}: copy the packed data again") from None
+        if not decoded.arrays_folder(name, data_dir).exists():
+            yield ["prepare", "--unpack", str(folder), "--data-dir", str(data_dir)]
+    rows = session.output / "benchmarks.jsonl"
+    if not rows.exists():
+        tiny = ["--tiny"] if session.rehearse else []
+        yield ["benchmarks", "--gpu", *tiny, "--output", str(rows)]
+    scale = "rehearsal" if session.rehearse else "paper"
+    rows, left = session.output / "paper.jsonl", max(1.0, deadline - time.time())
+    command = ["reproduce", "--scale", scale, "--budget", f"{left:.0f}", "--output", str(rows)]
+    yield [*command, "--data-dir", str(data_dir), *session.reproduce]
+
+
+def run(session: Session) -> list[str]:
+    """Run all commands; return those that failed.
+
+    Raises:
+        DataError: If packed data is missing or damaged.
+    """
+    deadline, failed = time.time() + session.budget, []
+    session.output.mkdir(parents=True, exist_ok=True)
+    for arguments in steps(session, deadline):
+        name, *rest = arguments
+        print(f"+ python -m experiments.{name} {' '.join(rest)}", flush=True)
+        start = time.time()
+        done = subprocess.run([sys.executable, "-m", f"experiments.{name}", *rest])
+        print(f"  {time.time() - start:.0f} s, exit status {done.returncode}", flush=True)
+        if done.returncode:
+            failed.append(name)
+            if name == "prepare":
+                break
+    return failed
+
+
+def rehearse() -> list[str]:
+    """Go through a session at a tiny size, with made-up images; return what failed."""
+    rng = np.random.default_rng(0)
+
+    def images(count: int) -> Arrays:
+        pixels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+        return Arrays(pixels, rng.integers(0, 10, count, np.int32))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        packed.write("cifar10", images(256), images(64), folder / "data")
+        packed.pack("cifar10", folder / "packed", 2, folder / "data")
+        session = Session(
+            folder / "output",
+            (folder / "packed",),
+            folder / "restored",
+            budget=30.0,
+            rehearse=True,
+            reproduce=("--only", REHEARSED, "--together", "measured", "--at-once", "2"),
+        )
+        failed, rows = run(session), session.output / "paper.jsonl"
+        while not failed and len(records.read(rows)) < 4:
+            failed = run(session)
+        statuses = {row["status"] for row in records.read(rows)}
+        return failed if statuses <= {"finished"} else [*failed, f"runs: {statuses}"]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a session from the command line."""
+    session = tyro.cli(
+        Session, prog="python -m experiments.gpu_session", args=args, description=__doc__
+    )
+    try:
+        failed = rehearse() if session.rehearse else run(session)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
