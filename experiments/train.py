@@ -93,8 +93,8 @@ def reporter(
         nonlocal first, looked
         first = record.step if first is None else first
         now = time.monotonic()
-        if record.metrics is not None:
-            shown["accuracy"] = f"{record.metrics['test_accuracy']:.2f}%"
+        if record.evaluation is not None:
+            shown["accuracy"] = f"{record.evaluation['test_accuracy']:.2f}%"
         elif now - looked < 1.0 and record.step != num_steps:
             return
         looked = now
@@ -122,9 +122,9 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
     writer = SummaryWriter(str(folder))
 
     def on_step(record: StepRecord) -> None:
-        if record.metrics is None:
+        if record.evaluation is None:
             return
-        scalars = {**record.metrics, "loss": float(record.loss), "delay": record.delay}
+        scalars = {**record.evaluation, "loss": float(record.loss), "delay": record.delay}
         for name, value in scalars.items():
             writer.add_scalar(name, value, record.step, walltime=record.time)
         writer.flush()

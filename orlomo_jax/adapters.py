@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from orlomo_jax.rules import contract
+
 if TYPE_CHECKING:
     from flax import nnx
     from jaxtyping import Array, PyTree
@@ -21,7 +23,7 @@ class Model(NamedTuple):
     Attributes:
         params: Trainable arrays, nested dicts.
         model_state: What training changes without a gradient (BatchNorm statistics), nested dicts
-            of floating arrays; ``{}`` where there is none.
+            of arrays; ``{}`` where there is none.
         loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))``, in
             training mode.
         predict: ``predict(params, model_state, *inputs)``, the module's output in evaluation mode.
@@ -50,7 +52,7 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
         ``scan`` and ``vmap``.
 
     Raises:
-        TypeError: If a variable of the model state is not floating.
+        TypeError: If a variable of the model state is not an array of numbers or flags.
 
     Example:
         >>> import jax
@@ -69,7 +71,7 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
 
     graphdef, params, rng_state, model_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
     params, rng_state, model_state = map(nnx.to_pure_dict, (params, rng_state, model_state))
-    _check_floating(model_state)
+    contract.check_numbers("model_state", model_state)
     streams, structure = jax.tree.flatten(rng_state)
     kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
 
@@ -104,12 +106,3 @@ def _seed(stream: Array | jax.ShapeDtypeStruct, key: Array) -> Array:
     if jnp.issubdtype(stream.dtype, jax.dtypes.prng_key):
         return jax.random.split(key, stream.shape)
     return jnp.zeros(stream.shape, stream.dtype)
-
-
-def _check_floating(model_state: PyTree[Array]) -> None:
-    for path, leaf in jax.tree.leaves_with_path(model_state):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"`module{jax.tree_util.keystr(path)}` must be floating to be merged as model "
-                f"state, got {leaf.dtype}"
-            )

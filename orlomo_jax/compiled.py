@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.arrays import own
-from orlomo_jax.driven import Job
+from orlomo_jax.driven import Job, check_job
 from orlomo_jax.methods import Method
 from orlomo_jax.plan import Planner, Stretch, count_slots
-from orlomo_jax.reports import Form, Report, ReportRejected, Task
-from orlomo_jax.rounds import fused_round
+from orlomo_jax.reports import ReportRejected, Task
+from orlomo_jax.rounds import RoundMetrics, fused_round
 from orlomo_jax.rules import contract
 from orlomo_jax.server import Holdings, ParameterServer
 from orlomo_jax.server_step import (
     check_merge_weight,
     merge_weight_on_host,
+    rounded,
     server_step,
     start_momentum,
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PyTree, Scalar
+    from jaxtyping import Array, Int, PyTree, Scalar
 
 WorkerAxis: TypeAlias = Literal["loop", "map", "vmap"]
 
@@ -54,7 +55,7 @@ class Carry(NamedTuple):
         local_learning_rate: γ of a task dispatched now.
         slots: The versions that tasks hold, one copy of each.
         first_bad: The step of the first non-finite round, −1 for none.
-        losses: The mean losses of this stretch's rounds.
+        metrics: Those of this stretch's rounds, each leaf with a leading axis of LENGTH.
     """
 
     params: contract.Params
@@ -64,7 +65,7 @@ class Carry(NamedTuple):
     local_learning_rate: Scalar
     slots: Version
     first_bad: Int[Array, ""]
-    losses: Float[Array, " LENGTH"]
+    metrics: RoundMetrics
 
 
 class Compiled:
@@ -78,6 +79,7 @@ class Compiled:
         batch: The most rounds of a group; 1 for "loop".
 
     Attributes:
+        metrics: The shapes of a round's metrics.
         slots: How many versions of w there is room for.
 
     Raises:
@@ -93,14 +95,15 @@ class Compiled:
             fused_round(job.round_fn),
             axis,
             batch,
+            server.sent_dtypes,
         )
         self.slots, self._merges = count_slots(job.trace), bool(jax.tree.leaves(server.model_state))
         self._carry: Carry | None = None
-        self._losses_dtype = self._check_job()
+        self.metrics = check_job(server, job)
         self.first_bad = -1
 
-    def advance(self, stop: int) -> np.ndarray:
-        """Step on until ``stop`` reports are applied; return the mean loss of each.
+    def advance(self, stop: int) -> list[RoundMetrics]:
+        """Step on until ``stop`` reports are applied; return the metrics of each.
 
         Raises:
             ReportRejected: If the weight of a report's model state will be out of [0, 1]; nothing
@@ -118,7 +121,7 @@ class Compiled:
             self.job.noise_key,
         )
         self.first_bad = int(self._carry.first_bad)
-        return np.array(self._carry.losses)[: stop - first]
+        return by_round(self._carry.metrics, stop - first)
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
         """Plan the steps until ``stop``: their table, the first of them, and how many groups.
@@ -151,7 +154,7 @@ class Compiled:
         """Give the server all that a carry holds."""
         books = self._planner.books
         params, state, _, model_state, rate, *_ = carry
-        newest = _newest(params, state, model_state, rate, books.synchronous)
+        newest = self._version(params, state, model_state, rate)
         versions: dict[int | None, Version] = {None: newest}
         tasks = {}
         for worker, ticket in books.held.items():
@@ -168,34 +171,17 @@ class Compiled:
         versions = {task.dispatched_at: Version(*task[3:]) for task in tasks.values()}
         tasks.clear()
         params, state, merging, model_state, rate = jax.tree.map(jnp.copy, own(arrays))
-        first_bad, losses = jnp.int32(self.first_bad), jnp.zeros(LENGTH, self._losses_dtype)
-        newest = _newest(params, state, model_state, rate, books.synchronous)
+        first_bad = jnp.int32(self.first_bad)
+        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self.metrics)
+        newest = self._version(params, state, model_state, rate)
         slots = _repeat(newest, self.slots)
         for version, slot in self._planner.versions.items():
             slots = _write(slots, own(versions.pop(version)), np.int32(slot))
-        return Carry(params, state, merging, model_state, rate, slots, first_bad, losses)
+        return Carry(params, state, merging, model_state, rate, slots, first_bad, metrics)
 
-    def _check_job(self) -> Any:
-        """Check a report's form without computing one; return the dtype of its mean loss."""
-        server, job = self.server, self.job
-        params, model_state, state = self.peek()
-        rate = jnp.zeros([])
-        version = _newest(params, state, model_state, rate, server.method.synchronous)
-        result, loss, _ = jax.eval_shape(
-            fused_round(job.round_fn),
-            job.batch_fn,
-            *version,
-            job.data_key,
-            job.noise_key,
-            *(np.int32(0),) * 4,
-        )
-        report = Report(0, 0, 0, result.update, result.model_state)
-        momentum = server.method.worker_momentum is not None
-        try:
-            Form(params, model_state, momentum=momentum).check(report)
-        except (TypeError, ValueError) as error:
-            raise ReportRejected(str(error)) from error
-        return loss.dtype
+    def _version(self, params: Any, state: Any, model_state: Any, rate: Any) -> Version:
+        synchronous = self.server.method.synchronous
+        return _newest(params, state, model_state, rate, synchronous, self.server.sent_dtypes)
 
     def _check_merge_weights(self, first: int, dispatched_at: np.ndarray) -> None:
         steps = np.full(LENGTH, first)
@@ -217,18 +203,19 @@ def stretch_program(
     run_round: Callable,
     axis: WorkerAxis,
     batch: int,
+    dtypes: tuple[Any, ...],
 ) -> Callable:
     """Return a stretch as one compiled program, whatever its length.
 
     A step writes the newest parameters before it reads its task's: in that order XLA keeps the
     slots in place, in the other it copies all of them in every step.
     """
-    receive = server_step(method.rule, method.merge_weight, False, False)
+    receive = server_step(method, False, False)
     over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}[axis]
 
     @partial(jax.jit, donate_argnames="carry")
     def run(batch_fn, schedule, carry, stretch, first, groups, data_key, noise_key):
-        stretch = Stretch(*stretch)
+        stretch = Stretch(*jnp.asarray(stretch))  # NumPy arrays where JAX does not compile
 
         def compute(slots, row):
             task = jax.tree.map(lambda x: _at(x, stretch.reads[row]), slots)
@@ -238,11 +225,11 @@ def stretch_program(
 
         def write(carry, row):
             params, state, _, model_state, rate, *_ = carry
-            newest = _newest(params, state, model_state, rate, method.synchronous)
+            newest = _newest(params, state, model_state, rate, method.synchronous, dtypes)
             return carry._replace(slots=_put(carry.slots, newest, stretch.writes[row]))
 
         def apply(carry, row, answer):
-            (result, loss, bad), step = answer, first + row
+            (result, metrics, bad), step = answer, first + row
             params, state, merging, rate = receive(
                 [],
                 carry.params,
@@ -252,6 +239,7 @@ def stretch_program(
                 result.model_state,
                 step,
                 stretch.dispatched_at[row],
+                stretch.workers[row],
                 schedule,
             )
             model_state, rate = merging, carry.local_learning_rate if rate is None else rate
@@ -263,8 +251,8 @@ def stretch_program(
                     (carry.model_state, carry.local_learning_rate),
                 )
             first_bad = jnp.where(carry.first_bad < 0, bad, carry.first_bad)
-            losses = jax.lax.dynamic_update_index_in_dim(carry.losses, loss, row, 0)
-            new = Carry(params, state, merging, model_state, rate, carry.slots, first_bad, losses)
+            kept = _put(carry.metrics, metrics, row)
+            new = Carry(params, state, merging, model_state, rate, carry.slots, first_bad, kept)
             return jax.tree.map(_as, new, carry)
 
         def group(index, carry):
@@ -285,10 +273,20 @@ def stretch_program(
     return run
 
 
-def _newest(params: Any, state: Any, model_state: Any, rate: Any, synchronous: bool) -> Version:
+def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
+    """Return the metrics of the first rounds, on the host."""
+    losses, others = jax.tree.map(lambda x: np.array(x)[:count], metrics)
+    leaves, structure = jax.tree.flatten(others)
+    if not leaves:
+        return [RoundMetrics(loss, others) for loss in losses]
+    rows = (jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True))
+    return [RoundMetrics(*pair) for pair in zip(losses, rows, strict=True)]
+
+
+def _newest(params, state, model_state, rate, synchronous, dtypes) -> Version:
     """Return what a task dispatched now carries."""
     momentum = start_momentum(state) if synchronous else None
-    return Version(params, model_state, momentum, rate)
+    return Version(*rounded((params, model_state), dtypes), momentum, rate)
 
 
 def _as(x: Array, old: Array) -> Array:
@@ -299,9 +297,10 @@ def _at(x: Array, index: Any) -> Array:
     return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
-def _put(slots: Version, version: Version, slot: Any) -> Version:
+def _put(many: Any, one: Any, index: Any) -> Any:
+    """Return trees with a leading axis, with one tree written to a place."""
     return jax.tree.map(
-        lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, slot, 0), slots, version
+        lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), many, one
     )
 
 

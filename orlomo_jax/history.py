@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.health import Health
+from orlomo_jax.rounds import RoundMetrics
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.trace import ArrivalTrace
 from orlomo_jax.worker import all_finite
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PyTree, Scalar
+    from jaxtyping import Array, Float, PyTree
 
     from orlomo_jax.compiled import Compiled
     from orlomo_jax.driven import Driven
@@ -34,7 +36,9 @@ class StepRecord(NamedTuple):
         delay: τ_t.
         loss: The mean loss of its local steps, float[]; of a simulated run on the device:
             ``float(record.loss)`` waits for it, so do that rarely.
-        metrics: The evaluation after this step, or None.
+        metrics: What ``loss_fn`` returned as metrics, means over the local steps; on the device
+            where the loss is.
+        evaluation: What ``evaluate`` returned after this step, or None.
     """
 
     step: int
@@ -42,7 +46,8 @@ class StepRecord(NamedTuple):
     worker: int
     delay: int
     loss: Float[Array, ""] | float
-    metrics: dict[str, float] | None
+    metrics: PyTree[Any]
+    evaluation: dict[str, float] | None
 
 
 class Evaluation(NamedTuple):
@@ -62,6 +67,8 @@ class History(NamedTuple):
         worker: int32[n].
         delay: int32[n].
         loss: float[n], the mean loss of the report's local steps.
+        metrics: What ``loss_fn`` returned as metrics, means over the local steps; every leaf has a
+            leading axis of n.
         evaluations: In order of step.
     """
 
@@ -70,6 +77,7 @@ class History(NamedTuple):
     worker: np.ndarray
     delay: np.ndarray
     loss: np.ndarray
+    metrics: PyTree[np.ndarray]
     evaluations: tuple[Evaluation, ...]
 
 
@@ -101,31 +109,51 @@ class TrainingResult(NamedTuple):
 class Progress:
     """What a run has gathered so far, beside the server."""
 
-    def __init__(self, losses: np.ndarray | None = None, evaluations: list | None = None) -> None:
-        """Start anew, or from what a checkpoint holds."""
-        self.losses = [] if losses is None else list(losses)
-        self.evaluations = [] if evaluations is None else [Evaluation(*e) for e in evaluations]
-        self.waiting_losses: list[Scalar] = []
+    def __init__(self, like: RoundMetrics) -> None:
+        """Start with nothing; ``like`` has the shapes of a round's metrics."""
+        self._like = like
+        self._rows: list[Sequence[np.ndarray]] = []
+        self.evaluations: list[Evaluation] = []
+        self.waiting: list[RoundMetrics] = []
+
+    def resume(self, arrays: list[np.ndarray], evaluations: list) -> None:
+        """Take what a :meth:`snapshot` holds."""
+        self._rows = list(zip(*arrays, strict=True))
+        self.evaluations = [Evaluation(*e) for e in evaluations]
 
     def look(self, engine: Engine, step: int) -> int:
-        """Fetch the losses; return the index of the first non-finite step, or −1.
+        """Fetch the metrics; return the index of the first non-finite step, or −1.
 
         Where every report was finite and only the merge was not, that is the newest step.
         """
-        self.losses += jax.device_get(self.waiting_losses)
-        self.waiting_losses = []
+        self._rows += map(jax.tree.leaves, jax.device_get(self.waiting))
+        self.waiting = []
         if int(engine.first_bad) < 0 and not bool(all_finite(engine.peek())):
             engine.first_bad = jnp.int32(step - 1)
         return int(engine.first_bad)
 
+    def arrays(self, length: int | None = None) -> list[np.ndarray]:
+        """Return the leaves of the metrics of the first steps, each with a leading axis."""
+        leaves = [
+            np.asarray(column).reshape(-1, *like.shape)
+            for column, like in zip(
+                zip(*self._rows[:length], strict=True), jax.tree.leaves(self._like), strict=False
+            )
+        ]
+        return leaves or [
+            np.zeros((0, *like.shape), like.dtype) for like in jax.tree.leaves(self._like)
+        ]
+
     def history(self, trace: ArrivalTrace, length: int) -> History:
         """Return the first ``length`` steps."""
+        metrics = jax.tree.unflatten(jax.tree.structure(self._like), self.arrays(length))
         return History(
             step=np.arange(1, length + 1, dtype=np.int32),
             time=trace.times[:length],
             worker=trace.workers[:length],
             delay=trace.delays[:length],
-            loss=np.asarray(self.losses[:length]),
+            loss=metrics.loss,
+            metrics=metrics.metrics,
             evaluations=tuple(self.evaluations),
         )
 
@@ -133,4 +161,4 @@ class Progress:
         """Return a checkpoint's arrays and notes."""
         arrays, books = server.snapshot()
         notes = {"server": books, "evaluations": self.evaluations}
-        return {"server": arrays, "losses": np.asarray(self.losses)}, notes
+        return {"server": arrays, "metrics": self.arrays()}, notes

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optax
 
 from orlomo_jax import rules
+from orlomo_jax.masks import Mask
+from orlomo_jax.memo import shared
 from orlomo_jax.rules import base, contract
 from orlomo_jax.worker import RoundResult, local_momentum_sgd
 
@@ -31,6 +33,8 @@ class Method(NamedTuple):
         num_workers: K that the rule was made for, or None where that is not known.
         merge_weight: The weight in [0, 1] with which a report's model state enters the server's, as
             a function of (step, delay); None where the method trains no model state.
+        frozen: Which parameters neither workers nor server change; None for none.
+        master_params: Whether the server keeps parameters and model state of 16 bits in float32.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Method(NamedTuple):
     synchronous: bool
     num_workers: int | None = None
     merge_weight: Callable[[Int[Array, ""], Int[Array, ""]], Float[Array, ""]] | None = None
+    frozen: Mask | None = None
+    master_params: bool = True
 
     def local_round(
         self, loss_fn: Callable, num_local_steps: int, **options: Any
@@ -50,9 +56,11 @@ class Method(NamedTuple):
             num_local_steps: S ≥ 1.
             **options: ``weight_decay``, ``gradient_transform``, ``unroll``.
         """
+        options = {"frozen": self.frozen} | options
         return local_momentum_sgd(loss_fn, num_local_steps, self.worker_momentum, **options)
 
 
+@shared
 def make_method(
     name: str,
     num_workers: int,
@@ -61,6 +69,8 @@ def make_method(
     delay_weight: base.DelayWeight | None = None,
     *,
     accumulator_dtype: Any = None,
+    frozen: Any = None,
+    master_params: bool = True,
 ) -> Method:
     """Return one of the four methods, with one β for the server's rule and the workers.
 
@@ -73,6 +83,11 @@ def make_method(
             schedule of the server's step.
         delay_weight: Its factor by delay; None is Eq. (6).
         accumulator_dtype: dtype of the server's momentum where wider than the parameters'.
+        frozen: Which parameters stay as they are, in workers and server: a tree of bools like
+            params or like its first levels, or a function of params to one.
+        master_params: Whether the server keeps parameters (and model state) of 16 bits in float32.
+            Workers get them rounded. Without it 1/K of a report is often lost to rounding, and
+            AL-SGD stands still.
 
     Raises:
         ValueError: If ``name`` is unknown, a hyperparameter is out of range, or PRSGDm, which
@@ -90,7 +105,16 @@ def make_method(
     rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
 
     def method(rule, worker_momentum=None, synchronous=False, merge_weight=rate):
-        return Method(name, rule, worker_momentum, synchronous, num_workers, merge_weight)
+        return Method(
+            name,
+            rule,
+            worker_momentum,
+            synchronous,
+            num_workers,
+            merge_weight,
+            None if frozen is None else Mask.of(frozen),
+            master_params,
+        )
 
     ordered = (num_workers, momentum, learning_rate, delay_weight)
     options = {"accumulator_dtype": accumulator_dtype}

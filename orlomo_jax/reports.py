@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.rules import LocalUpdate, contract
@@ -94,6 +95,10 @@ class Form:
         """Keep shapes and dtypes, no array."""
         self._params, self._model_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state)
+        )
+        self._params = jax.tree.map(  # reports are in float32 at least
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            self._params,
         )
         self._momentum = self._params if momentum else None
         self._signature = _signature((LocalUpdate(self._params, self._momentum), self._model_state))

@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from orlomo_jax.worker import RoundResult, all_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PyTree
+
+
+class RoundMetrics(NamedTuple):
+    """What a round tells of itself: means over its local steps.
+
+    Attributes:
+        loss: float[].
+        metrics: Those of ``loss_fn``.
+    """
+
+    loss: Float[Array, ""]
+    metrics: PyTree[Array]
+
+    @classmethod
+    def of(cls, result: RoundResult) -> RoundMetrics:
+        """Return the means of a result."""
+        return cls(result.loss.mean(), jax.tree.map(lambda x: x.mean(0), result.metrics))
 
 
 @lru_cache(maxsize=32)
@@ -40,7 +60,7 @@ def fused_round(round_fn: Callable) -> jax.stages.Wrapped:
         key = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
         result = round_fn(params, model_state, batches, local_learning_rate, key, momentum=momentum)
         first_bad = jnp.where((first_bad < 0) & ~result.finite, step, first_bad)
-        return result, result.loss.mean(), first_bad
+        return result, RoundMetrics.of(result), first_bad
 
     return run_round
 

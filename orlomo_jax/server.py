@@ -18,12 +18,14 @@ from orlomo_jax.buffers import Buffers
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods import Method
 from orlomo_jax.reports import Form, Reason, Report, ReportRejected, Task, check_finite
-from orlomo_jax.rules import contract
+from orlomo_jax.rules import base, contract
 from orlomo_jax.server_step import (
     as_partial,
     check_merge_weight,
     merge_weight_on_host,
     rates_of,
+    rounded,
+    sent_dtypes,
     server_step,
     start_momentum,
 )
@@ -64,11 +66,13 @@ class ParameterServer:
 
     Args:
         method: A :class:`~orlomo_jax.Method`.
-        params: w_0; any tree of floating leaves. NumPy leaves are copied.
+        params: w_0; any tree of floating leaves. NumPy leaves are copied. Of parameters of 16 bits
+            the server keeps float32 masters (see ``master_params`` of :func:`make_method`).
         num_workers: K ≥ 1.
-        model_state: What the model carries beside its parameters (BatchNorm statistics), floating
-            leaves only; None for nothing. A report merges by s ← s + η_t (s_end − s), a convex
-            combination, PRSGDm's by the average of a round.
+        model_state: What the model carries beside its parameters (BatchNorm statistics); None for
+            nothing. Floating leaves merge by s ← s + η_t (s_end − s), a convex combination,
+            PRSGDm's by the average of a round. Integers and flags are those of the newest report;
+            of PRSGDm's, of the worker with the highest index.
         local_learning_rate: γ, a finite float ≥ 0 or a schedule of the server's step (a
             ``jax.tree_util.Partial`` hands its arrays over as arguments, so that schedules that
             differ in them share a compiled program); a task
@@ -116,21 +120,24 @@ class ParameterServer:
                 f"got num_workers={num_workers}"
             )
         contract.check_floating("params", params)
-        contract.check_floating("model_state", model_state)
+        contract.check_numbers("model_state", model_state)
         if jax.tree.leaves(model_state) and method.merge_weight is None:
             raise ValueError(f"`model_state` needs a method with merge_weight, got {method.name!r}")
         self.method, self.num_workers = method, num_workers
         self._books = Books(method.name, num_workers, method.synchronous)
         params, model_state = own((params, model_state))
-        self._params, self._model_state = bound((params, model_state), params)
+        params, model_state = bound((params, model_state), params)
         with_momentum = method.worker_momentum is not None
-        self._form = Form(self._params, self._model_state, momentum=with_momentum)
+        self._form = Form(params, model_state, momentum=with_momentum)
+        self.sent_dtypes = sent_dtypes((params, model_state))
+        if method.master_params:  # 1/K of a report can be lost to rounding in 16 bits
+            params, model_state = base.widened((params, model_state))
+        self._params, self._model_state = params, model_state
         self._merging = self._model_state  # ahead of it within a synchronous round
         # A rule may keep params, or one array twice: copies of its own can be donated.
         self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
         # What was handed out to a worker or a caller is never donated while they can see it.
-        self._handed_out, self._state_shared = self._params, False
-        self._buffers = Buffers(self._params)
+        self._share_all()
         self.schedule = as_partial(local_learning_rate) if callable(local_learning_rate) else None
         first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
         contract.check_learning_rate("local_learning_rate", first)
@@ -170,6 +177,10 @@ class ParameterServer:
             "local_learning_rate": rates_of(self.schedule, self._local_learning_rate),
         }
 
+    def check_form(self, report: Report) -> None:
+        """Raise TypeError or ValueError unless a report's trees are like the server's."""
+        self._form.check(report)
+
     @_transaction
     def held(self, worker: int) -> Task | None:
         """Return the task that ``worker`` holds, or None."""
@@ -185,8 +196,8 @@ class ParameterServer:
         """
         momentum = start_momentum(self.state) if self.method.synchronous else None
         ticket = self._books.dispatch(worker)
-        params = self._hand_out()
-        task = Task(*ticket, params, self._model_state, momentum, self._local_learning_rate)
+        params, model_state = self.to_send()
+        task = Task(*ticket, params, model_state, momentum, self._local_learning_rate)
         self._held[ticket.worker] = task
         return task
 
@@ -218,12 +229,7 @@ class ParameterServer:
         """
         self._check_report(report)
         shared = self._handed_out is not None
-        step_fn = server_step(
-            self.method.rule,
-            self.method.merge_weight,
-            not shared,
-            not self._state_shared,
-        )
+        step_fn = server_step(self.method, not shared, not self._state_shared)
         params, self._state, self._merging, rate = step_fn(
             self._buffers.take() if shared else [],
             self._params,
@@ -233,11 +239,13 @@ class ParameterServer:
             beside(report.model_state, self._model_state),
             np.int32(self.step),
             np.int32(report.dispatched_at),
+            np.int32(report.worker),
             self.schedule,
         )
         if shared:
             self._buffers.retire(self._params)
         self._params, self._handed_out, self._state_shared = params, None, False
+        self._rounded = None
         worker = int(report.worker)
         del self._held[worker]
         waiting = self._books.receive(worker)
@@ -320,10 +328,11 @@ class ParameterServer:
         like |= {"model_state": self._model_state, "merging": self._merging}
         trees = {name: filled(name, tree, arrays[name]) for name, tree in like.items()}
         momentum = start_momentum(self._state) if self.method.synchronous else None
+        params, model_state = rounded((self._params, self._model_state), self.sent_dtypes)
         versions = {
             int(index): (
-                filled("params", self._params, version["params"]),
-                filled("model_state", self._model_state, version["model_state"]),
+                filled("params", params, version["params"]),
+                filled("model_state", model_state, version["model_state"]),
                 filled("momentum", momentum, version["momentum"]),
                 jnp.asarray(version["local_learning_rate"]),
             )
@@ -343,6 +352,15 @@ class ParameterServer:
         """Take arrays that others may see: none of them was lent by the buffers."""
         self._buffers = Buffers(self._params)
         self._handed_out, self._state_shared = self._params, False
+        self._rounded: Any = None
+
+    def to_send(self) -> tuple[contract.Params, PyTree[Array]]:
+        """Return params and model state as a task carries them: 16-bit ones are rounded copies."""
+        if sent_dtypes((self._params, self._model_state)) == self.sent_dtypes:
+            return self._hand_out(), self._model_state
+        if self._rounded is None:
+            self._rounded = rounded((self._params, self._model_state), self.sent_dtypes)
+        return self._rounded
 
     def _hand_out(self) -> contract.Params:
         if self._handed_out is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,35 +11,49 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax.methods import Method
 from orlomo_jax.rules import contract
 
 
 @lru_cache(maxsize=64)
-def server_step(
-    rule: optax.GradientTransformationExtraArgs,
-    merge_weight: Callable | None,
-    donate_params: bool,
-    donate_state: bool,
-) -> Callable:
+def server_step(method: Method, donate_params: bool, donate_state: bool) -> Callable:
     """Return update, apply and merge as one compiled program, which works in place where it may.
 
     Its first argument, a list of arrays like leaves of params or of none, is memory to write over.
     Its last, the schedule of γ, is a ``Partial`` or None: schedules that differ in the arrays of a
     ``Partial`` alone share a program.
+
+    Integers and flags of the model state (counters, say) are not averaged. They are those of the
+    newest report; in a synchronous round, of the worker with the highest index.
     """
 
     def step_fn(
-        scratch, params, state, model_state, update, end_state, step, dispatched_at, schedule
+        scratch,
+        params,
+        state,
+        model_state,
+        update,
+        end_state,
+        step,
+        dispatched_at,
+        worker,
+        schedule,
     ):
         del scratch
-        updates, state = rule.update(update, state, params, dispatched_at=dispatched_at)
-        params = optax.apply_updates(params, updates)
+        updates, state = method.rule.update(update, state, params, dispatched_at=dispatched_at)
+        params = _unless_frozen(method, optax.apply_updates(params, updates), params)
         if jax.tree.leaves(model_state):
-            assert merge_weight is not None
-            weight = jnp.asarray(merge_weight(step, step - dispatched_at), float)
-            model_state = jax.tree.map(
-                lambda s, end: (s + weight * (end - s)).astype(s.dtype), model_state, end_state
-            )
+            assert method.merge_weight is not None
+            weight = jnp.asarray(method.merge_weight(step, step - dispatched_at), float)
+
+            def merged(s, end):
+                if jnp.issubdtype(s.dtype, jnp.inexact):
+                    return (s + weight * (end - s)).astype(s.dtype)
+                if not method.synchronous or method.num_workers is None:
+                    return end
+                return jnp.where(worker == method.num_workers - 1, end, s)
+
+            model_state = jax.tree.map(merged, model_state, end_state)
         rate = None
         if schedule is not None:
             rate = jnp.asarray(schedule(step + 1), float)
@@ -48,6 +62,33 @@ def server_step(
 
     donated = [name for name, may in (("params", donate_params), ("state", donate_state)) if may]
     return jax.jit(step_fn, donate_argnames=["scratch", *donated], keep_unused=True)
+
+
+def _unless_frozen(method: Method, new: Any, old: Any) -> Any:
+    """Return the new parameters, but frozen ones as they were, to the bit."""
+    if method.frozen is None:
+        return new
+    structure = jax.tree.structure(old)
+    leaves = zip(method.frozen.leaves(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    return jax.tree.unflatten(structure, [x if frozen else y for frozen, x, y in leaves])
+
+
+def sent_dtypes(tree: Any) -> tuple[Any, ...]:
+    """Return the dtypes in which workers get the leaves of a tree."""
+    return tuple(leaf.dtype for leaf in jax.tree.leaves(tree))
+
+
+def rounded(tree: Any, dtypes: tuple[Any, ...]) -> Any:
+    """Return a tree as it is sent; leaves that need no rounding stay the same arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    if sent_dtypes(leaves) == dtypes:
+        return tree
+    return jax.tree.unflatten(structure, _cast(leaves, dtypes))
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(leaves: list[Any], dtypes: tuple[Any, ...]) -> list[Any]:
+    return [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
 
 
 def as_partial(function: Callable) -> jax.tree_util.Partial:

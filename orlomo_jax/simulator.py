@@ -11,11 +11,11 @@ import optax
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import LENGTH, Compiled
-from orlomo_jax.driven import Driven, Job
+from orlomo_jax.driven import Driven, Job, check_job
 from orlomo_jax.form import Form, choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
-from orlomo_jax.rounds import check_key
+from orlomo_jax.rounds import RoundMetrics, check_key
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.server_step import as_partial
@@ -227,9 +227,9 @@ def simulate_together(
     first, step = runs[0], runs[0].server.step
     while step < num_steps:
         end = min([num_steps, *(step - step % n + n for n in every)])
-        for run, losses in zip(runs, group.advance(end), strict=True):
+        for run, rounds in zip(runs, group.advance(end), strict=True):
             told = on_step if run is first else None
-            run.take(losses if told is None else first.announced(losses, step, end, told))
+            run.take(rounds if told is None else first.announced(rounds, step, end, told))
         step, last = end, end == num_steps
         for run in runs:
             run.look(step)
@@ -275,9 +275,9 @@ class _Run:
             local_learning_rate=local_learning_rate,
         )
         self.job = Job(round_fn, batch_fn, self.trace, *jax.random.split(key))
-        self.progress, self.bad = Progress(), -1
-        self._metrics: dict[str, float] | None = None
-        self._loss: Any = None
+        self.progress, self.bad = Progress(check_job(self.server, self.job)), -1
+        self._newest: RoundMetrics | None = None
+        self._evaluation: dict[str, float] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with the run that resumes from it."""
@@ -291,7 +291,7 @@ class _Run:
     def resume(self, arrays: dict[str, Any], notes: dict[str, Any]) -> None:
         """Go on from a :meth:`snapshot`."""
         self.server.restore(arrays["server"], notes["server"])
-        self.progress = Progress(arrays["losses"], notes["evaluations"])
+        self.progress.resume(arrays["metrics"], notes["evaluations"])
         self.bad = notes["first_bad"]
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -299,13 +299,13 @@ class _Run:
         arrays, notes = self.progress.snapshot(self.server)
         return arrays, notes | {"first_bad": self.bad}
 
-    def take(self, losses: Iterable[Scalar]) -> None:
-        """Keep the losses of a stretch."""
-        self.progress.waiting_losses.extend(losses)
-        self._loss, self._metrics = self.progress.waiting_losses[-1], None
+    def take(self, rounds: Iterable[RoundMetrics]) -> None:
+        """Keep the metrics of a stretch's rounds."""
+        self.progress.waiting.extend(rounds)
+        self._newest, self._evaluation = self.progress.waiting[-1], None
 
     def look(self, step: int) -> None:
-        """Fetch the losses, and find whether the run has diverged."""
+        """Fetch the metrics, and find whether the run has diverged."""
         bad = self.progress.look(self.engine, step)
         self.bad = bad if self.bad < 0 else self.bad
 
@@ -315,25 +315,28 @@ class _Run:
             return
         params, model_state, _ = self.engine.arrays()
         values = evaluate(params, model_state)
-        self._metrics = {name: float(value) for name, value in values.items()}
+        self._evaluation = {name: float(value) for name, value in values.items()}
         time = float(self.trace.times[step - 1])
-        self.progress.evaluations.append(Evaluation(step, time, self._metrics))
+        self.progress.evaluations.append(Evaluation(step, time, self._evaluation))
 
-    def record(self, step: int, loss: Any = None) -> StepRecord:
-        """Return what ``on_step`` sees; without a ``loss``, of the newest step."""
-        at, metrics = step - 1, self._metrics if loss is None else None
-        loss = self._loss if loss is None else loss
+    def record(self, step: int, metrics: RoundMetrics | None = None) -> StepRecord:
+        """Return what ``on_step`` sees; without ``metrics``, of the newest step."""
+        at, evaluation = step - 1, None
+        if metrics is None:
+            metrics, evaluation = self._newest, self._evaluation
+        assert metrics is not None
         worker, delay = int(self.trace.workers[at]), int(self.trace.delays[at])
-        return StepRecord(step, float(self.trace.times[at]), worker, delay, loss, metrics)
+        time = float(self.trace.times[at])
+        return StepRecord(step, time, worker, delay, *metrics, evaluation)
 
     def announced(
-        self, losses: Iterable[Scalar], start: int, end: int, on_step: Callable
-    ) -> Iterator[Scalar]:
-        """Yield the losses, and tell ``on_step`` of each but the last."""
-        for step, loss in enumerate(losses, start + 1):
+        self, rounds: Iterable[RoundMetrics], start: int, end: int, on_step: Callable
+    ) -> Iterator[RoundMetrics]:
+        """Yield the metrics of rounds, and tell ``on_step`` of each round but the last."""
+        for step, metrics in enumerate(rounds, start + 1):
             if step < end:
-                on_step(self.record(step, loss))
-            yield loss
+                on_step(self.record(step, metrics))
+            yield metrics
 
     def result(self, step: int) -> TrainingResult:
         """Return what came of the run after ``step`` steps."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax.compiled import Carry, Compiled
+from orlomo_jax.compiled import Carry, Compiled, by_round
 from orlomo_jax.driven import Driven
+from orlomo_jax.rounds import RoundMetrics
 
 
 class Alone:
@@ -22,7 +24,7 @@ class Alone:
         self.lanes = [engine]
 
     def advance(self, stop: int) -> list[Any]:
-        """Step on until ``stop`` reports are applied; return the losses of each run."""
+        """Step on until ``stop`` reports are applied; return the metrics of each run."""
         return [self.lanes[0].advance(stop)]
 
     def settle(self) -> None:
@@ -70,8 +72,8 @@ class Together:
             for keys in zip(*((e.job.data_key, e.job.noise_key) for e in engines), strict=True)
         ]
 
-    def advance(self, stop: int) -> list[np.ndarray]:
-        """Step on until ``stop`` reports of each run are applied; return the losses of each run.
+    def advance(self, stop: int) -> list[list[RoundMetrics]]:
+        """Step on until ``stop`` reports of each run are applied; return the metrics of each run.
 
         Raises:
             ReportRejected: As :meth:`Compiled.advance` does.
@@ -86,7 +88,11 @@ class Together:
         )
         for lane, bad in zip(self.lanes, np.asarray(self.carry.first_bad), strict=True):
             lane.first_bad = int(bad)
-        return list(np.array(self.carry.losses)[:, : stop - int(first)])
+        metrics = jax.tree.map(np.array, self.carry.metrics)
+        return [
+            by_round(jax.tree.map(itemgetter(index), metrics), stop - int(first))
+            for index in range(len(self.engines))
+        ]
 
     def settle(self) -> None:
         """Leave everything with the servers."""
@@ -111,6 +117,11 @@ class Lane:
     @first_bad.setter
     def first_bad(self, step: Any) -> None:
         self._group.engines[self._index].first_bad = int(step)
+
+    @property
+    def metrics(self) -> RoundMetrics:
+        """The shapes of a round's metrics."""
+        return self._group.engines[self._index].metrics
 
     def peek(self) -> tuple[Any, Any, Any]:
         """Return the run's params, model state and rule's state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,8 @@ import numpy as np
 import optax
 
 from orlomo_jax.checks import check_count
+from orlomo_jax.masks import Mask
+from orlomo_jax.memo import shared
 from orlomo_jax.rules import base, contract
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class RoundResult(NamedTuple):
     finite: Bool[Array, ""]
 
 
+@shared
 def local_momentum_sgd(
     loss_fn: LossFn,
     num_local_steps: int,
@@ -45,7 +49,8 @@ def local_momentum_sgd(
     weight_decay: float = 0.0,
     gradient_transform: optax.GradientTransformation | None = None,
     unroll: int | bool | None = None,
-) -> Callable[..., RoundResult]:
+    frozen: Any = None,
+) -> LocalRound:
     r"""Return a jitted round of S local momentum-SGD steps (Algorithm 2, lines 20–27).
 
     From w̃_0 = ``params`` and ũ_0 = 0 (or the buffer given to the round), for s in [S]:
@@ -66,10 +71,14 @@ def local_momentum_sgd(
         unroll: As in ``jax.lax.scan``. None is True on a CPU where the loss convolves and 1
             elsewhere: XLA runs convolution gradients inside a rolled loop on CPU 6 to 39 times
             slower, and matrix products up to twice as fast as unrolled.
+        frozen: Which parameters stay as they are: a tree of bools like params or like its first
+            levels, or a function of params to one. They get no gradient, no weight decay and no
+            momentum; their Δw and Δu are 0.
 
     Returns:
         ``round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None)``, a
-        jitted function that returns a :class:`RoundResult`. The leaves of ``batches`` have a
+        jitted function that returns a :class:`RoundResult`. Parameters of 16 bits are kept in
+        float32 within the round: ``loss_fn`` sees them rounded, Δw and Δu are float32. The leaves of ``batches`` have a
         leading axis S; ``local_learning_rate`` is γ; ``key`` a ``jax.random.key``; ``momentum`` the
         starting buffer ũ_0, a tree like params (PRSGDm).
 
@@ -93,55 +102,156 @@ def local_momentum_sgd(
     num_local_steps = check_count("num_local_steps", num_local_steps, 1)
     if momentum is not None:
         contract.check_momentum(momentum)
-    decay = momentum  # `momentum` is the starting buffer below
     contract.check_learning_rate("weight_decay", weight_decay)
-    without_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    transform = optax.identity() if gradient_transform is None else gradient_transform
+    mask = None if frozen is None else Mask.of(frozen)
+    return LocalRound(
+        loss_fn, num_local_steps, momentum, weight_decay, gradient_transform, unroll, mask
+    )
 
-    def round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None):
-        _check_leading_axis(batches, num_local_steps)
+
+@dataclass(frozen=True, eq=False)
+class LocalRound:
+    """A jitted local round, see :func:`local_momentum_sgd`; its fields are the arguments of that.
+
+    Equal arguments give the same object, so that nothing is compiled twice.
+    """
+
+    loss_fn: LossFn
+    num_local_steps: int
+    momentum: Any = 0.9
+    weight_decay: Any = 0.0
+    gradient_transform: optax.GradientTransformation | None = None
+    unroll: int | bool | None = None
+    frozen: Mask | None = None
+
+    def __post_init__(self) -> None:
+        """Keep one jitted function for all calls."""
+        object.__setattr__(self, "_jitted", jax.jit(self._run))
+
+    def __reduce__(self) -> tuple:
+        """Leave the jitted function out of a pickle."""
+        return LocalRound, tuple(getattr(self, field.name) for field in fields(self))
+
+    def __call__(
+        self,
+        params: contract.Params,
+        model_state: PyTree[Array],
+        batches: PyTree[Array],
+        local_learning_rate: Any,
+        key: Array,
+        *,
+        momentum: contract.Params | None = None,
+    ) -> RoundResult:
+        """Run the round; see :func:`local_momentum_sgd`."""
+        args = (params, model_state, batches, local_learning_rate, key)
+        return self._jitted(*args, momentum=momentum)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _run(self, params, model_state, batches, local_learning_rate, key, *, momentum=None):
+        _check_leading_axis(batches, self.num_local_steps)
         contract.check_learning_rate("local_learning_rate", local_learning_rate)
-        if decay is None and momentum is not None:
+        contract.check_floating("params", params)
+        if self.momentum is None and momentum is not None:
             raise ValueError("`momentum` must be None for plain SGD, got a starting buffer")
-        params = jax.tree.map(jnp.asarray, params)
         if momentum is not None:
             contract.check_like("momentum", momentum, params)
-        wide = base.zeros(params, jnp.float32)  # bfloat16 steps add up in float32
-        buffer = wide if momentum is None else base.combine([(1.0, momentum)], like=wide)
-        buffer = None if decay is None else buffer
+        params = jax.tree.map(jnp.asarray, params)
+        split = _Split(params, None if self.frozen is None else self.frozen.leaves(params))
+        # Steps in bfloat16 would be lost to rounding: parameters and buffer are in float32.
+        start = base.widened(split.trained(params))
+        buffer = None
+        if self.momentum is not None:
+            like = [jnp.zeros_like(x) for x in start]
+            given = like if momentum is None else split.trained(momentum)
+            buffer = base.combine([(1.0, given)], like=like)
+        transform = self.gradient_transform
 
         def local_step(carry, inputs):
-            params, buffer, model_state, transform_state = carry
+            local, buffer, model_state, transform_state = carry
             batch, index = inputs
-            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, (model_state, metrics)), gradient = gradient_fn(
-                params, model_state, batch, jax.random.fold_in(key, index)
-            )
-            # JAX's gradient of a complex parameter points along the conjugate of the ascent.
-            gradient = jax.tree.map(jnp.conj, gradient)
-            gradient, transform_state = transform.update(gradient, transform_state, params)
-            terms = [(local_learning_rate, gradient)]
-            if not without_decay:
-                terms.append((local_learning_rate * weight_decay, params))
-            if buffer is not None:
-                terms.append((decay, buffer))
-            change = base.combine(terms, like=wide)
-            params = base.combine([(1.0, params), (-1.0, change)], like=params)
-            buffer = None if buffer is None else change
-            return (params, buffer, model_state, transform_state), (loss, metrics)
+            seen = split.rounded(local)
 
-        carry = (params, buffer, model_state, transform.init(params))
-        steps = (batches, jnp.arange(num_local_steps))
+            def loss_of(trained):
+                whole = split.whole(trained)
+                result = self.loss_fn(whole, model_state, batch, jax.random.fold_in(key, index))
+                return _check_loss(result, model_state)
+
+            gradient_fn = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, (model_state, metrics)), gradient = gradient_fn(seen)
+            # JAX's gradient of a complex parameter points along the conjugate of the ascent.
+            gradient = [jnp.conj(x) for x in gradient]
+            if transform is not None:
+                whole = split.whole(gradient, frozen=jnp.zeros_like)
+                whole, transform_state = transform.update(whole, transform_state, split.whole(seen))
+                gradient = split.trained(whole)
+            terms = [(local_learning_rate, gradient)]
+            if not _is_zero(self.weight_decay):
+                terms.append((local_learning_rate * self.weight_decay, local))
+            if buffer is not None:
+                terms.append((self.momentum, buffer))
+            change = base.combine(terms, like=start)
+            local = base.combine([(1.0, local), (-1.0, change)], like=start)
+            buffer = None if buffer is None else change
+            return (local, buffer, model_state, transform_state), (loss, metrics)
+
+        carry = (start, buffer, model_state, () if transform is None else transform.init(params))
+        steps = (batches, jnp.arange(self.num_local_steps))
         (local, buffer, model_state, _), (loss, metrics) = jax.lax.scan(
-            local_step, carry, steps, unroll=_unroll(unroll, local_step, carry, steps)
+            local_step, carry, steps, unroll=_unroll(self.unroll, local_step, carry, steps)
         )
-        if buffer is not None:
-            buffer = jax.tree.map(lambda u, w: u.astype(w.dtype), buffer, params)
-        update = contract.LocalUpdate(jax.tree.map(jnp.subtract, params, local), buffer)
+        zero = lambda x: jnp.zeros_like(base.widened([x])[0])  # noqa: E731
+        update = contract.LocalUpdate(
+            split.whole(jax.tree.map(jnp.subtract, start, local), frozen=zero),
+            None if buffer is None else split.whole(buffer, frozen=zero),
+        )
         finite = all_finite((update, model_state, loss))
         return RoundResult(update, model_state, loss, metrics, finite)
 
-    return jax.jit(round_fn)
+
+class _Split:
+    """The leaves of a tree that are trained, and those that are frozen."""
+
+    def __init__(self, params: contract.Params, frozen: list[bool] | None) -> None:
+        self._leaves, self._structure = jax.tree.flatten(params)
+        self._frozen = [False] * len(self._leaves) if frozen is None else frozen
+
+    def trained(self, tree: PyTree[Array]) -> list[Array]:
+        """Return the leaves of a tree like params that are trained."""
+        leaves = jax.tree.leaves(tree)
+        return [x for x, frozen in zip(leaves, self._frozen, strict=True) if not frozen]
+
+    def rounded(self, trained: list[Array]) -> list[Array]:
+        """Return trained leaves in the dtypes of params, as the loss sees them."""
+        wanted = self.trained(self._leaves)
+        return [x.astype(like.dtype) for x, like in zip(trained, wanted, strict=True)]
+
+    def whole(
+        self, trained: list[Any], frozen: Callable[[Array], Array] = lambda x: x
+    ) -> contract.Params:
+        """Return a tree like params of trained leaves and of a function of the frozen ones."""
+        trained_leaves = iter(trained)
+        leaves = [
+            frozen(x) if is_frozen else next(trained_leaves)
+            for x, is_frozen in zip(self._leaves, self._frozen, strict=True)
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def _check_loss(result: Any, model_state: PyTree[Array]) -> Any:
+    """Return what ``loss_fn`` returned; raise where it is not of the form that is asked for."""
+    wanted = "`loss_fn` must return (loss, (model_state, metrics))"
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"{wanted}, got {type(result).__name__}")
+    loss, aux = result
+    if not (isinstance(aux, tuple) and len(aux) == 2):
+        raise TypeError(f"{wanted}, got (loss, {type(aux).__name__})")
+    if np.shape(loss) != ():
+        raise ValueError(f"{wanted} with a scalar loss, got a loss of shape {np.shape(loss)}")
+    contract.check_like("loss_fn's model_state", aux[0], model_state, dtypes=False)
+    return result
 
 
 @partial(jax.jit, inline=True)

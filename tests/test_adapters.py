@@ -159,13 +159,20 @@ def test_an_abstract_module_gives_the_functions():
     assert same == model.loss_fn(*model[:2], batch, KEY)[0]
 
 
-def test_state_that_cannot_be_merged_is_refused_by_path():
+def test_counters_are_model_state():
     class Counter(nnx.Module):
         def __init__(self):
             self.calls = nnx.BatchStat(jnp.int32(0))
+            self.scale = nnx.Param(jnp.ones(()))
 
-    with pytest.raises(TypeError, match=r"`module\['calls'\]` must be floating .* got int32"):
-        from_nnx(Counter(), criterion)
+    def count(module, batch):
+        module.calls[...] += 1
+        return module.scale[...] ** 2
+
+    model = from_nnx(Counter(), count)
+    round_fn = local_momentum_sgd(model.loss_fn, 3)
+    result = round_fn(model.params, model.model_state, jnp.zeros((3, 1)), 0.1, KEY)
+    assert int(result.model_state["calls"]) == 3
 
 
 def test_a_missing_model_state_is_named():

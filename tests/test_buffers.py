@@ -153,10 +153,10 @@ def test_small_and_sharded_leaves_are_lent_as_they_are():
 def test_scratch_needs_no_other_memory(leaves):
     """Its buffers become the new parameters; nothing of their size is allocated beside them."""
     tree = [jnp.ones(SIZE // leaves) for _ in range(leaves)]
-    run = server_step(METHOD.rule, METHOD.merge_weight, False, True)
+    run = server_step(METHOD, False, True)
     state = METHOD.rule.init(tree)
     report = LocalUpdate(tree, tree)
-    args = (tree, tree, state, None, report, None, np.int32(3), np.int32(0), None)
+    args = (tree, tree, state, None, report, None, np.int32(3), np.int32(0), np.int32(0), None)
     memory = run.lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * 4 * SIZE
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000

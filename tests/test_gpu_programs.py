@@ -58,10 +58,10 @@ def test_a_step_is_one_pass_in_place_without_waiting(name, leaves, donate_params
     update = LocalUpdate(params, None if method.worker_momentum is None else params)
     schedule = jax.tree_util.Partial(lambda step: 0.1 / (1 + step))
     compiled = (
-        server_step(method.rule, method.merge_weight, donate_params, True)
+        server_step(method, donate_params, True)
         .lower(
             *on_gpu(([] if donate_params else params, params, state, model_state)),
-            *on_gpu((update, model_state, 3, 0, schedule)),
+            *on_gpu((update, model_state, 3, 0, 0, schedule)),
         )
         .compile()
     )

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Each room may import what stands before it.
 ORDER = (
     "checks",
+    "memo",
+    "masks",
     "order",
     "trace",
     "arrivals",

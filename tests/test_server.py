@@ -187,9 +187,22 @@ class TestModelState:
             server.receive(make_report(task, 0, STATE))
         assert_unchanged(server, before)
 
-    def test_integer_leaves_are_refused_by_path(self):
-        with pytest.raises(TypeError, match=r"int32 at model_state\['count'\]"):
-            make_server(model_state={"mean": jnp.zeros(2), "count": jnp.zeros((), jnp.int32)})
+    def test_leaves_that_are_no_numbers_are_refused_by_path(self):
+        with pytest.raises(TypeError, match=r"key<fry> at model_state\['key'\]"):
+            make_server(model_state={"mean": jnp.zeros(2), "key": jax.random.key(0)})
+
+    @pytest.mark.parametrize(("name", "taken"), [("orlomo", 1), ("prsgdm", 2)])
+    def test_integers_are_those_of_the_newest_report_or_of_the_last_worker(self, name, taken):
+        state = {"count": jnp.int32(9), "ready": jnp.array(False)}
+        method = cached_method(name, 3)
+        server = ParameterServer(method, jnp.zeros(2), 3, state, local_learning_rate=0.1)
+        tasks = {worker: server.dispatch(worker) for worker in range(3)}
+        for worker in (0, 2, 1):
+            end = {"count": jnp.int32(worker), "ready": jnp.array(worker == 2)}
+            ones = LocalUpdate(jnp.ones(2), jnp.ones(2))
+            server.receive(Report(*tasks[worker][:3], ones, end))
+        assert int(server.model_state["count"]) == taken
+        assert bool(server.model_state["ready"]) == (taken == 2)
 
     def test_needs_a_weight(self):
         method = make_method("orlomo", K)._replace(merge_weight=None)
@@ -203,8 +216,10 @@ def test_other_dtypes(dtype):
         method = make_method("orlomo", K, 0.5)
         server = ParameterServer(method, helpers.tree(0, dtype), K, local_learning_rate=0.1)
         task = server.dispatch(0)
-        server.receive(Report(*task[:3], helpers.report(0, dtype)))
-        assert {x.dtype for x in jax.tree.leaves(server.params)} == {jnp.dtype(dtype)}
+        assert {x.dtype for x in jax.tree.leaves(task.params)} == {jnp.dtype(dtype)}
+        wide = jnp.promote_types(dtype, jnp.float32)
+        server.receive(Report(*task[:3], helpers.report(0, wide)))
+        assert {x.dtype for x in jax.tree.leaves(server.params)} == {wide}
 
 
 def test_threads_apply_a_report_once():
@@ -268,7 +283,7 @@ def test_low_precision_averages_add_up_in_float32():
     server = ParameterServer(method, params, 512, local_learning_rate=0.1)
     tasks = [server.dispatch(worker) for worker in range(512)]
     for task in tasks:
-        ones = jnp.ones(2, jnp.bfloat16)
+        ones = jnp.ones(2)
         server.receive(Report(*task[:3], LocalUpdate(ones, ones), finite=True))
     np.testing.assert_array_equal(server.params.astype(jnp.float32), -1)
     assert server.dispatch(0).momentum.dtype == jnp.float32

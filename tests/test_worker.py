@@ -132,7 +132,7 @@ def test_learning_rate_and_key_do_not_retrace(problem):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_round_keeps_the_dtype(dtype):
+def test_reports_are_in_float32_at_least(dtype):
     def quadratic(params, model_state, batch, key):
         return jnp.sum((params - batch) ** 2).astype(jnp.float32), (model_state, {})
 
@@ -140,7 +140,7 @@ def test_round_keeps_the_dtype(dtype):
     result = local_momentum_sgd(quadratic, 3, weight_decay=0.1)(
         jnp.zeros(2, dtype), None, batches, 0.1, jax.random.key(0)
     )
-    assert result.update.delta.dtype == result.update.momentum.dtype == dtype
+    assert result.update.delta.dtype == result.update.momentum.dtype == jnp.float32
     assert result.loss.dtype == jnp.float32
 
 
@@ -184,7 +184,7 @@ def test_loop_is_unrolled_where_the_loss_convolves():
 
     key = jax.random.key(0)
     texts = [
-        local_momentum_sgd(loss, 3).lower(params, None, batches, 0.1, key).as_text()
+        jax.jit(local_momentum_sgd(loss, 3)).lower(params, None, batches, 0.1, key).as_text()
         for loss, params, batches in (
             (convolution, jnp.ones((2, 1, 3, 3)), jnp.ones((3, 4, 1, 8, 8))),
             (matmul, jnp.ones((2, 2)), jnp.ones((3, 4, 2))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -219,7 +220,7 @@ def combine(terms: Sequence[tuple[Scalar | float, Params]], like: Params) -> Par
     coefficients = [coefficient for coefficient, _ in terms]
 
     def leaf(reference, *leaves):
-        dtype = jnp.result_type(jnp.float32, *leaves)
+        dtype = wide_dtype(*leaves)
         scalar_dtype = jnp.finfo(dtype).dtype  # a complex leaf's scalars are real
         total = sum(
             jnp.asarray(c, scalar_dtype) * jnp.asarray(x, dtype)
@@ -228,6 +229,21 @@ def combine(terms: Sequence[tuple[Scalar | float, Params]], like: Params) -> Par
         return jnp.asarray(total, jnp.result_type(reference))
 
     return jax.tree.map(leaf, like, *(tree for _, tree in terms))
+
+
+def wide_dtype(*leaves: ArrayLike) -> Any:
+    """Return the widest dtype of leaves, at least float32; weakly typed ones count in full."""
+    return reduce(jnp.promote_types, (jnp.asarray(x).dtype for x in leaves), jnp.dtype("float32"))
+
+
+def widened(tree: Params) -> Params:
+    """Return a tree with its floating leaves in float32 where they are narrower."""
+
+    def leaf(x):
+        x = jnp.asarray(x)
+        return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(leaf, tree)
 
 
 def zeros(params: Params, accumulator_dtype: Any = None) -> Params:

@@ -40,6 +40,15 @@ def check_floating(name: str, tree: Params) -> None:
             raise TypeError(f"`{name}` must have floating leaves, got {dtype} at {where}")
 
 
+def check_numbers(name: str, tree: Any) -> None:
+    """Raise TypeError unless every leaf is an array of numbers or flags."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`{name}` must have numeric leaves, got {dtype} at {where}")
+
+
 def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
     """Return ``report`` if it is a LocalUpdate of trees like ``like``, else raise.
 

@@ -113,7 +113,9 @@ class Notes:
             metrics = {name: float(value) for name, value in values.items()}
             self.evaluations.append(Evaluation(step, arrival.time, metrics))
         if plan.on_step is not None:
-            record = StepRecord(step, arrival.time, arrival.worker, delay, arrival.loss, metrics)
+            record = StepRecord(
+                step, arrival.time, arrival.worker, delay, arrival.loss, {}, metrics
+            )
             plan.on_step(record)
         if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or last):
             self.save()
@@ -158,6 +160,7 @@ class Notes:
             worker=trace.workers,
             delay=trace.delays,
             loss=np.array([a.loss for a in self.journal.arrivals], jnp.result_type(float)),
+            metrics={},
             evaluations=tuple(self.evaluations),
         )
         trees = (server.params, server.model_state, server.state)

@@ -206,7 +206,7 @@ class OrlomoWorker:
     def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
         """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
         begin = time.perf_counter()
-        result, loss = on_host(answer(self._work, self._worker, round, start))
+        result, (loss, _) = on_host(answer(self._work, self._worker, round, start))
         update = result.update
         if self._narrow is not None:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731

@@ -191,7 +191,7 @@ class _Thread:
             with self._compiling:  # or the threads of a device would each compile the same
                 prepare(self._work, task.worker, task.round, start)
             self._prepared = True
-        result, loss = answer(self._work, task.worker, task.round, start)
+        result, (loss, _) = answer(self._work, task.worker, task.round, start)
         jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
         finite, loss = on_host((result.finite, loss))
         report = task.report(result)._replace(finite=bool(finite))

@@ -10,7 +10,7 @@ import numpy as np
 
 from orlomo_jax.checks import check_number
 from orlomo_jax.reports import Report, Task
-from orlomo_jax.rounds import fused_round
+from orlomo_jax.rounds import RoundMetrics, fused_round
 from orlomo_jax.server_step import as_partial
 from orlomo_jax.worker import RoundResult
 
@@ -93,8 +93,8 @@ class Workers(Protocol):
 
 def answer(
     work: Work, worker: int, round: int, start: tuple[Any, Any, Any, Any]
-) -> tuple[RoundResult, Array]:
-    """Return the result of a task's round and its mean loss.
+) -> tuple[RoundResult, RoundMetrics]:
+    """Return the result of a task's round and its metrics.
 
     The program is the simulator's, so that a replay of the run can be the same to the bit.
 
@@ -104,8 +104,8 @@ def answer(
         round: The task's.
         start: The task's params, model state, momentum and local learning rate.
     """
-    result, loss, _ = fused_round(work.round_fn)(*_arguments(work, worker, round, start))
-    return result, loss
+    result, metrics, _ = fused_round(work.round_fn)(*_arguments(work, worker, round, start))
+    return result, metrics
 
 
 def prepare(work: Work, worker: int, round: int, start: tuple[Any, Any, Any, Any]) -> None:

@@ -1,0 +1,68 @@
+"""Which parameters are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, PyTree
+
+
+class Mask(NamedTuple):
+    """A tree of bools, or a function of params to one; hashable.
+
+    Attributes:
+        function: The function, or None.
+        values: The bools of the tree.
+        structure: The tree's structure.
+
+    Example:
+        >>> mask = Mask.of({"backbone": True, "head": False})
+        >>> mask.leaves({"backbone": [1.0, 2.0], "head": 3.0})
+        [True, True, False]
+    """
+
+    function: Callable[[Any], Any] | None
+    values: tuple[bool, ...] = ()
+    structure: Any = None
+
+    @classmethod
+    def of(cls, frozen: Any) -> Mask:
+        """Return the mask of a tree of bools or a function to one.
+
+        Raises:
+            TypeError: If a leaf is not a bool.
+        """
+        if isinstance(frozen, Mask):
+            return frozen
+        if callable(frozen):
+            return cls(frozen)
+        for path, leaf in jax.tree.leaves_with_path(frozen):
+            if not isinstance(leaf, bool | np.bool_):
+                where = f"frozen{jax.tree_util.keystr(path)}"
+                raise TypeError(f"`{where}` must be a bool, got {leaf!r}")
+        values, structure = jax.tree.flatten(frozen)
+        return cls(None, tuple(map(bool, values)), structure)
+
+    def leaves(self, params: PyTree[Array]) -> list[bool]:
+        """Return whether each leaf of params is frozen.
+
+        Raises:
+            ValueError: If the mask is not like params or its first levels.
+        """
+        if self.function is not None:
+            return Mask.of(self.function(params)).leaves(params)
+        mask = jax.tree.unflatten(self.structure, self.values)
+        try:
+            spread = jax.tree.map(
+                lambda frozen, part: [frozen] * len(jax.tree.leaves(part)), mask, params
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`frozen` must be a tree of bools like params or like its first levels: {error}"
+            ) from None
+        return jax.tree.leaves(spread)

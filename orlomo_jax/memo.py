@@ -1,0 +1,36 @@
+"""The same object for equal arguments, so that programs are shared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shared(function: Function) -> Function:
+    """Let a function return the same object for equal arguments, where they can be hashed.
+
+    Example:
+        >>> @shared
+        ... def pair(left, right=2.0):
+        ...     return [left, right]
+        >>> pair(1) is pair(left=1, right=2.0), pair([]) is pair([])
+        (True, False)
+    """
+    signature = inspect.signature(function)
+    remembered = lru_cache(maxsize=64, typed=True)(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            hash((bound.args, tuple(bound.kwargs.items())))
+        except TypeError:  # an array, a tree of bools, or a wrong argument
+            return function(*args, **kwargs)
+        return remembered(*bound.args, **bound.kwargs)
+
+    return call  # pyright: ignore[reportReturnType]

@@ -1,0 +1,95 @@
+"""Frozen parameters: they stay to the bit, and the others train as if they were constants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from orlomo_jax import METHOD_NAMES, ArrivalTrace, local_momentum_sgd, make_method, simulate
+
+K = 2
+FROZEN = {"backbone": True, "head": False}
+X = jax.random.normal(jax.random.key(1), (16, 5))
+Y = jnp.sin(X.sum(1, keepdims=True))
+
+
+def start(dtype=jnp.float32):
+    backbone = jax.random.normal(jax.random.key(2), (5, 8), jnp.float32)
+    backbone = backbone.at[0, 0].set(-0.0)
+    return {"backbone": [backbone.astype(dtype)], "head": jnp.zeros((8, 1), dtype)}
+
+
+def loss(backbone, head):
+    return jnp.mean((jnp.tanh(X @ backbone) @ head - Y) ** 2)
+
+
+def whole_loss(params, model_state, batch, key):
+    return loss(params["backbone"][0], params["head"]), (model_state, {})
+
+
+def run(name, loss_fn, params, num_local_steps, frozen=None, compiled=True, **options):
+    method = make_method(name, K, frozen=frozen)
+    order = np.tile(np.arange(K), 15)
+    result = simulate(
+        method,
+        method.local_round(loss_fn, num_local_steps, **options),
+        lambda key, worker, round: jnp.ones((num_local_steps, 1)),
+        params,
+        ArrivalTrace.from_workers(order, K, synchronous=method.synchronous),
+        key=jax.random.key(0),
+        local_learning_rate=0.1,
+        compiled=compiled,
+    )
+    return result.params
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("num_local_steps", [1, 4])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_the_rest_trains_as_if_they_were_constants(name, num_local_steps, weight_decay):
+    with jax.enable_x64(True):
+        params = start(jnp.float64)
+
+        def of_the_head(head, model_state, batch, key):
+            return loss(params["backbone"][0], head), (model_state, {})
+
+        options = {"weight_decay": weight_decay}
+        options["gradient_transform"] = optax.clip_by_global_norm(0.3)
+        constant = run(name, of_the_head, params["head"], num_local_steps, **options)
+        frozen = run(name, whole_loss, params, num_local_steps, FROZEN, **options)
+        np.testing.assert_allclose(frozen["head"], constant, rtol=0, atol=1e-12)
+        assert abs(constant).max() > 0.1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_they_stay_to_the_bit(name, compiled):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = start(dtype)
+        mask = lambda params: {"backbone": [True], "head": False}  # noqa: E731
+        ended = run(name, whole_loss, params, 4, mask, compiled, weight_decay=0.05)
+        before = np.asarray(params["backbone"][0], np.float32)
+        after = np.asarray(ended["backbone"][0])
+        assert before.tobytes() == after.tobytes()  # −0 stays −0
+        assert abs(np.asarray(ended["head"])).max() > 0.1
+
+
+def test_a_round_of_its_own_takes_the_mask_too():
+    round_fn = local_momentum_sgd(whole_loss, 3, weight_decay=0.1, frozen=FROZEN)
+    update = round_fn(start(), None, jnp.ones((3, 1)), 0.1, jax.random.key(0)).update
+    assert not update.delta["backbone"][0].any() and not update.momentum["backbone"][0].any()
+    assert update.delta["head"].any()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "error", "message"),
+    [
+        ({"backbone": 1, "head": False}, TypeError, r"`frozen\['backbone'\]` must be a bool"),
+        ({"backbone": True}, ValueError, "`frozen` must be a tree of bools like params"),
+    ],
+)
+def test_bad_masks(frozen, error, message):
+    with pytest.raises(error, match=message):
+        round_fn = local_momentum_sgd(whole_loss, 1, frozen=frozen)
+        round_fn(start(), None, jnp.ones((1, 1)), 0.1, jax.random.key(0))
