@@ -93,7 +93,7 @@ def load(
             ``pool``), and flipped.
 
     Raises:
-        DataError: If the data is missing or damaged.
+        DataError: If the data is missing or damaged, or what reads it is not installed.
         ValueError: If there is no such data set, or ``pool`` does not divide its images.
 
     Example:
@@ -119,12 +119,16 @@ def digits(test_size: int = 360) -> tuple[Split, Split]:
 
     The split is fixed. Pixels are scaled to [0, 1] and flattened to 64 features.
 
+    Raises:
+        DataError: If scikit-learn is not installed.
+
     Example:
         >>> train, test = digits()
         >>> train.images.shape, test.labels.shape
         ((1437, 64), (360,))
     """
-    from sklearn.datasets import load_digits
+    with decoded.needed("the data set digits needs scikit-learn"):
+        from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(classes))

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments import folders
 
 
 class Source(NamedTuple):
@@ -83,6 +86,11 @@ def folder(name: str, data_dir: Path) -> Path:
     return data_dir / name.replace("-", "_") / SOURCES[name].version
 
 
+def arrays_folder(name: str, data_dir: Path) -> Path:
+    """Return where unpacked arrays lie in a data_dir: outside TFDS's own folders."""
+    return data_dir / "orlomo_jax" / name
+
+
 def default_data_dir() -> Path:
     """Return the data_dir where none is given: TFDS_DATA_DIR, or else TFDS's own."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
@@ -99,11 +107,13 @@ def arrays(
     """Return training and test split of a prepared data set.
 
     The first call decodes the images, later ones read the cache: files named after the prepared
-    data's place and description, so that other data never meets them.
+    data's place and description, so that other data never meets them. Where there is no TFDS data
+    set, unpacked arrays are read, which needs NumPy alone.
 
     Args:
         name: A key of ``SOURCES``.
-        data_dir: A TFDS data_dir with the data set as array_record.
+        data_dir: A TFDS data_dir with the data set as array_record, or with unpacked arrays in
+            ``orlomo_jax/NAME``, where TFDS does not look.
         cache_dir: Where decoded arrays are kept.
 
     Raises:
@@ -111,6 +121,9 @@ def arrays(
     """
     data_dir = default_data_dir() if data_dir is None else data_dir.expanduser()
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir.expanduser()
+    is_tfds = (folder(name, data_dir) / "dataset_info.json").is_file()
+    if not is_tfds and arrays_folder(name, data_dir).exists():
+        return _unpacked(name, data_dir)
     shards, fingerprint = _describe(name, data_dir)
     counts = {split: sum(lengths) for split, lengths in shards.items()}
     cached = cache_dir / f"{name}-{fingerprint}"
@@ -121,12 +134,45 @@ def arrays(
         except (OSError, ValueError, EOFError) as error:
             warnings.warn(f"{cached} is damaged ({error}): decoding anew", stacklevel=2)
             shutil.rmtree(cached, ignore_errors=True)
+    need_tfds()
     _check_shards(name, data_dir, shards)
     train, test = (_decode(name, split, data_dir, counts) for split in SOURCES[name].splits)
     try:
-        _save(cached, dict(zip(SOURCES[name].splits, (train, test), strict=True)))
+        with folders.written_whole(cached) as unfinished:
+            save(unfinished, dict(zip(SOURCES[name].splits, (train, test), strict=True)))
     except OSError as error:
-        warnings.warn(f"{cached} could not be written ({error}): not cached", stacklevel=2)
+        if not cached.exists():  # not another process's, finished before this one's
+            warnings.warn(f"{cached} could not be written ({error}): not cached", stacklevel=2)
+    return train, test
+
+
+@contextmanager
+def needed(packages: str) -> Iterator[None]:
+    """Raise a DataError that names what is to be installed where an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f"{packages} ({error}): pip install 'orlomo-jax[experiments]'") from None
+
+
+def need_tfds() -> None:
+    """Raise a DataError unless the packages are installed that read and write TFDS's data sets."""
+    with needed("a TFDS data set needs tensorflow-datasets, array_record and Pillow"):
+        import array_record.python.array_record_module  # noqa: F401
+        import PIL.Image  # noqa: F401
+        import tensorflow_datasets  # noqa: F401
+
+
+def _unpacked(name: str, data_dir: Path) -> tuple[Arrays, Arrays]:
+    """Return arrays that ``packed.write`` has written, after a check of all files."""
+    place = arrays_folder(name, data_dir)
+    try:
+        manifest = folders.read_manifest(place)
+        if manifest.name != name:
+            raise ValueError(f"{place / folders.MANIFEST} is of {manifest.name}")
+        train, test = (_load(place, name, s, manifest.splits) for s in SOURCES[name].splits)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{error}: remove {place}, then unpack {name} again") from None
     return train, test
 
 
@@ -218,38 +264,36 @@ def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Ar
     order = sorted(range(len(ids)), key=ids.__getitem__)  # the stored order is shuffled
     result = Arrays(images[order], labels[order])
     try:
-        _check(result, name, split, counts)
+        check(result, name, split, counts)
     except ValueError as error:
         raise _damaged(name, data_dir, error) from None
     return result
 
 
-def _check(loaded: Arrays, name: str, split: str, counts: dict[str, int]) -> None:
+def check(loaded: Arrays, name: str, split: str, counts: dict[str, int]) -> None:
+    """Raise ValueError unless arrays are a split of ``counts[split]`` examples."""
     images, labels = loaded
     shape = (counts[split], *SOURCES[name].image_shape)
-    if (images.shape, images.dtype, labels.shape) != (shape, np.uint8, shape[:1]):
-        raise ValueError(f"split {split} must be uint8{shape}, got {images.dtype}{images.shape}")
+    for array, dtype, expected in ((images, "uint8", shape), (labels, "int32", shape[:1])):
+        if (array.dtype, array.shape) != (dtype, expected):
+            got = f"{array.dtype}{array.shape}"
+            raise ValueError(f"split {split} must have {dtype}{expected}, got {got}")
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= SOURCES[name].num_classes:
         raise ValueError(f"labels of split {split} must be in [0, {SOURCES[name].num_classes})")
 
 
 def _load(cached: Path, name: str, split: str, counts: dict[str, int]) -> Arrays:
     loaded = Arrays(*(np.load(cached / f"{split}-{field}.npy") for field in Arrays._fields))
-    _check(loaded, name, split, counts)
+    check(loaded, name, split, counts)
     return loaded
 
 
-def _save(cached: Path, splits: dict[str, Arrays]) -> None:
-    """Write all arrays, or nothing under that name."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{cached.name}-", dir=cached.parent))
-    try:
-        for split, loaded in splits.items():
-            for field, values in loaded._asdict().items():
-                np.save(unfinished / f"{split}-{field}.npy", values)
-        unfinished.rename(cached)
-    except OSError:
-        if not cached.exists():  # not another process's, finished before this one's
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def by_key(splits: dict[str, Arrays]) -> dict[str, Any]:
+    """Return all arrays by the names of their files: train-images, train-labels, …."""
+    return {f"{s}-{f}": values for s, x in splits.items() for f, values in x._asdict().items()}
+
+
+def save(place: Path, splits: dict[str, Arrays]) -> None:
+    """Write all arrays to a folder, as NumPy files."""
+    for key, values in by_key(splits).items():
+        np.save(place / f"{key}.npy", values)

@@ -1,16 +1,18 @@
-"""Make a TFDS data_dir from the official archive of a data set, without TensorFlow.
+"""Make a TFDS data_dir from the official archive of a data set, without TensorFlow; pack data.
 
 ``python -m experiments.prepare cifar10 --from cifar-10-python.tar.gz --data-dir ~/data`` writes
 ``~/data/cifar10/3.0.2`` as array_record, whole or not at all.
+
+``python -m experiments.prepare --pack cifar10 OUT`` writes that data set as a few files of at most
+60 MB. ``python -m experiments.prepare --unpack OUT`` restores it on a machine that has neither TFDS
+nor array_record nor Pillow.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,22 +21,30 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from PIL import Image
 
-from experiments import decoded
+from experiments import decoded, folders, packed
 from experiments.decoded import SOURCES, DataError
+
+Name = Literal["cifar10", "cifar100", "tiny-imagenet"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to prepare."""
+    """What to prepare, pack or unpack."""
 
-    name: tyro.conf.Positional[Literal["cifar10", "cifar100", "tiny-imagenet"]]
-    """The data set."""
-    source: Annotated[Path, tyro.conf.arg(name="from")]
+    target: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME|OUT")] = None
+    """With --from the data set; with --pack and --unpack the folder of the packed data."""
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """The official archive (the "python version" for CIFAR), or the folder that is in it."""
+    pack: Name | None = None
+    """The data set to pack."""
+    parts: int | None = None
+    """Number of files to pack it into; by default the fewest of at most 60 MB."""
+    unpack: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Restore packed data."""
     data_dir: Path | None = None
-    """The TFDS data_dir to write to; by default TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
+    """The data_dir to write to, or to pack from; by default TFDS_DATA_DIR, or else
+    ~/tensorflow_datasets."""
 
 
 class Content(NamedTuple):
@@ -58,29 +68,22 @@ def prepare(name: str, source: Path, data_dir: Path) -> dict[str, int]:
         data_dir: A TFDS data_dir.
 
     Raises:
-        DataError: If the source is missing, damaged or of something else, or the data set is
-            already there. Nothing is written then.
+        DataError: If the source is missing, damaged or of something else, the data set is already
+            there, or a package is not installed. Nothing is written then.
     """
     target = decoded.folder(name, data_dir)
     if target.exists():
         raise DataError(f"{target} is already there: remove it to prepare {name} anew")
     if not source.exists():
         raise DataError(f"there is no {source}: get {SOURCES[name].archive}")
-    unfinished = None
+    decoded.need_tfds()
     try:
         content = CONTENTS[name](_open(source))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-        counts = _write(name, content, unfinished)
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        unfinished.rename(target)
+        with folders.written_whole(target) as unfinished:
+            return _write(name, content, unfinished)
     except Exception as error:  # damaged archives, pickles and images, full disks
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{source} could not be prepared as {name} ({what})") from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return counts
 
 
 def _write(name: str, content: Content, place: Path) -> dict[str, int]:
@@ -200,6 +203,8 @@ def _cifar_examples(
     split: str, batches: list[bytes], keys: dict[str, bytes]
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples with TFDS's ids."""
+    from PIL import Image
+
     index = 0
     for batch in map(_unpickle, batches):
         rows = batch[b"data"]
@@ -245,17 +250,43 @@ def _unpickle(content: bytes) -> dict[bytes, Any]:
 CONTENTS = {"cifar10": _cifar10, "cifar100": _cifar100, "tiny-imagenet": _tiny_imagenet}
 
 
+def _check_flags(config: Config) -> None:
+    """Raise where flags contradict each other or one is missing."""
+    flags = {"--from": config.source, "--pack": config.pack, "--unpack": config.unpack or None}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) != 1:
+        raise DataError(f"give one of {', '.join(flags)}, got {' and '.join(given) or 'none'}")
+    if config.parts is not None and config.pack is None:
+        raise DataError(f"--parts needs --pack, got {given[0]}")
+    if config.source is None and config.target is None:
+        raise DataError(f"{given[0]} needs OUT, the folder of the packed data")
+    if config.source is not None and config.target not in SOURCES:
+        raise DataError(f"--from needs one of {', '.join(SOURCES)}, got {config.target}")
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Prepare a data set from the command line."""
+    """Prepare, pack or unpack a data set from the command line."""
     config = tyro.cli(Config, prog="python -m experiments.prepare", args=args, description=__doc__)
     data_dir = (config.data_dir or decoded.default_data_dir()).expanduser()
     try:
-        counts = prepare(config.name, config.source.expanduser(), data_dir)
-    except DataError as error:
+        _check_flags(config)
+        target = str(config.target)
+        if config.source is not None:
+            name, counts = target, prepare(target, config.source.expanduser(), data_dir)
+            place = decoded.folder(name, data_dir)
+        elif config.pack is not None:
+            place = Path(target).expanduser()
+            name, counts, files = packed.pack(config.pack, place, config.parts, data_dir)
+            for file, (size, _) in files.items():
+                print(f"{place / file}: {size} bytes")
+        else:
+            name, counts, _ = packed.unpack(Path(target), data_dir)
+            place = decoded.arrays_folder(name, data_dir)
+    except (DataError, OSError) as error:
         raise SystemExit(str(error)) from None
     for split, count in counts.items():
-        print(f"{config.name}: {count} images of split {split}")
-    print(decoded.folder(config.name, data_dir))
+        print(f"{name}: {count} images of split {split}")
+    print(place)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import orlomo_jax
 
@@ -115,3 +117,58 @@ def test_import_leaves_x64_off_and_loads_no_extra():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def with_dependencies(*names: str) -> set[str]:
+    """Return installed packages and all that they need, their names in lower case with hyphens."""
+    found, todo = set(), [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        for extra in {"", *requirement.extras} - {e for n, e in found if n == requirement.name}:
+            found.add((requirement.name, extra))
+            try:
+                needs = [Requirement(line) for line in requires(requirement.name) or ()]
+            except PackageNotFoundError:  # of another platform
+                continue
+            todo += [r for r in needs if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return {name.lower().replace("_", "-") for name, _ in found}
+
+
+FEW_PACKAGES = """
+import importlib
+import sys
+
+sys.modules |= dict.fromkeys(sys.argv[1:])  # their import raises
+
+from experiments import data, decoded
+
+for name in ("train", "reproduce", "benchmarks.__main__", "prepare"):
+    module = importlib.import_module(f"experiments.{name}")
+    try:
+        module.main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0, name
+for function in (data.digits, decoded.need_tfds):
+    try:
+        function()
+    except decoded.DataError as error:
+        print(error)
+"""
+
+
+def test_the_main_commands_start_with_few_packages():
+    packages = with_dependencies("jax", "flax", "optax", "orbax-checkpoint", "tyro", "rich")
+    foreign = [
+        module
+        for module, owners in packages_distributions().items()
+        if not (packages | {"orlomo-jax"}) & {name.lower().replace("_", "-") for name in owners}
+    ]
+    assert {"PIL", "tensorflow_datasets", "array_record", "sklearn", "ray"} <= set(foreign)
+    command = [sys.executable, "-c", FEW_PACKAGES, *foreign]
+    run = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for command in ("train", "reproduce", "benchmarks", "prepare"):
+        assert f"usage: python -m experiments.{command}" in run.stdout
+    digits, tfds = run.stdout.splitlines()[-2:]
+    assert digits.startswith("the data set digits needs scikit-learn")
+    assert tfds.startswith("a TFDS data set needs tensorflow-datasets, array_record and Pillow")
+    assert all(line.endswith(": pip install 'orlomo-jax[experiments]'") for line in (digits, tfds))

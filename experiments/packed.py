@@ -1,0 +1,128 @@
+"""Data sets as a few files that can be moved to a machine with NumPy alone.
+
+``pack`` writes one compressed NumPy archive, cut into parts that are small enough for a transport
+with a limit. ``unpack`` puts the arrays together again where the experiments look for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from experiments import decoded, folders
+from experiments.decoded import SOURCES, Arrays, DataError
+from experiments.folders import Manifest
+
+MAX_PART = 60_000_000
+"""Bytes of a part at most."""
+
+
+def pack(name: str, out: Path, parts: int | None = None, data_dir: Path | None = None) -> Manifest:
+    """Write a data set as parts of at most ``MAX_PART`` bytes, and a manifest.
+
+    Args:
+        name: A key of ``SOURCES``.
+        out: The folder to write; it may be there if it is empty.
+        parts: How many, at most 999; None is the fewest.
+        data_dir: Where the data set is, as for :func:`experiments.decoded.arrays`.
+
+    Raises:
+        DataError: If the data set is missing or damaged, there is something in ``out``, or
+            ``parts`` is too small or large. Nothing is written then.
+    """
+    out = out.expanduser()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is already there: remove it to pack {name} anew")
+    splits = dict(zip(SOURCES[name].splits, decoded.arrays(name, data_dir), strict=True))
+    with folders.written_whole(out) as unfinished:
+        archive = unfinished / "archive"
+        with archive.open("wb") as file:
+            np.savez_compressed(file, **decoded.by_key(splits))
+        size = archive.stat().st_size
+        fewest = -(-size // MAX_PART)
+        parts = fewest if parts is None else parts
+        if not fewest <= parts <= 999:  # so that their names sort in order
+            raise DataError(
+                f"--parts must be in [{fewest}, 999], got {parts}: packed {name} has {size} bytes, "
+                f"and a part may have {MAX_PART}"
+            )
+        with archive.open("rb") as file:
+            for part in range(parts):
+                content = file.read(size * (part + 1) // parts - size * part // parts)
+                (unfinished / f"{name}.npz.{part + 1:03d}-of-{parts:03d}").write_bytes(content)
+        archive.unlink()
+        return folders.write_manifest(unfinished, name, _counts(splits))
+
+
+def unpack(packed: Path, data_dir: Path | None = None) -> Manifest:
+    """Restore a packed data set where :func:`experiments.decoded.arrays` finds it.
+
+    Args:
+        packed: The folder that :func:`pack` has written.
+        data_dir: Where to restore; None is the default data_dir.
+
+    Raises:
+        DataError: If the manifest or a part is missing, damaged or of another data set, or the
+            arrays are already there. Nothing is written then.
+    """
+    packed = packed.expanduser()
+    data_dir = (data_dir or decoded.default_data_dir()).expanduser()
+    try:
+        manifest = folders.read_manifest(packed)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{error}: copy the packed data again") from None
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=data_dir) as archive:
+        for part in manifest.files:
+            with (packed / part).open("rb") as file:
+                shutil.copyfileobj(file, archive)
+        archive.seek(0)
+        try:
+            loaded = np.load(archive, allow_pickle=False)
+            train, test = (
+                Arrays(*(loaded[f"{split}-{field}"] for field in Arrays._fields))
+                for split in SOURCES[manifest.name].splits
+            )
+        except Exception as error:  # zipfile, zlib and NumPy each have errors of their own
+            raise DataError(f"{packed} is not a packed data set ({error!r})") from None
+    write(manifest.name, train, test, data_dir)
+    return manifest
+
+
+def write(name: str, train: Arrays, test: Arrays, data_dir: Path | None = None) -> Path:
+    """Write arrays where :func:`experiments.decoded.arrays` finds them; return their folder.
+
+    It reads a TFDS data set instead if ``data_dir`` has one of this name.
+
+    Args:
+        name: A key of ``SOURCES``, whose image shape and number of classes the arrays must have.
+        train: Any number of training examples.
+        test: Any number of test examples.
+        data_dir: Where to write; None is the default data_dir.
+
+    Raises:
+        DataError: If the arrays are not of this data set, or arrays are already there. Nothing is
+            written then.
+    """
+    data_dir = (data_dir or decoded.default_data_dir()).expanduser()
+    place = decoded.arrays_folder(name, data_dir)
+    if place.exists():
+        raise DataError(f"{place} is already there: remove it to write {name} anew")
+    splits = dict(zip(SOURCES[name].splits, (train, test), strict=True))
+    counts = _counts(splits)
+    try:
+        for split, arrays in splits.items():
+            decoded.check(arrays, name, split, counts)
+    except ValueError as error:
+        raise DataError(f"these arrays cannot be {name}: {error}") from None
+    with folders.written_whole(place) as unfinished:
+        decoded.save(unfinished, splits)
+        folders.write_manifest(unfinished, name, counts)
+    return place
+
+
+def _counts(splits: dict[str, Arrays]) -> dict[str, int]:
+    return {split: len(arrays.labels) for split, arrays in splits.items()}
