@@ -101,7 +101,7 @@ def rehearse() -> list[str]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packed.write("cifar10", images(256), images(64), folder / "data")
+        packed.write("cifar10", images(1024), images(64), folder / "data")
         packed.pack("cifar10", folder / "packed", 2, folder / "data")
         session = Session(
             folder / "output",

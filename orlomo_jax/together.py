@@ -15,6 +15,9 @@ from orlomo_jax.compiled import Carry, Compiled, by_round
 from orlomo_jax.driven import Driven
 from orlomo_jax.rounds import RoundMetrics
 
+RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
+"""Where the arguments of a stretch have their axis of runs."""
+
 
 class Alone:
     """One run, with the interface of :class:`Together`."""
@@ -65,7 +68,7 @@ class Together:
         self.engines = list(engines)
         self.lanes = [Lane(self, index) for index in range(len(engines))]
         self.carry: Carry | None = None
-        self._program = _over_runs(first.program)
+        self._program = over_runs(first.program)
         self._schedules = _stack([engine.server.schedule for engine in engines])
         self._keys = [
             jnp.stack(list(keys))
@@ -134,10 +137,9 @@ class Lane:
 
 
 @lru_cache(maxsize=32)
-def _over_runs(program: Callable) -> Callable:
+def over_runs(program: Callable) -> Callable:
     """Return a stretch of all runs as one program; batch function and step numbers are shared."""
-    in_axes = (None, 0, 0, 0, None, None, 0, 0)
-    return partial(jax.jit, donate_argnums=2)(jax.vmap(program, in_axes))
+    return partial(jax.jit, donate_argnums=2)(jax.vmap(program, RUN_AXES))
 
 
 def _form(engine: Compiled) -> Any:

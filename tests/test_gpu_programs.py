@@ -1,16 +1,18 @@
-"""What XLA makes of a server step for a GPU: looked at in its program, so that none is needed.
+"""What XLA makes of a run for a GPU: looked at in its program, so that none is needed.
 
 JAX's CUDA plugin is, which compiles for a GPU that it is told of: ``pip install 'jax[cuda13]'``.
 """
 
 import re
+from functools import partial
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
+from experiments.gpu_programs import targets, training
+from experiments.gpu_programs.inspection import inspect
 from orlomo_jax import METHOD_NAMES, LocalUpdate, make_method
 from orlomo_jax.server_step import server_step
 
@@ -20,32 +22,12 @@ if find_spec("jax_plugins") is None or not any(
     pytest.skip("needs JAX's CUDA plugin", allow_module_level=True)
 
 SIZE = 1_000_000
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472  l2_cache_size: 52428800
-  memory_bandwidth: 4800000000000  device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 @pytest.fixture(scope="module")
 def on_gpu():
     """Return trees as abstract arrays on a GPU."""
-    topology = topologies.get_topology_desc("one", "cuda", target_config=H200, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    return lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding), tree
-    )
+    return partial(targets.abstract, sharding=targets.target("h200"))
 
 
 @pytest.mark.parametrize("donate_params", [True, False], ids=["donated", "scratch"])
@@ -87,3 +69,24 @@ def test_a_step_is_one_pass_in_place_without_waiting(name, leaves, donate_params
     # Scalars are made once, not for every element.
     loops = [text for text in computations if large in text.partition("{")[0] and text != entry]
     assert not any(costly in loop for loop in loops for costly in ("power(", "divide("))
+
+
+@pytest.mark.parametrize(
+    ("convolution", "launches"), [("matmul", 1), ("xla", 130)], ids=["matmul", "xla"]
+)
+def test_a_local_step_neither_waits_nor_copies(convolution, launches):
+    """ResNet20 as in the paper; cuDNN's convolutions stand between the graphs of the other form."""
+    function, args = training.training(convolution)
+    compiled = targets.compile_for(targets.target("h100"), function, args)
+    program = inspect(*compiled)
+    assert program.local_steps == training.LOCAL_STEPS
+    assert program.step.waits == 0
+    assert program.step.large_copies == 0
+    assert len(program.step.kernels) <= 330
+    assert program.step.launches <= launches
+    # The condition of the loop over rounds, and two of the loop that shuffles the data.
+    assert program.round.waits == 3
+    # Three products a layer, of one and the same size, as many as the network has.
+    forward = 40_551_040 * training.BATCH_SIZE
+    assert 0.9 < program.step.flops / (2 * 3 * forward) <= 1
+    assert program.peak < 1e9

@@ -1,6 +1,7 @@
 """Time the library against its limits; ``python -m experiments.benchmarks`` runs all of it.
 
-That takes ten minutes on two cores, and tells something where nothing else runs on them.
+That takes ten minutes on two cores, and tells something where nothing else runs on them. With
+``--gpu`` it is other figures, those of one GPU, in three minutes.
 
 Each row holds a figure, the limit measured in turn with it in the same run, and their ratio. Rows
 go to the terminal and, with ``--output``, to a JSONL file with device and versions, of which
@@ -9,18 +10,21 @@ go to the terminal and, with ``--output``, to a JSONL file with device and versi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from experiments import records
-from experiments.benchmarks import runtimes, scaling, server, simulator, startup
+from experiments.benchmarks import gpu, runtimes, scaling, server, simulator, stages, startup
+from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
 
 GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
@@ -41,20 +45,28 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "ray": runtimes.ray_round_trips,
 }
 """Every group of figures, by name: a function of the number of repeats to rows."""
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+GPU_GROUPS = ("limits", "server_step", "resnet", "gradients", "profile")
 
 
 @dataclass(frozen=True)
 class Benchmarks:
     """Which benchmarks to run."""
 
-    only: tuple[str, ...] = tuple(GROUPS)
-    """Groups to run."""
+    only: tuple[str, ...] = ()
+    """Groups to run; by default all of them."""
     repeats: int = 9
-    """Measurements of each figure and of its limit, in turn."""
+    """Measurements of each figure and of its limit, in turn (not with --gpu)."""
     output: Path | None = None
     """JSONL file that the rows are appended to."""
     appfl: Path | None = None
     """Python of an environment with APPFL 1.12, whose simulator then does the small job too."""
+    gpu: bool = False
+    """The figures of one GPU."""
+    tiny: bool = False
+    """With --gpu: the same at a tiny size, which a CPU does too."""
+    budget: float = 170
+    """Seconds of --gpu; what is predicted not to fit is left out."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -62,29 +74,52 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = tyro.cli(
         Benchmarks, prog="python -m experiments.benchmarks", args=args, description=__doc__
     )
-    if unknown := set(settings.only) - set(GROUPS):
-        raise SystemExit(f"--only must be of {', '.join(GROUPS)}, got {', '.join(unknown)}")
+    known = GPU_GROUPS if settings.gpu else tuple(GROUPS)
+    if unknown := set(settings.only) - set(known):
+        raise SystemExit(f"--only must be of {', '.join(known)}, got {', '.join(unknown)}")
     if settings.repeats < 1:
         raise SystemExit(f"--repeats must be ≥ 1, got {settings.repeats}")
-    if "ray" in settings.only and find_spec("ray") is None:
+    missed = stages.Missed([], [])
+    rows = _of_gpu(settings, missed) if settings.gpu else _of_cpu(settings)
+    table = Table("benchmark", "figure", "limit", "", "ratio", "bar")
+    console = Console()
+    for group, row in rows:
+        bar = "" if row.bar is None else f"{row.bar:.2f}"
+        figures = (f"{row.figure:.4g}", f"{row.limit:.4g} ({row.against})", row.unit)
+        table.add_row(row.benchmark, *figures, f"{row.ratio:.2f}", bar)
+        console.print(f"{row.benchmark}: ratio {row.ratio:.2f} {bar}", highlight=False)
+        if settings.output is not None:
+            fields = {"group": group, **row._asdict()}
+            records.append(settings.output, fields | {"environment": records.environment()})
+    console.print(table)
+    for line in missed.left_out:
+        console.print(f"left out: {line}", highlight=False)
+    if missed.failed:
+        raise SystemExit("\n".join(("failed:", *missed.failed)))
+
+
+def _of_cpu(settings: Benchmarks) -> Iterator[tuple[str, Row]]:
+    only = settings.only or tuple(GROUPS)
+    if "ray" in only and find_spec("ray") is None:
         raise SystemExit("the group ray needs Ray (pip install 'orlomo-jax[ray]'); or give --only")
     if settings.appfl is not None and not simulator.has_appfl(settings.appfl):
         raise SystemExit(f"--appfl must be a Python that has APPFL, got {settings.appfl}")
-    groups = {name: GROUPS[name] for name in settings.only}
+    groups = {name: GROUPS[name] for name in only}
     if settings.appfl is not None:
         groups["appfl"] = partial(simulator.against_appfl, python=settings.appfl)
-    table = Table("benchmark", "figure", "limit", "", "ratio", "bar")
-    console = Console()
     for group, rows in groups.items():
         for row in rows(settings.repeats):
-            bar = "" if row.bar is None else f"{row.bar:.2f}"
-            figures = (f"{row.figure:.4g}", f"{row.limit:.4g} ({row.against})", row.unit)
-            table.add_row(row.benchmark, *figures, f"{row.ratio:.2f}", bar)
-            console.print(f"{row.benchmark}: ratio {row.ratio:.2f} {bar}", highlight=False)
-            if settings.output is not None:
-                fields = {"group": group, **row._asdict()}
-                records.append(settings.output, fields | {"environment": records.environment()})
-    console.print(table)
+            yield group, row
+
+
+def _of_gpu(settings: Benchmarks, missed: stages.Missed) -> Iterator[tuple[str, Row]]:
+    if settings.tiny:  # before JAX starts: most of the time is compiling
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
+    elif jax.default_backend() == "cpu":
+        raise SystemExit("--gpu needs a GPU; --gpu --tiny runs the same at a tiny size on a CPU")
+    only = settings.only or GPU_GROUPS
+    planned = gpu.stages(TINY if settings.tiny else Sizes())
+    return stages.run([x for x in planned if x.group in only], settings.budget, missed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""A ResNet's simulated run on one GPU: local steps a second, and the share of gradients."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data, models
+from experiments.benchmarks import gpu_profile
+from experiments.benchmarks.measure import Row, in_turn, rate, seconds
+from orlomo_jax import heterogeneous, make_method, simulate, simulate_arrivals
+
+Convolution = Literal["xla", "matmul"]
+FORMS: tuple[Convolution, ...] = ("xla", "matmul")
+WORKERS = 16
+SHORT = 32
+"""Rounds from which on all workers hold versions of their own: longer runs are the same program."""
+GOAL = 125_000 / 120
+"""Local steps a second: 160 epochs of 50 000 images in batches of 64, in two minutes."""
+
+
+class Sizes(NamedTuple):
+    """How much work the figures are measured at."""
+
+    copied: int = 2**28
+    product: int = 8192
+    params: tuple[int, ...] = (10_000_000, 50_000_000)
+    leaves: tuple[int, ...] = (1, 200)
+    model: str = "resnet20"
+    width: float = 1.0
+    image: int = 32
+    examples: int = 50_000
+    batch: int = 64
+    local_steps: int = 16
+    rounds: int = 96
+    repeats: int = 5
+    scale: float = 1.0
+    """Of the stages' seconds."""
+
+
+TINY = Sizes(
+    copied=10_000,
+    product=64,
+    params=(10_000,),
+    leaves=(1, 5),
+    model="resnet8",
+    width=1 / 16,
+    image=8,
+    examples=64,
+    batch=4,
+    local_steps=2,
+    rounds=32,
+    repeats=1,
+    scale=0.2,
+)
+"""The same on a CPU within seconds, as a rehearsal."""
+
+
+def segment(sizes: Sizes, axis: str, form: Convolution, dtype: str) -> Iterator[Row]:
+    """Run a compiled segment of a simulated run."""
+    run = partial(run_segment, sizes, axis, form, dtype)
+    steps = sizes.rounds * sizes.local_steps
+    figure = steps / statistics.median(seconds(run) for _ in range(min(3, sizes.repeats)))
+    name = f"{_name(sizes)}: {axis}, {form}, {dtype}"
+    against = "125 000 local steps of 64 images in 120 s"
+    yield Row(name, figure, GOAL, "local steps/s", against, figure / GOAL, 1.0)
+    images, limit = figure * sizes.batch, GOAL * 64
+    yield Row(f"{name}, images", images, limit, "images/s", against, images / limit)
+
+
+def gradients(sizes: Sizes, form: Convolution) -> Iterator[Row]:
+    """A segment against bare gradient descent: one less the ratio is what else takes time."""
+    ours = partial(run_segment, sizes, "loop", form, "float32")
+    (timing,) = in_turn(min(2, sizes.repeats), ours, partial(run_descent, sizes, form))
+    name = f"{_name(sizes)}: loop, {form}, float32, time in gradients"
+    steps = sizes.rounds * sizes.local_steps
+    yield rate(name, steps, timing, "local steps/s", "bare gradient descent")
+
+
+def profiled(sizes: Sizes, form: Convolution) -> Iterator[Row]:
+    """The kernels' time in a profile, against a segment's that is not profiled."""
+    short = sizes._replace(rounds=SHORT)
+    run = partial(run_segment, short, "loop", form, "float32")
+    run()
+    taken = statistics.median(seconds(run) for _ in range(3))
+    yield from gpu_profile.rows(f"{_name(sizes)}: loop, {form}, float32", run, taken)
+
+
+class Training(NamedTuple):
+    """A run of random images; the loss includes augmentation."""
+
+    loss_fn: Callable
+    method: Any
+    round_fn: Callable
+    batch_fn: Callable
+    params: Any
+    model_state: Any
+
+
+@cache
+def _split(examples: int, image: int) -> data.Split:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (examples, image, image, 3), np.uint8)
+    return data.Split(jnp.asarray(images), jnp.asarray(random.integers(0, 10, examples, np.int32)))
+
+
+@cache
+def _training(sizes: Sizes, form: Convolution, dtype: str) -> Training:
+    split, padding = _split(sizes.examples, sizes.image), sizes.image // 8
+    source = data.Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.25,) * 3, padding)
+    loss_fn = source.training_loss(_network(sizes, form, dtype).loss_fn)
+    method = make_method("orlomo", WORKERS)
+    return Training(
+        loss_fn,
+        method,
+        method.local_round(loss_fn, sizes.local_steps, weight_decay=1e-3, unroll=1),
+        data.shuffled_batches(split, sizes.batch, sizes.local_steps),
+        *_start(sizes),
+    )
+
+
+@cache
+def _start(sizes: Sizes) -> Any:
+    """Return what all forms of the network start from: their parameters are the same."""
+    return _network(sizes, "xla", "float32").init(jax.random.key(0))
+
+
+def _network(sizes: Sizes, form: Convolution, dtype: str) -> models.Network:
+    return models.make(
+        sizes.model,
+        10,
+        (sizes.image, sizes.image, 3),
+        width=sizes.width,
+        dtype=jnp.dtype(dtype),
+        convolution=form,
+    )
+
+
+def run_segment(sizes: Sizes, axis: Any, form: Convolution, dtype: str) -> None:
+    """Run a compiled segment."""
+    run, num_steps = _training(sizes._replace(rounds=0), form, dtype), sizes.rounds
+    result = simulate(
+        run.method,
+        run.round_fn,
+        run.batch_fn,
+        run.params,
+        simulate_arrivals(heterogeneous(), WORKERS, num_steps, sizes.local_steps, 0),
+        key=jax.random.key(0),
+        model_state=run.model_state,
+        local_learning_rate=0.01,
+        compiled=True,
+        worker_axis=axis,
+        compute_batch=None if axis == "loop" else 4,
+    )
+    jax.block_until_ready(result.params)
+
+
+@cache
+def _descend(sizes: Sizes, form: Convolution) -> Callable:
+    """Return S steps of plain gradient descent as one program of parameters and model state."""
+    run = _training(sizes, form, "float32")
+    gradient_fn = jax.grad(run.loss_fn, has_aux=True)
+
+    @partial(jax.jit, donate_argnums=0)
+    def descend(carry, batches, key):
+        def step(carry, batch):
+            params, model_state = carry
+            gradient, (model_state, _) = gradient_fn(params, model_state, batch, key)
+            params = jax.tree.map(lambda w, g: w - 0.01 * g, params, gradient)
+            return (params, model_state), None
+
+        return jax.lax.scan(step, carry, batches)[0]
+
+    key = jax.random.key(0)
+    return partial(descend, key=key, batches=jax.jit(_first)(run.batch_fn, key))
+
+
+def _first(batch_fn: Callable, key: jax.Array) -> Any:
+    return batch_fn(key, 0, 0)
+
+
+def run_descent(sizes: Sizes, form: Convolution) -> None:
+    """Do the gradient descent of a segment."""
+    descend = _descend(sizes._replace(rounds=0), form)
+    run = _training(sizes._replace(rounds=0), form, "float32")
+    carry = jax.tree.map(jnp.copy, (run.params, run.model_state))
+    for _ in range(sizes.rounds):
+        carry = descend(carry)
+    jax.block_until_ready(carry)
+
+
+def compile_all(sizes: Sizes, axis: str, dtypes: tuple[str, ...]) -> list[Row]:
+    """Compile all that has one axis, side by side; what fails will say so when it is measured."""
+    short = sizes._replace(rounds=SHORT)
+    jobs = [(form, dtype) for form in FORMS for dtype in dtypes]
+    for job in jobs:  # here, so that threads share the functions that programs are kept by
+        _training(sizes._replace(rounds=0), *job)
+    runs = [partial(run_segment, short, axis, *job) for job in jobs]
+    runs += [partial(run_descent, short, form) for form in FORMS if axis == "loop"]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        for ready in [pool.submit(run) for run in runs]:
+            with suppress(Exception):
+                ready.result()
+    return []
+
+
+def _name(sizes: Sizes) -> str:
+    network = f"ResNet{sizes.model.removeprefix('resnet')}"
+    return f"{network}, S={sizes.local_steps}, batch {sizes.batch}, K={WORKERS}"

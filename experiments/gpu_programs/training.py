@@ -1,0 +1,73 @@
+"""The compiled stretch of a simulated run, ready to be compiled for any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from experiments import data, execution, models
+from experiments.gpu_programs.targets import abstract
+from orlomo_jax import make_method
+from orlomo_jax.compiled import LENGTH, Carry, Version, stretch_program
+from orlomo_jax.rounds import fused_round
+from orlomo_jax.together import RUN_AXES, over_runs
+
+WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
+
+
+def training(
+    convolution: Literal["xla", "matmul"], together: int = 1, model: str = "resnet20"
+) -> tuple[Callable, list[Any]]:
+    """Return a stretch of a simulated run and its arguments, abstract ones.
+
+    Args:
+        convolution: How convolutions are computed.
+        together: Runs of one program, side by side under ``jax.vmap``: they share data, step
+            numbers and the number of groups.
+        model: See :func:`experiments.models.make`.
+    """
+    network = models.make(model, 10, (32, 32, 3), convolution=convolution)
+    none: Any = None  # the loss looks at no split
+    cifar10 = data.Dataset("cifar10", none, none, 10, (0.5,) * 3, (0.25,) * 3, padding=4)
+    method = make_method("orlomo", WORKERS)
+    round_fn = method.local_round(
+        cifar10.training_loss(network.loss_fn), LOCAL_STEPS, weight_decay=1e-3, unroll=1
+    )
+    images = jax.ShapeDtypeStruct((TRAIN_SIZE, 32, 32, 3), jnp.uint8)
+    labels: Any = jax.ShapeDtypeStruct((TRAIN_SIZE,), jnp.int32)
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def start(params, model_state):
+        version = Version(params, model_state, None, jnp.float32(0))
+        slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (WORKERS, *x.shape)), version)
+        state, losses = method.rule.init(params), jnp.zeros(LENGTH)
+        rate, first_bad = version.local_learning_rate, jnp.int32(-1)
+        return Carry(params, state, model_state, model_state, rate, slots, first_bad, losses)
+
+    run = stretch_program(method, WORKERS, fused_round(round_fn), "loop", 1)
+    args = [
+        _batches(images, labels),
+        execution.schedule(0.1, 7812),
+        jax.eval_shape(start, *jax.eval_shape(network.init, key)),
+        jax.ShapeDtypeStruct((7, LENGTH), jnp.int32),
+        jnp.int32(0),
+        jnp.int32(LENGTH),
+        key,
+        key,
+    ]
+    if together > 1:
+        run = over_runs(run)
+        pairs = zip(args, RUN_AXES, strict=True)
+        args = [x if axis is None else abstract(x, None, (together,)) for x, axis in pairs]
+    return run, args
+
+
+def _batches(images: Any, labels: Any) -> Any:
+    """Return the training batches of abstract arrays."""
+    batch_fn = data.shuffled_batches(
+        data.Split(jnp.zeros(0), jnp.zeros(TRAIN_SIZE, jnp.int8)), BATCH_SIZE, LOCAL_STEPS
+    )
+    return jax.tree.unflatten(jax.tree.structure(batch_fn), (images, labels))
