@@ -12,7 +12,8 @@ from experiments import data, execution, models
 from experiments.gpu_programs.targets import abstract
 from orlomo_jax import make_method
 from orlomo_jax.compiled import LENGTH, Carry, Version, stretch_program
-from orlomo_jax.rounds import fused_round
+from orlomo_jax.rounds import RoundMetrics, fused_round
+from orlomo_jax.server_step import sent_dtypes
 from orlomo_jax.together import RUN_AXES, over_runs
 
 WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
@@ -43,15 +44,16 @@ def training(
     def start(params, model_state):
         version = Version(params, model_state, None, jnp.float32(0))
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (WORKERS, *x.shape)), version)
-        state, losses = method.rule.init(params), jnp.zeros(LENGTH)
+        state, metrics = method.rule.init(params), RoundMetrics(jnp.zeros(LENGTH), {})
         rate, first_bad = version.local_learning_rate, jnp.int32(-1)
-        return Carry(params, state, model_state, model_state, rate, slots, first_bad, losses)
+        return Carry(params, state, model_state, model_state, rate, slots, first_bad, metrics)
 
-    run = stretch_program(method, WORKERS, fused_round(round_fn), "loop", 1)
+    sent = jax.eval_shape(network.init, key)
+    run = stretch_program(method, WORKERS, fused_round(round_fn), "loop", 1, sent_dtypes(sent))
     args = [
         _batches(images, labels),
         execution.schedule(0.1, 7812),
-        jax.eval_shape(start, *jax.eval_shape(network.init, key)),
+        jax.eval_shape(start, *sent),
         jax.ShapeDtypeStruct((7, LENGTH), jnp.int32),
         jnp.int32(0),
         jnp.int32(LENGTH),
