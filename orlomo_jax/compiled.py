@@ -112,7 +112,7 @@ class Compiled:
         if self._carry is None:
             self._carry = self.load()
         first = self.server.step
-        self._carry = self.program(
+        carry: Carry = self.program(
             self.job.batch_fn,
             self.server.schedule,
             self._carry,
@@ -120,8 +120,8 @@ class Compiled:
             self.job.data_key,
             self.job.noise_key,
         )
-        self.first_bad = int(self._carry.first_bad)
-        return by_round(self._carry.metrics, stop - first)
+        self._carry, self.first_bad = carry, int(carry.first_bad)
+        return by_round(carry.metrics, stop - first)
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
         """Plan the steps until ``stop``: their table, the first of them, and how many groups.
@@ -286,7 +286,8 @@ def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
 def _newest(params, state, model_state, rate, synchronous, dtypes) -> Version:
     """Return what a task dispatched now carries."""
     momentum = start_momentum(state) if synchronous else None
-    return Version(*rounded((params, model_state), dtypes), momentum, rate)
+    params, model_state = rounded((params, model_state), dtypes)
+    return Version(params, model_state, momentum, rate)
 
 
 def _as(x: Array, old: Array) -> Array:

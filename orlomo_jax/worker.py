@@ -78,8 +78,8 @@ def local_momentum_sgd(
     Returns:
         ``round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None)``, a
         jitted function that returns a :class:`RoundResult`. Parameters of 16 bits are kept in
-        float32 within the round: ``loss_fn`` sees them rounded, Δw and Δu are float32. The leaves of ``batches`` have a
-        leading axis S; ``local_learning_rate`` is γ; ``key`` a ``jax.random.key``; ``momentum`` the
+        float32 within the round: ``loss_fn`` sees them rounded, Δw and Δu are float32. The leaves
+        of ``batches`` have a leading axis S; ``local_learning_rate`` is γ; ``key`` a ``jax.random.key``; ``momentum`` the
         starting buffer ũ_0, a tree like params (PRSGDm).
 
     Raises:
