@@ -79,8 +79,8 @@ def local_momentum_sgd(
         ``round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None)``, a
         jitted function that returns a :class:`RoundResult`. Parameters of 16 bits are kept in
         float32 within the round: ``loss_fn`` sees them rounded, Δw and Δu are float32. The leaves
-        of ``batches`` have a leading axis S; ``local_learning_rate`` is γ; ``key`` a ``jax.random.key``; ``momentum`` the
-        starting buffer ũ_0, a tree like params (PRSGDm).
+        of ``batches`` have a leading axis S; ``local_learning_rate`` is γ; ``key`` a
+        ``jax.random.key``; ``momentum`` the starting buffer ũ_0, a tree like params (PRSGDm).
 
     Raises:
         ValueError: If a concrete hyperparameter is out of range, a leaf of ``batches`` has not the
