@@ -1,4 +1,4 @@
-"""Which parameters are frozen."""
+"""Which parameters are frozen: by a mask, or by a rule whose updates of them are zero."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from orlomo_jax.rules.contract import LocalUpdate
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
@@ -66,3 +69,51 @@ class Mask(NamedTuple):
                 f"`frozen` must be a tree of bools like params or like its first levels: {error}"
             ) from None
         return jax.tree.leaves(spread)
+
+
+def zero_updates(rule: Any, params: PyTree[Array], *, momentum: bool) -> list[bool]:
+    """Return for each leaf of params whether the rule's update of it is zero, whatever is reported.
+
+    This is read off the rule's program, in which such an update is a constant.
+
+    Args:
+        rule: A server rule, possibly in a chain.
+        params: Arrays, traced or abstract ones too.
+        momentum: Whether reports have a momentum.
+
+    Example:
+        >>> import optax
+        >>> from orlomo_jax import al_sgd
+        >>> mask = {"backbone": True, "head": False}
+        >>> rule = optax.chain(al_sgd(2), optax.masked(optax.set_to_zero(), mask))
+        >>> zero_updates(rule, {"backbone": jnp.ones(2), "head": jnp.ones(3)}, momentum=False)
+        [True, False]
+    """
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+
+    def updates(params, report):
+        update, _ = rule.update(report, rule.init(params), params, dispatched_at=0)
+        return update
+
+    program = jax.make_jaxpr(updates)(like, LocalUpdate(like, like if momentum else None))
+    return _zeros(program.jaxpr)
+
+
+def _zeros(jaxpr: Any) -> list[bool]:
+    """Return which results of a program are constants of zeros."""
+    zero: set[Any] = set()
+
+    def is_zero(atom: Any) -> bool:
+        value = getattr(atom, "val", None)  # of a literal
+        return atom in zero if value is None else np.ndim(value) == 0 and value == 0
+
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, equation.params.get("jaxpr")
+        if name in ("broadcast_in_dim", "convert_element_type", "reshape", "copy"):
+            found = [is_zero(equation.invars[0])]
+        elif name in ("pjit", "jit") and inner is not None:
+            found = _zeros(inner.jaxpr)
+        else:
+            continue
+        zero |= {var for var, yes in zip(equation.outvars, found, strict=True) if yes}
+    return [is_zero(atom) for atom in jaxpr.outvars]

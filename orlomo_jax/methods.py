@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import optax
 
 from orlomo_jax import rules
-from orlomo_jax.masks import Mask
+from orlomo_jax.masks import Mask, zero_updates
 from orlomo_jax.memo import shared
 from orlomo_jax.rules import base, contract
 from orlomo_jax.worker import RoundResult, local_momentum_sgd
@@ -54,10 +55,30 @@ class Method(NamedTuple):
         Args:
             loss_fn: As in ``local_momentum_sgd``.
             num_local_steps: S ≥ 1.
-            **options: ``weight_decay``, ``gradient_transform``, ``unroll``.
+            **options: ``weight_decay``, ``gradient_transform``, ``unroll``, ``frozen``; the last
+                is by default what this method never changes.
         """
-        options = {"frozen": self.frozen} | options
+        options = {"frozen": Unmoved(self)} | options
         return local_momentum_sgd(loss_fn, num_local_steps, self.worker_momentum, **options)
+
+
+class Unmoved(NamedTuple):
+    """Which parameters a method leaves as they are: its ``frozen`` ones, and what its rule zeroes.
+
+    ``optax.chain(rule, optax.masked(optax.set_to_zero(), mask))`` freezes parameters on the server;
+    a worker that trained them all the same would compute the other gradients at wrong points.
+    """
+
+    method: Method
+
+    def __call__(self, params: contract.Params) -> contract.Params:
+        """Return a tree of bools like params."""
+        method, structure = self.method, jax.tree.structure(params)
+        unmoved = zero_updates(method.rule, params, momentum=method.worker_momentum is not None)
+        if method.frozen is not None:
+            frozen = method.frozen.leaves(params)
+            unmoved = [a or b for a, b in zip(unmoved, frozen, strict=True)]
+        return jax.tree.unflatten(structure, unmoved)
 
 
 @shared

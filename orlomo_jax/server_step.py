@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orlomo_jax.methods import Method
+from orlomo_jax.methods import Method, Unmoved
 from orlomo_jax.rules import contract
 
 
@@ -66,11 +66,7 @@ def server_step(method: Method, donate_params: bool, donate_state: bool) -> Call
 
 def _unless_frozen(method: Method, new: Any, old: Any) -> Any:
     """Return the new parameters, but frozen ones as they were, to the bit."""
-    if method.frozen is None:
-        return new
-    structure = jax.tree.structure(old)
-    leaves = zip(method.frozen.leaves(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    return jax.tree.unflatten(structure, [x if frozen else y for frozen, x, y in leaves])
+    return jax.tree.map(lambda frozen, x, y: x if frozen else y, Unmoved(method)(old), old, new)
 
 
 def sent_dtypes(tree: Any) -> tuple[Any, ...]:

@@ -28,8 +28,19 @@ def whole_loss(params, model_state, batch, key):
     return loss(params["backbone"][0], params["head"]), (model_state, {})
 
 
-def run(name, loss_fn, params, num_local_steps, frozen=None, compiled=True, **options):
-    method = make_method(name, K, frozen=frozen)
+def frozen_method(name, frozen, how):
+    """Freeze by the method's own mask, or by a transformation after its rule."""
+    if how == "method":
+        return make_method(name, K, frozen=frozen)
+    method = make_method(name, K)
+    mask = optax.masked(optax.set_to_zero(), frozen)
+    return method._replace(rule=optax.chain(method.rule, mask))
+
+
+def run(
+    name, loss_fn, params, num_local_steps, frozen=None, compiled=True, how="method", **options
+):
+    method = make_method(name, K) if frozen is None else frozen_method(name, frozen, how)
     order = np.tile(np.arange(K), 15)
     result = simulate(
         method,
@@ -46,8 +57,9 @@ def run(name, loss_fn, params, num_local_steps, frozen=None, compiled=True, **op
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("num_local_steps", [1, 4])
+@pytest.mark.parametrize("how", ["method", "chain"])
 @pytest.mark.parametrize("name", METHOD_NAMES)
-def test_the_rest_trains_as_if_they_were_constants(name, num_local_steps, weight_decay):
+def test_the_rest_trains_as_if_they_were_constants(name, how, num_local_steps, weight_decay):
     with jax.enable_x64(True):
         params = start(jnp.float64)
 
@@ -57,18 +69,19 @@ def test_the_rest_trains_as_if_they_were_constants(name, num_local_steps, weight
         options = {"weight_decay": weight_decay}
         options["gradient_transform"] = optax.clip_by_global_norm(0.3)
         constant = run(name, of_the_head, params["head"], num_local_steps, **options)
-        frozen = run(name, whole_loss, params, num_local_steps, FROZEN, **options)
+        frozen = run(name, whole_loss, params, num_local_steps, FROZEN, how=how, **options)
         np.testing.assert_allclose(frozen["head"], constant, rtol=0, atol=1e-12)
         assert abs(constant).max() > 0.1
 
 
 @pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("how", ["method", "chain"])
 @pytest.mark.parametrize("name", METHOD_NAMES)
-def test_they_stay_to_the_bit(name, compiled):
+def test_they_stay_to_the_bit(name, how, compiled):
     for dtype in (jnp.float32, jnp.bfloat16):
         params = start(dtype)
         mask = lambda params: {"backbone": [True], "head": False}  # noqa: E731
-        ended = run(name, whole_loss, params, 4, mask, compiled, weight_decay=0.05)
+        ended = run(name, whole_loss, params, 4, mask, compiled, how, weight_decay=0.05)
         before = np.asarray(params["backbone"][0], np.float32)
         after = np.asarray(ended["backbone"][0])
         assert before.tobytes() == after.tobytes()  # −0 stays −0
