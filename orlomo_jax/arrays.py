@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,18 @@ def bound(tree: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
     if isinstance(where, jax.sharding.NamedSharding):
         where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(lambda leaf: leaf if leaf.committed else jax.device_put(leaf, where), tree)
+
+
+def mesh_context(tree: PyTree[Array]) -> AbstractContextManager[Any]:
+    """Return the context in which arrays on a mesh with explicit axes are computed with.
+
+    JAX types such arrays by their sharding, and needs to know the mesh for what is made anew.
+    """
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            return jax.set_mesh(mesh)
+    return nullcontext()
 
 
 def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:

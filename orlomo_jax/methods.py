@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from orlomo_jax import rules
@@ -154,6 +155,6 @@ def make_method(
         )
 
     def running_mean(step, delay):  # after the K reports of a round: their average
-        return 1.0 / (step % num_workers + 1)
+        return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
 
     return method(rules.prsgdm(num_workers, **options), momentum, True, running_mean)

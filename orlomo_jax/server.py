@@ -139,7 +139,7 @@ class ParameterServer:
         # What was handed out to a worker or a caller is never donated while they can see it.
         self._share_all()
         self.schedule = as_partial(local_learning_rate) if callable(local_learning_rate) else None
-        first = local_learning_rate(0) if callable(local_learning_rate) else local_learning_rate
+        first = self.schedule(np.int32(0)) if self.schedule else local_learning_rate
         contract.check_learning_rate("local_learning_rate", first)
         self._local_learning_rate = jnp.asarray(first, float)
         self._lock = threading.RLock()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import optax
 
+from orlomo_jax.arrays import mesh_context
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import LENGTH, Compiled
@@ -148,6 +150,18 @@ class RunStart(NamedTuple):
     model_state: PyTree[ArrayLike] = None
 
 
+def _in_their_mesh(function: Any) -> Any:
+    """Run a function of ``starts`` in the mesh of their parameters, where it has explicit axes."""
+
+    @wraps(function)
+    def call(method, round_fn, batch_fn, starts, **options):
+        with mesh_context([start.params for start in starts]):
+            return function(method, round_fn, batch_fn, starts, **options)
+
+    return call
+
+
+@_in_their_mesh
 def simulate_together(
     method: Method,
     round_fn: Callable,

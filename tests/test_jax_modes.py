@@ -1,0 +1,122 @@
+"""Simulated runs under JAX's debugging and strictness modes: every engine works, with one result."""
+
+from contextlib import ExitStack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from orlomo_jax import ArrivalTrace, Checkpoints, make_method, simulate
+from tests import helpers
+
+K, S, T = 2, 2, 8
+FORMS = {
+    "driven": {"compiled": False},
+    "loop": {"compiled": True},
+    "map": {"worker_axis": "map"},
+    "vmap": {"worker_axis": "vmap"},
+}
+MODES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "disable_jit": jax.disable_jit,
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "checks": lambda: jax.enable_checks(True),
+    "leaks": jax.checking_leaks,
+    "transfers": lambda: jax.transfer_guard_device_to_device("disallow"),
+    "x64": lambda: jax.enable_x64(True),
+}
+
+
+def loss_fn(params, model_state, batch, key):
+    noise = jax.random.normal(key, batch.shape, batch.dtype)
+    error = (batch + jnp.float32(0.1) * noise) @ params["w"] - jnp.float32(1)
+    new = {"mean": jnp.float32(0.5) * (model_state["mean"] + error.mean()), "count": jnp.int32(1)}
+    return (error * error).mean(), (new, {"largest": abs(error).max()})
+
+
+def batch_fn(key, worker, round):
+    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
+    return jax.random.normal(key, (S, 4, 8), jnp.float32)
+
+
+@jax.jit
+def evaluate(params, model_state):
+    return {"norm": abs(params["w"]).sum() + model_state["mean"]}
+
+
+@jax.tree_util.Partial
+def schedule(step):
+    return jnp.float32(0.1) / (jnp.float32(1) + step.astype(jnp.float32))
+
+
+def run(name, form, params=None, **options):
+    method = make_method(name, K)
+    return simulate(
+        method,
+        method.local_round(loss_fn, S),
+        batch_fn,
+        {"w": jnp.zeros(8, jnp.float32)} if params is None else params,
+        ArrivalTrace.from_workers([0, 1] * (T // 2), K, synchronous=method.synchronous),
+        key=jax.random.key(0),
+        local_learning_rate=schedule,
+        model_state={"mean": jnp.zeros((), jnp.float32), "count": jnp.zeros((), jnp.int32)},
+        evaluate=evaluate,
+        evaluate_every=3,
+        **FORMS[form],
+        **options,
+    )
+
+
+CASES = [
+    pytest.param(name, form, marks=[] if (name, form) == ("orlomo", "loop") else pytest.mark.slow)
+    for name in ("orlomo", "prsgdm")
+    for form in FORMS
+]
+"""Each is compiled anew in each mode, which takes most of the time."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_modes(name, mode, form, tmp_path):
+    expected = run(name, form)
+    with ExitStack() as stack:
+        stack.enter_context(MODES[mode]())
+        result = run(name, form, checkpoint=Checkpoints(tmp_path, 5))
+        again = run(name, form, checkpoint=Checkpoints(tmp_path, 5))
+    helpers.assert_trees_equal(result[:3], again[:3])
+    if mode != "x64":  # whose random numbers of other modes are others
+        helpers.assert_trees_close(result[:3], expected[:3], 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize("axis", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("form", FORMS)
+def test_meshes(form, axis):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(axis,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    params = {"w": jax.device_put(jnp.zeros(8, jnp.float32), sharding)}
+    result = run("orlomo", form, params)
+    assert result.params["w"].sharding.is_equivalent_to(sharding, 1)
+    helpers.assert_trees_close(result[:3], run("orlomo", form)[:3], 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_debug_nans_names_the_operation(form):
+    def root(params, model_state, batch, key):
+        return jnp.sqrt(params["w"] - 1).sum(), (model_state, {})
+
+    method = make_method("orlomo", K)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        simulate(
+            method,
+            method.local_round(root, S),
+            batch_fn,
+            {"w": jnp.zeros(8)},
+            ArrivalTrace.from_workers([0, 1] * 2, K),
+            key=jax.random.key(0),
+            local_learning_rate=0.1,
+            **FORMS[form],
+        )
