@@ -82,7 +82,7 @@ def measure(
     segment: int = SEGMENT,
 ) -> list[float | str]:
     """Return the local steps a second of all runs of each way, or the error of one that fails."""
-    short = {"data_dir": data_dir, "segment": segment}
+    short: dict[str, Any] = {"data_dir": data_dir, "segment": segment}
 
     def compile_one(way: Way) -> str | None:
         try:
@@ -150,6 +150,7 @@ _ready: Any = None
 
 
 def _rate_when_ready(run: Run, way: Way, options: dict[str, Any]) -> float:
-    _rate(run, way, **options | {"seconds": 0.0})  # compiles
+    compile_only: dict[str, Any] = options | {"seconds": 0.0}
+    _rate(run, way, **compile_only)
     _ready.wait(timeout=300)
     return _rate(run, way, **options)

@@ -109,7 +109,7 @@ class Compiled:
         if self._carry is None:
             self._carry = self.load()
         first = self.server.step
-        self._carry = self.program(
+        carry: Carry = self.program(
             self.job.batch_fn,
             self.server.schedule,
             self._carry,
@@ -117,8 +117,8 @@ class Compiled:
             self.job.data_key,
             self.job.noise_key,
         )
-        self.first_bad = int(self._carry.first_bad)
-        return np.array(self._carry.losses)[: stop - first]
+        self._carry, self.first_bad = carry, int(carry.first_bad)
+        return np.array(carry.losses)[: stop - first]
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
         """Plan the steps until ``stop``: their table, the first of them, and how many groups.

@@ -49,7 +49,7 @@ class Together:
         ValueError: If the runs do not share a program, batch function or tree of arrays.
     """
 
-    def __init__(self, engines: Sequence[Compiled]) -> None:
+    def __init__(self, engines: Sequence[Any]) -> None:
         """Check that the engines can share a program."""
         first, *others = engines
         for engine in others:
@@ -84,12 +84,13 @@ class Together:
         plans = [engine.plan(stop) for engine in self.engines]
         tables, (first, *_), (groups, *_) = zip(*plans, strict=True)
         batch_fn = self.engines[0].job.batch_fn
-        self.carry = self._program(
+        carry: Carry = self._program(
             batch_fn, self._schedules, self.carry, np.stack(tables), first, groups, *self._keys
         )
-        for lane, bad in zip(self.lanes, np.asarray(self.carry.first_bad), strict=True):
+        self.carry = carry
+        for lane, bad in zip(self.lanes, np.asarray(carry.first_bad), strict=True):
             lane.first_bad = int(bad)
-        return list(np.array(self.carry.losses)[:, : stop - int(first)])
+        return list(np.array(carry.losses)[:, : stop - int(first)])
 
     def settle(self) -> None:
         """Leave everything with the servers."""
