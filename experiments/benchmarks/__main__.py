@@ -31,6 +31,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "server_step": server.step,
     "receive": server.receive,
     "finite": server.finite,
+    "masters": server.masters,
     "worker": simulator.worker,
     "simulator": simulator.simulator,
     "axes": simulator.axes,

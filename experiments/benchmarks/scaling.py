@@ -15,6 +15,9 @@ from experiments.benchmarks.simulator import perceptron
 from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, simulate, simulate_arrivals
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 def workers(repeats: int) -> Iterator[Row]:
     """Time per global iteration as K grows, against K = 8; every worker has reported by the end."""
     repeats, few = min(repeats, 3), perceptron((64, 512, 80), 8, 8, 1536)
@@ -81,9 +84,13 @@ def memory(repeats: int) -> Iterator[Row]:
             form = "compiled" if compiled else "driven from Python"
             name = f"memory, {form}, d={size}, K={num_workers}"
             yield Row(name, peak, bound, "MB", "(K + 5) · 4d bytes", bound / peak)
+    code = f"from experiments.benchmarks import scaling; scaling.peak({size}, 8, True, "
+    wide, narrow = (json.loads(fresh_process(f"{code}{name!r})")) for name in DTYPES)
+    name = f"memory, compiled, float32 masters of bfloat16, d={size}, K=8"
+    yield Row(name, narrow, wide, "MB", "float32 parameters", wide / narrow)
 
 
-def peak(size: int, num_workers: int, compiled: bool) -> None:
+def peak(size: int, num_workers: int, compiled: bool, dtype: str = "float32") -> None:
     """Print the growth of this process's peak memory over a run, in MB."""
     method = make_method("orlomo", num_workers)
     round_fn = method.local_round(_quadratic, 1)
@@ -93,7 +100,7 @@ def peak(size: int, num_workers: int, compiled: bool) -> None:
             method,
             round_fn,
             _no_data,
-            jnp.ones(size),
+            jnp.ones(size, dtype),
             simulate_arrivals(one_slow_worker(2), num_workers, 4 * num_workers + 4, 1, 0),
             key=jax.random.key(0),
             local_learning_rate=0.01,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.measure import Row, in_turn
+from experiments.benchmarks.measure import Row, in_turn, rate
 from orlomo_jax import LocalUpdate, ParameterServer, Report, all_finite, make_method, orlomo
 
 SIZES = ((10_000_000, 1), (50_000_000, 1), (10_000_000, 200), (50_000_000, 200))
@@ -51,10 +51,18 @@ def receive(repeats: int) -> Iterator[Row]:
             yield _row(name, size, leaves, repeats, ours, bar=0.8 if finite else None)
 
 
-def _receiving(size: int, leaves: int, finite: bool | None) -> Any:
-    server = ParameterServer(
-        make_method("orlomo", 8), _ones(size, leaves), 8, local_learning_rate=1
-    )
+def masters(repeats: int) -> Iterator[Row]:
+    """Receive and dispatch of bfloat16 parameters with float32 masters, against float32 ones."""
+    for size, leaves in SIZES[:1] + SIZES[2:3]:
+        ours, limit = (_receiving(size, leaves, True, dtype) for dtype in (jnp.bfloat16, None))
+        (timing,) = in_turn(repeats, ours, limit)
+        name = f"receive, float32 masters of bfloat16, {_form(size, leaves)}"
+        yield rate(name, STEPS, timing, "reports/s", "float32 parameters")
+
+
+def _receiving(size: int, leaves: int, finite: bool | None, dtype: Any = None) -> Any:
+    params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), _ones(size, leaves))
+    server = ParameterServer(make_method("orlomo", 8), params, 8, local_learning_rate=1)
     update = LocalUpdate(_ones(size, leaves), _ones(size, leaves))
     for worker in range(8):
         server.dispatch(worker)
