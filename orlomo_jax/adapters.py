@@ -35,7 +35,9 @@ class Model(NamedTuple):
     predict: Callable
 
 
-def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
+def from_nnx(
+    module: nnx.Module, criterion: Criterion, *, wrt: Any = None, train_mode: bool = True
+) -> Model:
     """Return a Flax NNX module and a criterion as a :class:`Model`.
 
     Args:
@@ -43,6 +45,10 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
             state is model state. It is only read. Under ``nnx.eval_shape`` it may be abstract.
         criterion: ``criterion(module, batch)`` returns the scalar loss of a batch, or the loss and
             a dict of metrics.
+        wrt: Which variables are trained: an nnx filter, such as ``nnx.LoRAParam``; None is
+            ``nnx.Param``. Other parameters are constants of the loss.
+        train_mode: Whether ``loss_fn`` calls ``module.train()``. False leaves every layer in the
+            mode that it is in, for a BatchNorm with frozen statistics, say.
 
     Returns:
         A :class:`Model`. Its ``loss_fn`` runs the module after ``module.train()``: BatchNorm uses
@@ -53,6 +59,7 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
 
     Raises:
         TypeError: If a variable of the model state is not an array of numbers or flags.
+        ImportError: If Flax is not installed.
 
     Example:
         >>> import jax
@@ -67,9 +74,15 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
         >>> loss.round(3), state["mean"]  # 0.99 · 0 + 0.01 · the batch's mean
         (Array(1., dtype=float32), Array([0.01, 0.02], dtype=float32))
     """
-    from flax import nnx
+    try:
+        from flax import nnx
+    except ImportError as error:
+        raise ImportError("from_nnx needs Flax: pip install flax") from error
 
-    graphdef, params, rng_state, model_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    trained = nnx.Param if wrt is None else wrt
+    graphdef, params, constants, rng_state, model_state = nnx.split(
+        module, trained, nnx.Param, nnx.RngState, ...
+    )
     params, rng_state, model_state = map(nnx.to_pure_dict, (params, rng_state, model_state))
     contract.check_numbers("model_state", model_state)
     streams, structure = jax.tree.flatten(rng_state)
@@ -84,11 +97,13 @@ def from_nnx(module: nnx.Module, criterion: Criterion) -> Model:
                 f"model_state=…; wanted {expected}, got {got}"
             )
         fresh = [_seed(stream, jax.random.fold_in(key, i)) for i, stream in enumerate(streams)]
-        return nnx.merge(graphdef, params, jax.tree.unflatten(structure, fresh), model_state)
+        fresh = jax.tree.unflatten(structure, fresh)
+        return nnx.merge(graphdef, params, constants, fresh, model_state)
 
     def loss_fn(params, model_state, batch, key):
         module = merge(params, model_state, key)
-        module.train()
+        if train_mode:
+            module.train()
         result = criterion(module, batch)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         return loss, (nnx.to_pure_dict(nnx.state(module, kept)), metrics)

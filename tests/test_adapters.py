@@ -179,3 +179,24 @@ def test_a_missing_model_state_is_named():
     model = from_nnx(net(), criterion)
     with pytest.raises(ValueError, match="`model_state` must be like that of from_nnx"):
         model.loss_fn(model.params, None, example_batch(), KEY)
+
+
+def test_only_what_is_asked_for_is_trained():
+    module = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LoRA(4, 2, 2, rngs=nnx.Rngs(1)))
+    model = from_nnx(module, criterion, wrt=nnx.LoRAParam)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model.params)]
+    assert len(paths) == 2
+    assert all("lora" in path for path in paths)
+    batch = example_batch()
+    gradient = jax.grad(lambda p: model.loss_fn(p, model.model_state, batch, KEY)[0])(model.params)
+    assert any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    whole = from_nnx(module, criterion)
+    assert model.loss_fn(*model[:2], batch, KEY)[0] == whole.loss_fn(*whole[:2], batch, KEY)[0]
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_a_batch_norm_keeps_its_statistics_where_it_is_asked_to(train_mode):
+    module = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+    model = from_nnx(module, lambda module, x: (module(x) ** 2).mean(), train_mode=train_mode)
+    _, (state, _) = model.loss_fn(*model[:2], jnp.ones((4, 3)), KEY)
+    assert bool(state["mean"].any()) == train_mode

@@ -1,4 +1,4 @@
-"""Simulated runs under JAX's debugging and strictness modes: every engine works, with one result."""
+"""Simulated runs under JAX's debugging and strictness modes: one result on every engine."""
 
 from contextlib import ExitStack
 

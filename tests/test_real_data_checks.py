@@ -48,14 +48,23 @@ class TestAgainstOptax:
         monkeypatch.setattr(against_optax.optax, "trace", lambda _: plain(0.8))
         assert against_optax.compare(run).distance > 0.01
 
-    @pytest.mark.parametrize(("accuracy", "fails"), [(90.5, False), (91.5, True)])
-    def test_a_difference_above_the_tolerance_fails_the_command(
-        self, monkeypatch, capsys, accuracy, fails
+    @pytest.mark.parametrize(
+        ("accuracy", "controls", "fails"),
+        [
+            (90.5, (90.1,), True),  # 0.45 from the mean; 3 σ are 0.21
+            (90.5, (91.0, 89.0), False),  # 3 σ are 3
+            (93.5, (91.0, 89.0), True),
+            (90.15, (90.0, 90.0), False),  # within the tolerance
+        ],
+    )
+    def test_more_than_rounding_does_fails_the_command(
+        self, monkeypatch, capsys, accuracy, controls, fails
     ):
-        sides = [{7: {"test_accuracy": a, "train_loss": 0.1}} for a in (accuracy, 90.0, 90.1)]
-        comparison = against_optax.Comparison(*sides, distance=1e-6)
+        sides = [{7: {"test_accuracy": a, "train_loss": 0.1}} for a in (accuracy, 90.0, *controls)]
+        ours, plain, *controls = sides
+        comparison = against_optax.Comparison(ours, plain, controls, distance=1e-6)
         monkeypatch.setattr(against_optax, "compare", lambda *_: comparison)
-        with pytest.raises(SystemExit, match="tolerance 1") if fails else nullcontext():
+        with pytest.raises(SystemExit, match="the accuracy differs") if fails else nullcontext():
             against_optax.main([])
         assert f"step 7: test accuracy {accuracy:.2f} % simulated" in capsys.readouterr().out
 

@@ -14,7 +14,6 @@ from experiments.benchmarks.measure import Row, fresh_process, in_turn, rate
 from experiments.benchmarks.simulator import perceptron
 from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, simulate, simulate_arrivals
 
-
 DTYPES = ("float32", "bfloat16")
 
 
