@@ -29,6 +29,7 @@ from rich.progress import Progress
 from experiments import execution, runs
 from experiments.checks import check
 from experiments.decoded import DataError
+from experiments.terminal import accept_any_terminal
 from experiments.train import progress_bar, reporter
 
 
@@ -171,6 +172,7 @@ def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
+    accept_any_terminal()
     settings = tyro.cli(
         AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
     )

@@ -34,6 +34,7 @@ import tyro
 from rich.console import Console
 
 from experiments import data, execution, runs
+from experiments.terminal import accept_any_terminal
 from orlomo_jax import Checkpoints, Journal, LocalUpdate, RayWorkers, Report
 
 POISONS = {
@@ -229,6 +230,7 @@ def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Shoot, then judge."""
+    accept_any_terminal()
     settings = tyro.cli(Chaos, prog="python -m experiments.chaos", args=args, description=__doc__)
     if settings.victim:
         if settings.folder is None:

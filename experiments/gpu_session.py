@@ -23,6 +23,7 @@ import tyro
 
 from experiments import decoded, folders, packed, records
 from experiments.decoded import Arrays, DataError
+from experiments.terminal import accept_any_terminal
 
 REHEARSED = "workers=16,dataset=cifar10,model=resnet20,local_iterations=32,method=orlomo|prsgdm"
 """The cells of a rehearsal."""
@@ -120,6 +121,7 @@ def rehearse() -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a session from the command line."""
+    accept_any_terminal()
     session = tyro.cli(
         Session, prog="python -m experiments.gpu_session", args=args, description=__doc__
     )

@@ -20,6 +20,7 @@ import tyro
 
 from experiments import execution, runs
 from experiments.decoded import DataError
+from experiments.terminal import accept_any_terminal
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def accuracies(run: runs.Run, data_dir: Path | None = None) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
+    accept_any_terminal()
     settings = tyro.cli(
         MergedStatistics,
         prog="python -m experiments.merged_statistics",

@@ -24,6 +24,7 @@ import tyro
 
 from experiments import decoded, folders, packed
 from experiments.decoded import SOURCES, DataError
+from experiments.terminal import accept_any_terminal
 
 Name = Literal["cifar10", "cifar100", "tiny-imagenet"]
 
@@ -266,6 +267,7 @@ def _check_flags(config: Config) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prepare, pack or unpack a data set from the command line."""
+    accept_any_terminal()
     config = tyro.cli(Config, prog="python -m experiments.prepare", args=args, description=__doc__)
     data_dir = (config.data_dir or decoded.default_data_dir()).expanduser()
     try:

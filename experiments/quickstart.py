@@ -28,6 +28,7 @@ from rich.table import Table
 from experiments import data, records
 from experiments.figures import LABELS, TITLES, draw_band
 from experiments.models import mlp
+from experiments.terminal import accept_any_terminal
 from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate, simulate_arrivals
 
 
@@ -254,6 +255,7 @@ def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the quickstart from the command line."""
+    accept_any_terminal()
     plt.switch_backend("agg")
     console = Console()
     start = time.perf_counter()

@@ -21,6 +21,7 @@ from experiments import cells, figures, records
 from experiments.benchmarks import chart
 from experiments.runs import Run
 from experiments.search import Rows, Search, cell_of, recorded, search
+from experiments.terminal import accept_any_terminal
 from orlomo_jax import ArrivalTrace
 
 DIGITS = {"test_accuracy": 2, "train_loss": 4}
@@ -242,6 +243,7 @@ def benchmarks(path: Path, output: Path) -> Path:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write the report."""
+    accept_any_terminal()
     settings = tyro.cli(Report, prog="python -m experiments.report", args=args, description=__doc__)
     plt.switch_backend("agg")
     try:

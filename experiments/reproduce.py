@@ -28,6 +28,7 @@ from experiments import cells, choice, records, search, together
 from experiments.checks import check
 from experiments.decoded import DataError
 from experiments.runs import Run
+from experiments.terminal import accept_any_terminal
 from experiments.together import Task, Way
 from experiments.train import progress_bar, reporter
 
@@ -140,6 +141,7 @@ def carry_out(task: Task, runs: Sequence[Run], console: Console) -> list[dict[st
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run what is missing of a table or figure."""
+    accept_any_terminal()
     begin = time.time()
     settings = tyro.cli(
         Reproduce, prog="python -m experiments.reproduce", args=args, description=__doc__

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments import execution, records, runs
 from experiments.decoded import DataError
+from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
     ArrivalTrace,
     AuditFailure,
@@ -249,6 +250,7 @@ def _prepare(settings: Train) -> _Prepared:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
+    accept_any_terminal()
     settings = tyro.cli(Train, prog="python -m experiments.train", args=args, description=__doc__)
     console, run = Console(), settings.run
     try:

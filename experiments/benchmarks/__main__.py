@@ -26,6 +26,7 @@ from experiments import records
 from experiments.benchmarks import gpu, runtimes, scaling, server, simulator, stages, startup
 from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
+from experiments.terminal import accept_any_terminal
 
 GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "server_step": server.step,
@@ -72,6 +73,7 @@ class Benchmarks:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the benchmarks."""
+    accept_any_terminal()
     settings = tyro.cli(
         Benchmarks, prog="python -m experiments.benchmarks", args=args, description=__doc__
     )

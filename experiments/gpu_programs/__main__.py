@@ -27,6 +27,7 @@ from experiments.gpu_programs.training import (
     WORKERS,
     training,
 )
+from experiments.terminal import accept_any_terminal
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Inspection:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compile, and print what came of it."""
+    accept_any_terminal()
     settings = tyro.cli(
         Inspection, prog="python -m experiments.gpu_programs", args=args, description=__doc__
     )
