@@ -27,8 +27,7 @@ def candidates(count: int) -> list[Way]:
     return [
         Way("alone", 1, "xla"),
         Way("alone", 1, "matmul"),
-        Way("vmap", count, "matmul"),
-        Way("vmap", count, "xla"),
+        Way("vmap", count, "matmul"),  # XLA's convolutions would be grouped ones, which are slow
         Way("processes", count, "xla"),
     ]
 

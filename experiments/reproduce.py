@@ -166,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> None:
     done, in_time = 0, True
     try:
         if settings.budget is not None:
-            _keep_compiled_programs()
+            _prepare_device()
         way = choose_way(settings, path, wanted[0], scale, console.print)
         task = Task(way, scale.form, scale.checkpoint_every, settings.data_dir, deadline)
         families: dict[Run, list[Run]] = {}
@@ -201,8 +201,9 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print(f"{done} runs done, {len(wanted)} cells complete in {path}{again}")
 
 
-def _keep_compiled_programs() -> None:
-    """Let later calls, and processes that this one starts, find what was compiled."""
+def _prepare_device() -> None:
+    """Let later calls, and processes that this one starts, find compiled programs and memory."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU that they share
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = str((together.CACHE / "compiled").absolute())
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
