@@ -95,7 +95,10 @@ def zero_updates(rule: Any, params: PyTree[Array], *, momentum: bool) -> list[bo
         update, _ = rule.update(report, rule.init(params), params, dispatched_at=0)
         return update
 
-    program = jax.make_jaxpr(updates)(like, LocalUpdate(like, like if momentum else None))
+    try:
+        program = jax.make_jaxpr(updates)(like, LocalUpdate(like, like if momentum else None))
+    except Exception:  # of a rule that fails: the server's step tells it in full
+        return [False] * len(jax.tree.leaves(params))
     return _zeros(program.jaxpr)
 
 
