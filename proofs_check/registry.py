@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orlomo_jax
 from proofs_check.claims import PAPER, Claims
+from proofs_check.extras import MissingPackage, require
 
 
 class Statement(NamedTuple):
@@ -151,19 +152,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """A registered check."""
+    """A registered check.
+
+    Attributes:
+        name: The function's name.
+        strength: "symbolic", "exhaustive", "property" or "statistical".
+        statements: Keys of :data:`STATEMENTS`.
+        function: ``(subject, size) -> outcomes``.
+        rule_only: Whether it can be put to anybody's server rule.
+        needs: Optional packages that it imports.
+    """
 
     name: str
     strength: str
     statements: tuple[str, ...]
     function: Callable[[Subject, Size], Iterable[Outcome]]
-    rule_only: bool = field(default=False)
+    rule_only: bool = False
+    needs: tuple[str, ...] = ()
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
+def holds(
+    *statements: str, strength: str, rule_only: bool = False, needs: tuple[str, ...] = ()
+) -> Callable:
     """Register a function ``(subject, size) -> outcomes`` as a check of these statements.
 
     Args:
@@ -171,6 +184,7 @@ def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
         strength: "symbolic", "exhaustive", "property" or "statistical".
         rule_only: Whether it can be put to anybody's server rule, and reads nothing of the
             library's but what it needs for that.
+        needs: Optional packages that it imports.
     """
     unknown = set(statements) - STATEMENTS.keys()
     if unknown:
@@ -178,10 +192,25 @@ def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
 
     def register(function):
         name = function.__name__.replace("_", "-")
-        CHECKS[name] = Check(name, strength, statements, function, rule_only)
+        CHECKS[name] = Check(name, strength, statements, function, rule_only, needs)
         return function
 
     return register
+
+
+def chosen(
+    checks: Iterable[str] | None = None, statements: Iterable[str] | None = None
+) -> list[Check]:
+    """Return the checks of these names that check one of these statements; None is all.
+
+    Raises:
+        MissingPackage: If one of them needs a package that is not installed.
+    """
+    wanted = set(STATEMENTS if statements is None else statements)
+    found = [CHECKS[name] for name in (CHECKS if checks is None else checks)]
+    found = [check for check in found if wanted.intersection(check.statements)]
+    require(package for check in found for package in check.needs)
+    return found
 
 
 def run(
@@ -202,24 +231,26 @@ def run(
         on_check: Called with a check's name and its seconds when it is done.
 
     A check that raises has failed: its statements come out with the error as a note.
+
+    Raises:
+        MissingPackage: If a check needs a package that is not installed; none has run then.
     """
     wanted = set(STATEMENTS if statements is None else statements)
-    for name in CHECKS if checks is None else checks:
-        item = CHECKS[name]
+    for item in chosen(checks, wanted):
         held = [key for key in item.statements if key in wanted]
-        if not held:
-            continue
         began = time.perf_counter()
         try:
             outcomes = list(item.function(subject, size))
+        except MissingPackage:  # says nothing about the statement
+            raise
         except Exception as error:
             note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             outcomes = [Outcome(key, 0, float("inf"), 0.0, False, note) for key in held]
         missing = set(held) - {outcome.statement for outcome in outcomes}
         outcomes += [Outcome(key, 0, float("inf"), 0.0, False, "not tried") for key in missing]
         for outcome in outcomes:
-            outcome.check, outcome.strength = name, item.strength
+            outcome.check, outcome.strength = item.name, item.strength
             if outcome.statement in wanted:
                 yield outcome
         if on_check is not None:
-            on_check(name, time.perf_counter() - began)
+            on_check(item.name, time.perf_counter() - began)
