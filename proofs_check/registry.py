@@ -13,10 +13,10 @@ from proofs_check.extras import MissingPackage, require
 
 
 class Statement(NamedTuple):
-    """A statement of the paper.
+    """A statement of the paper, or of what the library adds to it.
 
     Attributes:
-        title: As the paper names it.
+        title: As the paper names it, if it does.
         says: What it says, in a line.
         cited: Regular expression of how the library's source cites it; ``--map`` looks it up.
     """
@@ -36,6 +36,19 @@ STATEMENTS: dict[str, Statement] = {
         "Algorithm 2, worker",
         "S steps of momentum SGD",
         r"Alg(orithm|\.) 2, l(ines?|\.) (1[7-9]|2\d)",
+    ),
+    "noise-keys": Statement(
+        "Worker, noise keys",
+        "each local step has its own: fold_in(fold_in(fold_in(noise_key, worker), round), step)",
+        r"fold_in\((jax\.random\.)?fold_in\(noise_key",
+    ),
+    "weight-decay": Statement(
+        "Worker, weight decay", "ũ ← βũ + γ(g + λw̃) at each local step", r"weight_decay · w̃_s"
+    ),
+    "bookkeeping": Statement(
+        "Server bookkeeping",
+        "each report is applied at most once, with the delay of its own dispatch",
+        r"at most once|bookkeeping of staleness",
     ),
     "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
     "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),
@@ -80,6 +93,7 @@ class Subject:
         worker_momentum: Whether the workers report Δu; else Δw stands in for it in the lemmas.
         al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd, parameter_server: The
             library's others.
+        make_method, simulate: The library's front door.
         claims: The formulas that they are held to.
     """
 
@@ -92,6 +106,8 @@ class Subject:
     delay_adaptive: Callable[..., Any] = orlomo_jax.delay_adaptive
     local_momentum_sgd: Callable[..., Any] = orlomo_jax.local_momentum_sgd
     parameter_server: Callable[..., Any] = orlomo_jax.ParameterServer
+    make_method: Callable[..., orlomo_jax.Method] = orlomo_jax.make_method
+    simulate: Callable[..., orlomo_jax.TrainingResult] = orlomo_jax.simulate
     claims: Claims = PAPER
 
 
@@ -104,6 +120,7 @@ class Size:
         exhaustive: (K, T) pairs whose K^T orders are all run.
         replicates: Monte Carlo runs a setting.
         settings: How many of the (K, S, T) settings the bounds are tried at.
+        long_steps: Steps of a run that compares the bookkeeping.
         seed: Seed of everything drawn.
         minimize: Whether a failure is followed by a search for the smallest one.
         plots: Folder for the plots, or None.
@@ -115,12 +132,16 @@ class Size:
     )  # fmt: skip
     replicates: int = 256
     settings: int = 5
+    long_steps: int = 2048
     seed: int = 0
     minimize: bool = True
     plots: str | None = None
 
 
-SMALL = Size(examples=4, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, minimize=False)
+SMALL = Size(
+    examples=4, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, long_steps=300,
+    minimize=False,
+)  # fmt: skip
 
 
 @dataclass
