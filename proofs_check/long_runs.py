@@ -92,7 +92,7 @@ class ServerRun:
         name: The method.
         timeline: What happens.
         seed: For the reports.
-        resumes: Whether the server is saved and restored after every step.
+        resumes: Whether the server is saved and restored, lent and settled after every step.
     """
 
     def __init__(
@@ -143,6 +143,7 @@ class ServerRun:
                 self._dispatch(other)
             if self._resumes:
                 self._must("a snapshot", self.server.restore, *self.server.snapshot())
+                self._must("what was lent", self.server.settle, self.server.lend())
             self._compare_server()
 
     def _must(self, what: str, call: Callable[..., Any], *args: Any) -> Any:

@@ -7,6 +7,7 @@ on batches and noise of every round, on weight decay, and on each step of the se
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,17 +42,14 @@ def batch_fn(data_key, worker, round):
     return jax.random.normal(key, (LOCAL_STEPS, 2))
 
 
-def drawn(key: jax.Array, workers: np.ndarray, rounds: np.ndarray) -> np.ndarray:
+@jax.jit
+@partial(jax.vmap, in_axes=(None, None, 0, 0))
+def drawn(data_key, noise_key, worker, round):
     """Return batch plus noise of rounds as the documentation states them, float[T, S, 2]."""
-    data_key, noise_key = jax.random.split(key)
-
-    def one(worker, round):
-        own = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
-        steps = [jax.random.fold_in(own, step) for step in range(LOCAL_STEPS)]
-        noise = jnp.stack([jax.random.normal(step, (2,)) for step in steps])
-        return batch_fn(data_key, worker, round) + noise
-
-    return np.asarray(jax.jit(jax.vmap(one))(workers, rounds))
+    own = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
+    steps = [jax.random.fold_in(own, step) for step in range(LOCAL_STEPS)]
+    noise = jnp.stack([jax.random.normal(step, (2,)) for step in steps])
+    return batch_fn(data_key, worker, round) + noise
 
 
 def trace_of(timeline: Timeline, synchronous: bool) -> ArrivalTrace:
@@ -73,7 +71,7 @@ def expected(
     """Run the reference; return it with the loss and the delay of each step."""  # fmt: skip
     server = reference.Server(name, timeline.num_workers, subject.claims)
     beta = BETA if name in ("orlomo", "prsgdm") else None
-    linear = drawn(key, trace.workers, trace.rounds)
+    linear = np.asarray(drawn(*jax.random.split(key), trace.workers, trace.rounds))
     losses, delays = [], []
     for worker in set(range(timeline.num_workers)) - timeline.absent:
         server.dispatch(worker)

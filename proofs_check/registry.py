@@ -37,9 +37,11 @@ STATEMENTS: dict[str, Statement] = {
         "S steps of momentum SGD",
         r"Alg(orithm|\.) 2, l(ines?|\.) (1[7-9]|2\d)",
     ),
+    "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
+    "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),
     "noise-keys": Statement(
         "Worker, noise keys",
-        "each local step has its own: fold_in(fold_in(fold_in(noise_key, worker), round), step)",
+        "each local step of each round of each worker has its own",
         r"fold_in\((jax\.random\.)?fold_in\(noise_key",
     ),
     "weight-decay": Statement(
@@ -50,8 +52,6 @@ STATEMENTS: dict[str, Statement] = {
         "each report is applied at most once, with the delay of its own dispatch",
         r"at most once|bookkeeping of staleness",
     ),
-    "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
-    "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),
     "figure-1": Statement("Figure 1", "the worked example: K = 3, t = 8", r"Fig(ure|\.) 1"),
     "identity": Statement("Identity", "Δh/(1−β) = βΔu/(1−β) + Δw", r"Δh/\(1−β\)"),
     "lemma-1": Statement("Lemma 1", "û − u = Σ β^n η̂Δu over in-flight reports", r"Lemmas? 1\b"),
