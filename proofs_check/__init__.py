@@ -27,6 +27,9 @@ from proofs_check import one_step  # isort: skip
 from proofs_check import details  # isort: skip
 from proofs_check import randomized  # isort: skip
 from proofs_check import server_events  # isort: skip
+from proofs_check import long_runs  # isort: skip
+from proofs_check import long_simulations  # isort: skip
+from proofs_check import worker_details  # isort: skip
 from proofs_check import statistical  # isort: skip
 from proofs_check import degenerate  # isort: skip
 from proofs_check import scaling  # isort: skip
@@ -46,8 +49,8 @@ __all__ = [
     "run",
 ]
 _REGISTERED = (
-    symbolic, constants, exhaustive, one_step, details, randomized, server_events, statistical,
-    degenerate, scaling,
+    symbolic, constants, exhaustive, one_step, details, randomized, server_events, long_runs,
+    long_simulations, worker_details, statistical, degenerate, scaling,
 )  # fmt: skip
 
 

@@ -1,9 +1,13 @@
-"""``python -m proofs_check``: every check, a table, and exit status 1 when anything fails."""
+"""``python -m proofs_check``: every check, a table, and an exit status.
+
+0: everything holds; 1: a statement failed; 2: wrong arguments, or a package is missing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import sys
 import time
@@ -13,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from proofs_check import mapping, replays
-from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, Subject, run
+from proofs_check.extras import require
+from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, Subject, chosen, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,15 +58,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know the symbols
     p = parser()
     args = p.parse_args(arguments)
-    if args.map:
-        for line in mapping.lines(_note if sys.stderr.isatty() else None):
-            print(line)
-        return 0
     try:
         if args.replay:
-            text = sys.stdin.read() if args.replay == "-" else Path(args.replay).read_text("utf-8")
+            from_stdin = args.replay == "-"
+            text = sys.stdin.buffer.read() if from_stdin else Path(args.replay).read_bytes()
             content = json.loads(text)
             residual, allowance = replays.replay(
                 _subject(args.rule or content.get("rule"), not args.no_worker_momentum), content
@@ -77,13 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = replace(size, exhaustive=tuple(tuple(pair) for pair in args.exhaustive))
         checks = args.check or [c.name for c in CHECKS.values() if c.rule_only or not args.rule]
         statements = [_statement(name) for name in args.lemma] if args.lemma else None
+        chosen(checks, statements)
+        require(["matplotlib"] if args.plots else [])
     except (ValueError, OSError, ImportError, AttributeError) as error:
         p.error(str(error))
+    if args.map:
+        for line in mapping.lines(_note if sys.stderr.isatty() else None):
+            print(line)
+        return 0
     began = time.perf_counter()
     outcomes = _run(subject, size, checks, statements)
     rows = [asdict(outcome) for outcome in outcomes]
     if args.json == "-":
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        print(_printable(rows, indent=1))
     else:
         print(table(outcomes))
         failed = [o for o in outcomes if not o.passed]
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in _counterexamples(failed, size, args.rule):
             print(f"\ncounterexample to {STATEMENTS[file['statement']].title} "
                   f"({file['check']}); save it and run it again with --replay FILE")  # fmt: skip
-            print(json.dumps(file, ensure_ascii=False))
+            print(_printable(file))
     if args.json and args.json != "-":
         Path(args.json).write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", "utf-8")
     files = _counterexamples([o for o in outcomes if not o.passed], size, args.rule)
@@ -124,6 +135,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def _printable(content: Any, indent: int | None = None) -> str:
+    """Return JSON text that the output can hold unchanged: escaped where it is not UTF-8."""
+    escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    return json.dumps(content, ensure_ascii=escaped, indent=indent)
 
 
 def _run(subject: Subject, size: Size, checks: list[str], statements: Any) -> list[Outcome]:

@@ -164,8 +164,14 @@ def remark_5(claims: Any) -> Outcome:
 
 
 @holds(
-    "lemma-4", "lemma-10", "lemma-11", "theorem-1", "remark-5", strength="symbolic"
-)  # fmt: skip
+    "lemma-4",
+    "lemma-10",
+    "lemma-11",
+    "theorem-1",
+    "remark-5",
+    strength="symbolic",
+    needs=("sympy",),
+)
 def constants(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Derive every constant again and compare it with the one that is stated."""
     for statement, derive in (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from orlomo_jax import al_sgd, local_ormo_da, orlomo, prsgdm
+from proofs_check import mutants, worker_mutants
 from proofs_check.broken import (
     RULES,
     Faults,
@@ -22,7 +24,8 @@ from proofs_check.broken import (
     with_defaults,
 )
 from proofs_check.claims import PAPER, Claims
-from proofs_check.registry import Subject
+from proofs_check.mutants import Mutant
+from proofs_check.registry import SMALL, Outcome, Size, Subject, run
 
 
 class Control(NamedTuple):
@@ -32,11 +35,18 @@ class Control(NamedTuple):
         subject: What is broken; its name says how.
         caught_by: The check that must catch it.
         statements: The statements which that check must find violated, at least.
+        mutant: What is wrong in the library itself, if it is.
     """
 
     subject: Subject
     caught_by: str
     statements: tuple[str, ...]
+    mutant: Mutant | None = None
+
+    def outcomes(self, size: Size = SMALL, step: int = 257) -> list[Outcome]:
+        """Run the check that must catch it; a mutant of the bookkeeping errs at ``step``."""
+        with nullcontext() if self.mutant is None else self.mutant.applied(step):
+            return list(run(self.subject, size, checks=[self.caught_by]))
 
 
 def _less(name: str, factor: float) -> Any:
@@ -138,6 +148,15 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("stationary-error", "η = ½ for every K", "remark-4", {"rule": rate_without_workers}),
 )  # fmt: skip
 
+MUTANTS = (
+    ("long-server-runs", "bookkeeping", mutants.SERVER),
+    ("long-simulations", "bookkeeping", mutants.SIMULATOR),
+    ("long-simulations", "noise-keys", worker_mutants.STEP_KEYS),
+    ("long-simulations", "weight-decay", worker_mutants.WEIGHT_DECAY),
+    ("worker-noise", "noise-keys", worker_mutants.STEP_KEYS | worker_mutants.ROUND_KEYS),
+    ("worker-weight-decay", "weight-decay", worker_mutants.WEIGHT_DECAY),
+)
+
 
 def controls() -> dict[str, Control]:
     """Return every negative control, by "name [check]"."""
@@ -152,7 +171,7 @@ def controls() -> dict[str, Control]:
         claims = _less(lemma, float(Fraction(factor)))
         rows.append((check, name, (lemma.replace("_", "-"),), {"claims": claims}))
     rows += [(check, name, tuple(held.split()), how) for check, name, held, how in OTHERS]
-    return {
-        f"{name} [{check}]": Control(Subject(name, **broken), check, statements)
-        for check, name, statements, broken in rows
-    }
+    found = [Control(Subject(name, **broken), check, held) for check, name, held, broken in rows]
+    for check, statement, faults in MUTANTS:
+        found += [Control(Subject(n), check, (statement,), fault) for n, fault in faults.items()]
+    return {f"{control.subject.name} [{control.caught_by}]": control for control in found}

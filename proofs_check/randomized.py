@@ -167,7 +167,7 @@ def _ratio(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1]
 
 
-@holds(*STATEMENTS, strength="property", rule_only=True)
+@holds(*STATEMENTS, strength="property", rule_only=True, needs=("hypothesis",))
 def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Train under drawn delays, β, η and η̂, and hold every step to its rounding bound."""
     worst: dict[str, tuple[float, float]] = dict.fromkeys(STATEMENTS, (0.0, 1.0))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orlomo_jax
 from proofs_check.claims import PAPER, Claims
+from proofs_check.extras import MissingPackage, require
 
 
 class Statement(NamedTuple):
-    """A statement of the paper.
+    """A statement of the paper, or of what the library adds to it.
 
     Attributes:
-        title: As the paper names it.
+        title: As the paper names it, if it does.
         says: What it says, in a line.
         cited: Regular expression of how the library's source cites it; ``--map`` looks it up.
     """
@@ -38,6 +39,19 @@ STATEMENTS: dict[str, Statement] = {
     ),
     "algorithm-3": Statement("Algorithm 3", "local OrMo-DA's server step", _server.format(3)),
     "prsgdm": Statement("PRSGDm", "average w and u over K reports", r"PRSGDm"),
+    "noise-keys": Statement(
+        "Worker, noise keys",
+        "each local step of each round of each worker has its own",
+        r"fold_in\((jax\.random\.)?fold_in\(noise_key",
+    ),
+    "weight-decay": Statement(
+        "Worker, weight decay", "ũ ← βũ + γ(g + λw̃) at each local step", r"weight_decay · w̃_s"
+    ),
+    "bookkeeping": Statement(
+        "Server bookkeeping",
+        "each report is applied at most once, with the delay of its own dispatch",
+        r"at most once|bookkeeping of staleness",
+    ),
     "figure-1": Statement("Figure 1", "the worked example: K = 3, t = 8", r"Fig(ure|\.) 1"),
     "identity": Statement("Identity", "Δh/(1−β) = βΔu/(1−β) + Δw", r"Δh/\(1−β\)"),
     "lemma-1": Statement("Lemma 1", "û − u = Σ β^n η̂Δu over in-flight reports", r"Lemmas? 1\b"),
@@ -79,6 +93,7 @@ class Subject:
         worker_momentum: Whether the workers report Δu; else Δw stands in for it in the lemmas.
         al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd, parameter_server: The
             library's others.
+        make_method, simulate: The library's front door.
         claims: The formulas that they are held to.
     """
 
@@ -91,6 +106,8 @@ class Subject:
     delay_adaptive: Callable[..., Any] = orlomo_jax.delay_adaptive
     local_momentum_sgd: Callable[..., Any] = orlomo_jax.local_momentum_sgd
     parameter_server: Callable[..., Any] = orlomo_jax.ParameterServer
+    make_method: Callable[..., orlomo_jax.Method] = orlomo_jax.make_method
+    simulate: Callable[..., orlomo_jax.TrainingResult] = orlomo_jax.simulate
     claims: Claims = PAPER
 
 
@@ -103,6 +120,7 @@ class Size:
         exhaustive: (K, T) pairs whose K^T orders are all run.
         replicates: Monte Carlo runs a setting.
         settings: How many of the (K, S, T) settings the bounds are tried at.
+        long_steps: Steps of a run that compares the bookkeeping.
         seed: Seed of everything drawn.
         minimize: Whether a failure is followed by a search for the smallest one.
         plots: Folder for the plots, or None.
@@ -114,12 +132,16 @@ class Size:
     )  # fmt: skip
     replicates: int = 256
     settings: int = 5
+    long_steps: int = 2048
     seed: int = 0
     minimize: bool = True
     plots: str | None = None
 
 
-SMALL = Size(examples=4, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, minimize=False)
+SMALL = Size(
+    examples=4, exhaustive=((2, 6), (3, 3)), replicates=64, settings=2, long_steps=300,
+    minimize=False,
+)  # fmt: skip
 
 
 @dataclass
@@ -151,19 +173,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """A registered check."""
+    """A registered check.
+
+    Attributes:
+        name: The function's name.
+        strength: "symbolic", "exhaustive", "property" or "statistical".
+        statements: Keys of :data:`STATEMENTS`.
+        function: ``(subject, size) -> outcomes``.
+        rule_only: Whether it can be put to anybody's server rule.
+        needs: Optional packages that it imports.
+    """
 
     name: str
     strength: str
     statements: tuple[str, ...]
     function: Callable[[Subject, Size], Iterable[Outcome]]
-    rule_only: bool = field(default=False)
+    rule_only: bool = False
+    needs: tuple[str, ...] = ()
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
+def holds(
+    *statements: str, strength: str, rule_only: bool = False, needs: tuple[str, ...] = ()
+) -> Callable:
     """Register a function ``(subject, size) -> outcomes`` as a check of these statements.
 
     Args:
@@ -171,6 +205,7 @@ def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
         strength: "symbolic", "exhaustive", "property" or "statistical".
         rule_only: Whether it can be put to anybody's server rule, and reads nothing of the
             library's but what it needs for that.
+        needs: Optional packages that it imports.
     """
     unknown = set(statements) - STATEMENTS.keys()
     if unknown:
@@ -178,10 +213,25 @@ def holds(*statements: str, strength: str, rule_only: bool = False) -> Callable:
 
     def register(function):
         name = function.__name__.replace("_", "-")
-        CHECKS[name] = Check(name, strength, statements, function, rule_only)
+        CHECKS[name] = Check(name, strength, statements, function, rule_only, needs)
         return function
 
     return register
+
+
+def chosen(
+    checks: Iterable[str] | None = None, statements: Iterable[str] | None = None
+) -> list[Check]:
+    """Return the checks of these names that check one of these statements; None is all.
+
+    Raises:
+        MissingPackage: If one of them needs a package that is not installed.
+    """
+    wanted = set(STATEMENTS if statements is None else statements)
+    found = [CHECKS[name] for name in (CHECKS if checks is None else checks)]
+    found = [check for check in found if wanted.intersection(check.statements)]
+    require(package for check in found for package in check.needs)
+    return found
 
 
 def run(
@@ -202,24 +252,26 @@ def run(
         on_check: Called with a check's name and its seconds when it is done.
 
     A check that raises has failed: its statements come out with the error as a note.
+
+    Raises:
+        MissingPackage: If a check needs a package that is not installed; none has run then.
     """
     wanted = set(STATEMENTS if statements is None else statements)
-    for name in CHECKS if checks is None else checks:
-        item = CHECKS[name]
+    for item in chosen(checks, wanted):
         held = [key for key in item.statements if key in wanted]
-        if not held:
-            continue
         began = time.perf_counter()
         try:
             outcomes = list(item.function(subject, size))
+        except MissingPackage:  # says nothing about the statement
+            raise
         except Exception as error:
             note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             outcomes = [Outcome(key, 0, float("inf"), 0.0, False, note) for key in held]
         missing = set(held) - {outcome.statement for outcome in outcomes}
         outcomes += [Outcome(key, 0, float("inf"), 0.0, False, "not tried") for key in missing]
         for outcome in outcomes:
-            outcome.check, outcome.strength = name, item.strength
+            outcome.check, outcome.strength = item.name, item.strength
             if outcome.statement in wanted:
                 yield outcome
         if on_check is not None:
-            on_check(name, time.perf_counter() - began)
+            on_check(item.name, time.perf_counter() - began)

@@ -268,7 +268,7 @@ def _machine(subject: Subject, on_event: Callable[[Ledger, float, float], None])
     return Events
 
 
-@holds("ledger", "lemma-1", "lemma-2", strength="property", rule_only=True)
+@holds("ledger", "lemma-1", "lemma-2", strength="property", rule_only=True, needs=("hypothesis",))
 def server_events(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Drive a ParameterServer through any events; the ledger form holds after each one."""
     hypothesis = need("hypothesis")

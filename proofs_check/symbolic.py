@@ -198,8 +198,15 @@ def _proved(statement: str, residuals: list[tuple[str, Any]]) -> Outcome:
 
 
 @holds(
-    "identity", "lemma-1", "lemma-2", "lemma-3", "lemma-9", "ledger", strength="symbolic"
-)  # fmt: skip
+    "identity",
+    "lemma-1",
+    "lemma-2",
+    "lemma-3",
+    "lemma-9",
+    "ledger",
+    strength="symbolic",
+    needs=("sympy",),
+)
 def induction(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Prove the inductive steps and base cases of Lemmas 1, 2, 3 and 9 and of the ledger form."""
     claims = subject.claims

@@ -11,11 +11,8 @@ import pytest
 import proofs_check
 from orlomo_jax import local_ormo_da, orlomo
 from proofs_check import SMALL, Subject, broken, mapping, replays, run, scaling, sequences
-from proofs_check.__main__ import main
 from proofs_check.controls import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
-
-FAULT = "proofs_check.broken:without_past_descent"
 
 
 @pytest.mark.parametrize("check", list(CHECKS))
@@ -93,43 +90,6 @@ def test_a_counterexample_without_a_smallest_case_is_rerun():
     assert residual > allowance
     residual, allowance = replays.replay(Subject(), content)
     assert residual <= allowance
-
-
-def test_command_passes_and_writes_json(tmp_path, capsys):
-    path = tmp_path / "table.json"
-    status = main(["--lemma", "3", "--check", "induction", "--json", str(path)])
-    assert status == 0
-    assert "Lemma 3" in capsys.readouterr().out
-    (row,) = json.loads(path.read_text())
-    assert (row["statement"], row["passed"], row["residual"]) == ("lemma-3", True, 0.0)
-
-
-def test_command_fails_with_a_counterexample_that_replays(tmp_path, capsys):
-    path = tmp_path / "counterexample.json"
-    arguments = ["--rule", FAULT, "--check", "every-order", "--exhaustive", "2", "3"]
-    assert main([*arguments, "--counterexample", str(path)]) == 1
-    out = capsys.readouterr().out
-    assert "FAILS" in out
-    printed = json.loads(out.splitlines()[-1])
-    assert printed == json.loads(path.read_text())
-    assert printed["case"]["trace"]["workers"] == [0, 1]
-    assert main(["--replay", str(path)]) == 1
-    assert "Lemma 2 FAILS" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lemma", "99"], "--lemma"),
-        (["--rule", "proofs_check"], "MODULE:FACTORY"),
-        (["--replay", "no such file"], "no such file"),
-    ],
-)
-def test_command_refuses(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_plots(tmp_path):
