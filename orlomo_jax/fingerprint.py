@@ -262,14 +262,13 @@ def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) ->
         if other == own:
             continue
         if isinstance(other, list) and isinstance(own, list):
-            other, own = _only(other, own), _only(own, other)
+            alone = [x for x in other if x not in own], [x for x in own if x not in other]
+            other, own = map(_few, alone if any(alone) else (other, own))  # or another order
         raise ValueError(
             f"{what} must be of this run, got one of another {name}: it was written with {other}, "
             f"this run has {own}"
         )
 
 
-def _only(left: list[Any], right: list[Any]) -> str:
-    """Return a few entries of the left list, those that the right one has not where there are."""
-    alone = [x for x in left if x not in right] or left
-    return ", ".join(map(str, alone[:3])) + (", …" if len(alone) > 3 else "") or "nothing"
+def _few(entries: list[Any]) -> str:
+    return ", ".join(map(str, entries[:3])) + (", …" if len(entries) > 3 else "") or "nothing"

@@ -133,12 +133,12 @@ def test_one_process_at_a_time_writes_a_journal(tmp_path):
 NO_FCNTL = """
 import sys, types
 sys.modules["fcntl"] = None  # as on Windows
+from orlomo_jax import Arrival, Journal
 if taken := sys.argv[2:]:
     def locking(descriptor, mode, count):
         if taken == ["taken"]:
             raise PermissionError(13, "Permission denied")
     sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
-from orlomo_jax import Arrival, Journal
 journal = Journal({"num_workers": 1, "synchronous": False}, sys.argv[1])
 journal.arrived(Arrival(0, 0, 0, time=0.5, loss=2.0))
 journal.arrived(Arrival(0, 1, 1, time=1.5, loss=1.0))
