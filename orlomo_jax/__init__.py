@@ -11,6 +11,7 @@ from orlomo_jax.arrivals import (
 )
 from orlomo_jax.audit import Audit, AuditFailure
 from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.fingerprint import with_fingerprint
 from orlomo_jax.health import Health
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.journal import Arrival, Journal
@@ -98,4 +99,5 @@ __all__ = [
     "simulate",
     "simulate_arrivals",
     "train",
+    "with_fingerprint",
 ]

@@ -128,7 +128,7 @@ class Books:
         """Take what :meth:`snapshot` returned.
 
         Raises:
-            ValueError: If it is of another number of workers, or no snapshot.
+            ValueError, TypeError: If it is of another number of workers, or no snapshot.
         """
         lists = [books.get("rounds"), books.get("reported_at")]
         if any(not isinstance(x, list) or len(x) != self.num_workers for x in lists):
@@ -136,6 +136,11 @@ class Books:
                 f"the snapshot must be of num_workers={self.num_workers}, got rounds={lists[0]}, "
                 f"reported_at={lists[1]}"
             )
-        self.step = books["step"]
-        self._rounds, self._reported_at = list(books["rounds"]), list(books["reported_at"])
-        self.held = {worker: Ticket(worker, *rest) for worker, *rest in books["held"]}
+        step, held = check_count("step", books["step"]), {}
+        rounds = [check_count("rounds", value) for value in books["rounds"]]
+        reported_at = [check_count("reported_at", value, -1) for value in books["reported_at"]]
+        for worker, round, index in books["held"]:
+            counts = check_count("round", round), check_count("dispatched_at", index, 0, step)
+            held[worker] = Ticket(self.check_worker(worker), *counts)
+        self.step, self.held = step, held
+        self._rounds, self._reported_at = rounds, reported_at

@@ -116,10 +116,12 @@ class Progress:
         self.evaluations: list[Evaluation] = []
         self.waiting: list[RoundMetrics] = []
 
-    def resume(self, arrays: list[np.ndarray], evaluations: list) -> None:
-        """Take what a :meth:`snapshot` holds."""
+    def resume(self, arrays: list[np.ndarray], evaluations: list, step: int) -> None:
+        """Take what a :meth:`snapshot` holds, which must be of this step."""
         self._rows = list(zip(*arrays, strict=True))
         self.evaluations = [Evaluation(*e) for e in evaluations]
+        if len(self._rows) != step:
+            raise ValueError(f"the history must have {step} steps, got {len(self._rows)}")
 
     def look(self, engine: Engine, step: int) -> int:
         """Fetch the metrics; return the index of the first non-finite step, or −1.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from orlomo_jax.fingerprint import check_same
+from orlomo_jax.locks import open_alone
 from orlomo_jax.order import Event
 from orlomo_jax.trace import ArrivalTrace
 
@@ -71,13 +72,9 @@ class Journal:
         self._size = 0  # of the whole lines that were read
         if self.path is None or not self.path.exists() or not self._read(self.path):
             return
-        for name, value in self.identity.items():
-            if name != "absent" and self._header.get(name) != value:
-                raise ValueError(
-                    f"{self.path} must be of this run, got one of another {name}: "
-                    f"{self._header.get(name)!r}"
-                )
-        self.identity["absent"] = self._header["absent"]
+        absent = {"absent": self._header["absent"]}
+        check_same(self.path, self._header, self.identity | absent)
+        self.identity |= absent
         self._open()
 
     @classmethod
@@ -103,7 +100,7 @@ class Journal:
         """
         path = Path(path)
         if path.exists():
-            with _open_alone(path):
+            with open_alone(path):
                 path.replace(path.with_name(f"{path.name}.old"))
 
     def arrived(self, arrival: Arrival) -> None:
@@ -172,7 +169,7 @@ class Journal:
 
     def _open(self) -> None:
         assert self.path is not None
-        self._file = _open_alone(self.path)
+        self._file = open_alone(self.path)
         size = self.path.read_bytes().rfind(b"\n") + 1
         if size != self._size:
             self.close()
@@ -208,14 +205,3 @@ class Journal:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number} is no line of a journal: {error}") from None
         return bool(lines)
-
-
-def _open_alone(path: Path) -> IO[bytes]:
-    """Open a file to append to it, and lock it; the lock goes with the process."""
-    file = path.open("ab", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(f"another process is writing {path}: is it alive?") from None
-    return file

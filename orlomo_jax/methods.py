@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from orlomo_jax import rules
+from orlomo_jax.fingerprint import fingerprint
 from orlomo_jax.masks import Mask, zero_updates
 from orlomo_jax.memo import shared
 from orlomo_jax.rules import base, contract
@@ -47,6 +48,19 @@ class Method(NamedTuple):
     merge_weight: Callable[[Int[Array, ""], Int[Array, ""]], Float[Array, ""]] | None = None
     frozen: Mask | None = None
     master_params: bool = True
+
+    @property
+    def fingerprint(self) -> tuple[tuple[str, str], ...]:
+        """Every value that tells this method from another, as pairs of a path and its text.
+
+        A rule of one's own counts too, with all that it carries; see
+        :func:`~orlomo_jax.with_fingerprint`.
+
+        Example:
+            >>> dict(make_method("orlomo", num_workers=2).fingerprint)["method.num_workers"]
+            '2'
+        """
+        return tuple(fingerprint(self, "method").items())
 
     def local_round(
         self, loss_fn: Callable, num_local_steps: int, **options: Any

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax import identity
 from orlomo_jax.arrays import beside, bound, own
 from orlomo_jax.books import Books, Ticket
 from orlomo_jax.buffers import Buffers
@@ -23,7 +24,6 @@ from orlomo_jax.server_step import (
     as_partial,
     check_merge_weight,
     merge_weight_on_host,
-    rates_of,
     rounded,
     sent_dtypes,
     server_step,
@@ -171,11 +171,20 @@ class ParameterServer:
 
     def identity(self) -> dict[str, Any]:
         """Return what a run that resumes this one must have in common with it, JSON-able."""
+        sent = iter(self.sent_dtypes)
         return {
-            "method": self.method.name,
+            **identity.of_method(self.method),
             "num_workers": self.num_workers,
-            "local_learning_rate": rates_of(self.schedule, self._local_learning_rate),
+            "synchronous": self.method.synchronous,
+            **self.rate_identity(),
+            "params": identity.of_tree(self._params, sent),
+            "model_state": identity.of_tree(self._model_state, sent),
+            "rule_state": identity.of_tree(self._state),
         }
+
+    def rate_identity(self) -> dict[str, Any]:
+        """Return what tells one γ from another, JSON-able."""
+        return identity.of_rate(self.schedule, self._local_learning_rate)
 
     def check_form(self, report: Report) -> None:
         """Raise TypeError or ValueError unless a report's trees are like the server's."""

@@ -93,20 +93,6 @@ def as_partial(function: Callable) -> jax.tree_util.Partial:
     return function if is_one else jax.tree_util.Partial(function)
 
 
-def rates_of(schedule: Callable | None, constant: Any) -> list[str]:
-    """Return what tells one γ from another: at step 0, and at the powers of ten up to a million.
-
-    Four digits each: platforms round a schedule differently.
-
-    Example:
-        >>> rates_of(None, jnp.float32(0.1)), rates_of(lambda step: 0.1 / (step + 1), None)[:3]
-        (['0.1'], ['0.1', '0.05', '0.009091'])
-    """
-    steps = (0, *(10**n for n in range(7)))
-    rates = [constant] if schedule is None else [schedule(np.int32(step)) for step in steps]
-    return [f"{float(rate):.4g}" for rate in rates]
-
-
 @lru_cache(maxsize=64)
 def _compiled(function: Callable) -> Callable:
     """Return the function of scalars, compiled, also for arrays."""

@@ -17,6 +17,7 @@ from orlomo_jax.driven import Driven, Job, check_job
 from orlomo_jax.form import Form, choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
 from orlomo_jax.methods import Method
+from orlomo_jax.resume import begin_or_resume, of_arrivals
 from orlomo_jax.rounds import RoundMetrics, check_key
 from orlomo_jax.rules import contract
 from orlomo_jax.server import ParameterServer
@@ -216,13 +217,27 @@ def simulate_together(
     batch_fn = as_partial(batch_fn)
     runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
     form = choose(compiled, worker_axis, compute_batch, runs[0].server, runs[0].job)
-    identity = _identity(runs, form)
-    saved = None if checkpoint is None else checkpoint.newest_of(identity)
-    for index, run in enumerate(runs):
-        if saved is None:
+    if checkpoint is None:
+        for run in runs:
             run.begin()
-        else:
-            run.resume(saved.arrays["runs"][index], saved.notes["runs"][index])
+        return _carry_out(runs, form, evaluate, evaluate_every, on_step, stop)
+    with checkpoint.alone():
+        form, identity = begin_or_resume(runs, form, checkpoint, fixed=compute_batch is not None)
+        return _carry_out(runs, form, evaluate, evaluate_every, on_step, stop, checkpoint, identity)
+
+
+def _carry_out(
+    runs: Sequence[_Run],
+    form: Form,
+    evaluate: Evaluate | None,
+    evaluate_every: int | None,
+    on_step: Callable[[StepRecord], None] | None,
+    stop: Callable[[], bool] | None,
+    checkpoint: Checkpoints | None = None,
+    identity: dict[str, Any] | None = None,
+) -> list[TrainingResult] | None:
+    """Carry out runs from where their servers are; see :func:`simulate_together`."""
+    several, num_steps = len(runs) > 1, runs[0].trace.num_steps
     engines = [form.engine(run.server, run.job) for run in runs]
     group = Together(engines) if several else Alone(engines[0])
     for run, lane in zip(runs, group.lanes, strict=True):
@@ -234,9 +249,11 @@ def simulate_together(
 
     def save(step: int) -> None:
         assert checkpoint is not None
+        assert identity is not None
         group.settle()
         arrays, notes = zip(*(run.snapshot() for run in runs), strict=True)
-        checkpoint.save(step, {"runs": list(arrays)}, {"identity": identity, "runs": list(notes)})
+        kept = {"runs": list(arrays)}, {"runs": list(notes)}
+        checkpoint.save_run(step, *kept, identity | of_arrivals(runs, step))
 
     first, step = runs[0], runs[0].server.step
     while step < num_steps:
@@ -280,7 +297,6 @@ class _Run:
     ) -> None:
         """Make the server."""
         params, self.trace, key, local_learning_rate, model_state = start
-        self._key_data = jax.random.key_data(key).tolist()
         self.server = ParameterServer(
             method,
             params,
@@ -293,20 +309,17 @@ class _Run:
         self._newest: RoundMetrics | None = None
         self._evaluation: dict[str, float] | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with the run that resumes from it."""
-        return self.server.identity() | {"trace": self.trace.digest(), "key": self._key_data}
-
     def begin(self) -> None:
         """Dispatch the first tasks."""
         for worker in set(range(self.trace.num_workers)) - self.trace.late_joiners:
             self.server.dispatch(worker)
 
-    def resume(self, arrays: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Go on from a :meth:`snapshot`."""
+    def resume(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
+        """Go on from a :meth:`snapshot` at this step."""
+        self.bad = check_count("first_bad", notes["first_bad"], -1)
+        self.progress.resume(arrays["metrics"], notes["evaluations"], step)
         self.server.restore(arrays["server"], notes["server"])
-        self.progress.resume(arrays["metrics"], notes["evaluations"])
-        self.bad = notes["first_bad"]
+        check_count("step", self.server.step, step, step)
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a checkpoint's arrays and notes."""
@@ -365,16 +378,6 @@ class _Run:
             status="finished" if bad < 0 else "diverged",
             diverged_at=None if bad < 0 else bad,
         )
-
-
-def _identity(runs: Sequence[_Run], form: Form) -> dict[str, Any]:
-    """Return what a checkpoint of these runs must have in common with those that resume from it."""
-    each = [run.identity() | {"program": str(form)} for run in runs]
-    if len(each) == 1:
-        return each[0]
-    return {"together": len(each)} | {
-        name: [identity[name] for identity in each] for name in each[0]
-    }
 
 
 def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:

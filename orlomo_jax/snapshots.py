@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from orlomo_jax.rules import contract
 
@@ -37,7 +38,9 @@ def filled(name: str, like: PyTree[Array], leaves: list[ArrayLike] | None) -> Py
         )
     there = iter(there)
     tree = jax.tree.unflatten(
-        structure, [_placed(next(there), leaf) if leaf.size else leaf for leaf in wanted]
+        # A leaf without entries is made anew: one that the trees of a server share is donated once.
+        structure,
+        [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted],
     )
     contract.check_like(name, tree, like, dtypes=True)
     return tree

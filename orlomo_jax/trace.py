@@ -135,11 +135,22 @@ class ArrivalTrace:
             return NotImplemented
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _FIELDS)
 
-    def digest(self) -> str:
-        """Return a hexadecimal SHA-256 of all fields: equal for equal traces."""
-        content = hashlib.sha256(repr((self.num_workers, self.synchronous, self.events)).encode())
+    def digest(self, num_steps: int | None = None) -> str:
+        """Return a hexadecimal SHA-256 of all fields: equal for equal traces.
+
+        Args:
+            num_steps: Of the run up to this step alone, the same for every trace that goes on from
+                it: of these arrivals, the events before them, and who is absent at the start.
+        """
+        events: Any = self.events
+        if num_steps is not None:
+            events = (
+                [event for event in events if event.step < num_steps],
+                sorted(self.late_joiners),
+            )
+        content = hashlib.sha256(repr((self.num_workers, self.synchronous, events)).encode())
         for name in ("workers", "rounds", "dispatched_at", "times"):
-            content.update(getattr(self, name).tobytes())
+            content.update(getattr(self, name)[:num_steps].tobytes())
         return content.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 # Each room may import what stands before it.
 ORDER = (
     "checks",
+    "fingerprint",
+    "locks",
     "memo",
     "order",
     "trace",
@@ -29,6 +31,7 @@ ORDER = (
     "buffers",
     "reports",
     "server_step",
+    "identity",
     "snapshots",
     "server",
     "audit",
@@ -38,6 +41,7 @@ ORDER = (
     "together",
     "form",
     "checkpoint",
+    "resume",
     "journal",
     "health",
     "history",

@@ -130,6 +130,32 @@ def test_one_process_at_a_time_writes_a_journal(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.old"]
 
 
+NO_FCNTL = """
+import sys, types
+sys.modules["fcntl"] = None  # as on Windows
+from orlomo_jax import Arrival, Journal
+if taken := sys.argv[2:]:
+    def locking(descriptor, mode, count):
+        if taken == ["taken"]:
+            raise PermissionError(13, "Permission denied")
+    sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+journal = Journal({"num_workers": 1, "synchronous": False}, sys.argv[1])
+journal.arrived(Arrival(0, 0, 0, time=0.5, loss=2.0))
+journal.arrived(Arrival(0, 1, 1, time=1.5, loss=1.0))
+print(len(Journal.load(sys.argv[1]).arrivals))
+"""
+
+
+@pytest.mark.parametrize("locks", [[], ["free"], ["taken"]])
+def test_a_journal_needs_no_fcntl(tmp_path, locks):
+    command = [sys.executable, "-c", NO_FCNTL, str(tmp_path / "a.jsonl"), *locks]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if locks == ["taken"]:
+        assert "BlockingIOError: another process is writing" in ran.stderr
+    else:
+        assert ran.stdout == "2\n", ran.stderr
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_journal_that_was_written_since_it_was_read_is_left_alone(tmp_path, begun):
     identity, path = {"num_workers": 1, "synchronous": False}, tmp_path / "a.jsonl"

@@ -139,7 +139,7 @@ def test_another_group_does_not_resume(tmp_path):
     together("orlomo", starts, checkpoint=Checkpoints(tmp_path, 100), stop=lambda: True)
     with pytest.raises(ValueError, match="another together"):
         together("orlomo", [*starts, starts[0]], checkpoint=Checkpoints(tmp_path, 100))
-    with pytest.raises(ValueError, match="another trace"):
+    with pytest.raises(ValueError, match="another keys"):
         together("orlomo", starts[::-1], checkpoint=Checkpoints(tmp_path, 100))
 
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orlomo_jax import identity
 from orlomo_jax.audit import Audit
 from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.checks import check_count
 from orlomo_jax.health import Health, Meter
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.journal import Arrival, Journal
@@ -64,15 +66,18 @@ class Notes:
         Raises:
             ValueError: If journal, checkpoint and run do not go together.
         """
-        plan, identity = self.plan, self.identity()
-        saved = None if plan.checkpoint is None else plan.checkpoint.newest_of(identity)
+        plan, mine = self.plan, self.identity()
+        saved = None if plan.checkpoint is None else plan.checkpoint.newest_of(mine)
+        self._identity = mine
         absent = {"absent": sorted(plan.membership.absent)}
-        self.journal = journal = Journal(identity | absent, plan.journal)
+        self.journal = journal = Journal(mine | absent, plan.journal)
         seen = None
         if saved is not None:
-            self.server.restore(saved.arrays["server"], saved.notes["server"])
-            self.evaluations = [Evaluation(*e) for e in saved.notes["evaluations"]]
-            seen = saved.notes["events"]
+            with saved.reading():
+                seen = check_count("events", saved.notes["events"])
+                self.evaluations = [Evaluation(*e) for e in saved.notes["evaluations"]]
+                self.server.restore(saved.arrays["server"], saved.notes["server"])
+                check_count("step", self.server.step, saved.step, saved.step)
         for name, there, wanted in (
             ("reports", len(journal.arrivals), self.server.step),
             ("events", len(journal.events), seen or 0),
@@ -126,12 +131,12 @@ class Notes:
         self.journal.sync()
         arrays, books = self.server.snapshot()
         notes = {
-            "identity": self.identity(),
             "server": books,
             "evaluations": self.evaluations,
             "events": len(self.journal.events),
         }
-        self.plan.checkpoint.save(self.server.step, {"server": arrays}, notes)
+        save = self.plan.checkpoint.save_run
+        save(self.server.step, {"server": arrays}, notes, self._identity)
 
     def health(self, present: set[int]) -> Health:
         """Return a view of the run, in which these workers take part."""
@@ -142,14 +147,9 @@ class Notes:
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with the run that resumes from it."""
-        keys = (self.work.data_key, self.work.noise_key)
-        wire = getattr(self.work.round_fn, "wire_dtype", None)
-        return self.server.identity() | {
-            "runtime": "real",
-            "synchronous": self.server.method.synchronous,
-            "keys": [jax.random.key_data(key).tolist() for key in keys],
-            "wire": None if wire is None else str(wire),
-        }
+        round_fn, batch_fn, *keys = self.work
+        work = identity.of_work(round_fn, batch_fn)
+        return {"run by": "train"} | self.server.identity() | identity.of_keys(*keys) | work
 
     def result(self, *, diverged: bool, present: set[int]) -> TrainingResult:
         """Return what came of the run; parameters that overflowed have diverged, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import optax
 
 from orlomo_jax.audit import check_auditable
-from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.checkpoint import JOURNAL, Checkpoints
 from orlomo_jax.checks import check_count, check_number
 from orlomo_jax.health import Health
 from orlomo_jax.history import StepRecord, TrainingResult
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, PyTree, Scalar
 
     Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
-
-JOURNAL = "arrivals.jsonl"
 
 
 def train(
@@ -144,4 +143,6 @@ def train(
     server = ParameterServer(
         method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
     )
-    return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run()
+    driver = Driver(server, workers, Work.of(round_fn, batch_fn, key), plan)
+    with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
+        return driver.run()

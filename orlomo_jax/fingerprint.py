@@ -1,0 +1,274 @@
+"""What tells the settings of one run from those of another: every value that an object carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import re
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+LIMIT = 64
+"""An object with more values than this is known by one digest of them all."""
+
+_UNKNOWN = "of unknown content"
+
+Pairs = list[tuple[str, str]]
+
+
+def with_fingerprint(function: Any, text: str) -> Any:
+    """Return the function (or optax transformation), known to checkpoints by ``text`` alone.
+
+    By default a function is known by its name and by what it carries: closures, default arguments,
+    the arrays of a ``Partial``, numbers and strings of its module that it reads, and constants that
+    are floats. Use this for a function that carries what should not count, or cannot be read.
+
+    Args:
+        function: A function, or an ``optax.GradientTransformation``.
+        text: Change it whenever the function computes something else.
+
+    Example:
+        >>> import optax
+        >>> fingerprint(with_fingerprint(lambda delay: 0.5 / delay, "half"))
+        {'': 'half'}
+    """
+    if isinstance(function, optax.GradientTransformation):
+        return type(function)(*(with_fingerprint(part, text) for part in function))
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    named.__fingerprint__ = text  # pyright: ignore[reportAttributeAccessIssue]
+    return named
+
+
+def fingerprint(value: Any, name: str = "") -> dict[str, str]:
+    """Return every value that an object carries, as texts by path; the same in every process.
+
+    Functions are looked into: see :func:`with_fingerprint`. Of arrays it has dtype, shape and
+    digest. What it cannot look into counts by the name of its type, with a warning.
+
+    Args:
+        value: Any object.
+        name: What the paths begin with.
+
+    Example:
+        >>> import optax
+        >>> rule = optax.chain(optax.clip_by_global_norm(2.0), optax.scale(0.5))
+        >>> found = fingerprint(rule.update)
+        >>> found[".update_fns[0].tx.update.max_norm"]
+        '2.0'
+    """
+    pairs: dict[str, str] = {}
+    for path, text in _Walk().pairs(value):
+        pairs[name + path] = f"{pairs[name + path]}, {text}" if name + path in pairs else text
+    for path, text in pairs.items():
+        if text.endswith(_UNKNOWN):
+            warnings.warn(
+                f"checkpoints cannot tell what `{path}` carries ({text}), so a change of it goes "
+                "unnoticed: give it a text with with_fingerprint",
+                stacklevel=2,
+            )
+    return pairs
+
+
+class _Walk:
+    """One walk through an object; parts that it meets twice are looked into once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, Pairs]] = {}  # keeps the objects, so that ids stay theirs
+
+    def pairs(self, value: Any) -> Pairs:
+        """Return paths below ``value`` and their texts."""
+        if (text := _text(value)) is not None:
+            return [("", text)]
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value, [("", "itself")]
+            head, parts = _look_into(value)
+            pairs = [("", head)] if head else []
+            for path, part in parts:
+                pairs += [(path + rest, text) for rest, text in self.pairs(part)]
+            if len(pairs) > LIMIT:
+                unknown = [pair for pair in pairs if pair[1].endswith(_UNKNOWN)]
+                content = f"{len(pairs)} values, {_digest(repr(pairs).encode())}"
+                pairs = [("", f"{head} {content}".strip()), *unknown[:1]]
+            self._seen[id(value)] = value, pairs
+        return self._seen[id(value)][1]
+
+
+def _text(value: Any) -> str | None:
+    """Return the text of a value without parts, else None."""
+    if isinstance(value, enum.Enum):
+        return f"{_name(type(value))}.{value.name}"
+    if value is None or isinstance(value, int | float | complex | str | bytes):
+        text = repr(value)
+        return text if len(text) < 200 else f"{text[:40]}… {_digest(text.encode())}"
+    if isinstance(value, np.dtype):
+        return value.name
+    if isinstance(value, type):
+        return str(np.dtype(value)) if _is_dtype(value) else _name(value)
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        return _text(re.sub(r" at 0x\w+", "", str(value)))
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _array_text(value)
+    text = getattr(value, "__fingerprint__", None)
+    return text if isinstance(text, str) else None
+
+
+def _is_dtype(value: type) -> bool:
+    return issubclass(value, np.generic) or isinstance(getattr(value, "dtype", None), np.dtype)
+
+
+def _array_text(value: Any) -> str | None:
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return f"{value.dtype}: {_array_text(jax.random.key_data(value))}"
+    form = f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return f"{form}, on other hosts, {_UNKNOWN}"
+    array = np.asarray(value)
+    if array.dtype.kind == "O":
+        return None
+    if array.shape == ():
+        return f"{form} {array.item()!r}"
+    return f"{form} {_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8))}"
+
+
+def _look_into(value: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """Return the name of what has parts, and the parts by path."""
+    if isinstance(value, types.FunctionType):
+        return _function(value)
+    if isinstance(value, types.MethodType):
+        return "", [("", value.__func__), (".self", value.__self__)]
+    if isinstance(value, functools.partial):
+        if not (value.args or value.keywords):
+            return "", [("", value.func)]
+        parts = {"func": value.func, "args": value.args} | value.keywords
+        return "", [(f".{name}", part) for name, part in parts.items()]
+    if isinstance(value, Mapping):
+        return "", [(_key(key), part) for key, part in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return "", [(f".{name}", getattr(value, name)) for name in value._fields]  # pyright: ignore
+    if isinstance(value, tuple | list):
+        return "" if value else "()", [(f"[{i}]", part) for i, part in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return "", [("", part) for part in sorted(value, key=lambda x: repr(_Walk().pairs(x)))]
+    if isinstance(value, np.ndarray):  # of objects
+        return "", [("", value.tolist())]
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+        return _name(type(value)), [(f".{name}", getattr(value, name)) for name in names]
+    if hasattr(value, "__wrapped__"):  # jax.jit
+        return "", [("", value.__wrapped__)]
+    if isinstance(getattr(value, "__name__", None), str):  # a function in C
+        return _name(value), []
+    return _object(value)
+
+
+def _function(function: types.FunctionType) -> tuple[str, list[tuple[str, Any]]]:
+    code = function.__code__
+    parts = []
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            parts.append((f".{name}", cell.cell_contents))
+        except ValueError:  # empty as yet
+            continue
+    count = code.co_argcount
+    defaults = function.__defaults__ or ()
+    names = code.co_varnames[count - len(defaults) : count]
+    given = dict(zip(names, defaults, strict=True)) | (function.__kwdefaults__ or {})
+    for name in sorted(set(_globals(code))):
+        value = function.__globals__.get(name)
+        if isinstance(value, bool | int | float | str) and not name.startswith("__"):
+            given[name] = value
+    parts += [(f".{name}", part) for name, part in given.items()]
+    constants = ", ".join(map(repr, _floats(code.co_consts)))
+    return f"{_name(function)} with {constants}" if constants else _name(function), parts
+
+
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of the module that a function reads."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals(constant)
+
+
+def _floats(constants: tuple[Any, ...]) -> Iterator[float]:
+    """Yield the floats among a code's constants; integers stand in it in other ways, too."""
+    for constant in constants:
+        if isinstance(constant, types.CodeType):
+            yield from _floats(constant.co_consts)
+        elif isinstance(constant, tuple):
+            yield from _floats(constant)
+        elif isinstance(constant, float):
+            yield constant
+
+
+def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """Return what pickle would keep of an object."""
+    name = _name(type(value))
+    try:
+        reduced: Any = value.__reduce_ex__(4)
+    except Exception:  # An object may raise anything where it cannot be pickled.
+        return name if name.startswith("jax") else f"{name}, {_UNKNOWN}", []
+    if isinstance(reduced, str):
+        return f"{name} {reduced}", []
+    _, args, state, listed, mapped = (*reduced, None, None, None)[:5]
+    parts = [*(args or ()), state, listed and list(listed), mapped and list(mapped)]
+    return name, [("", part) for part in parts if part is not None and part is not type(value)]
+
+
+def _key(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+
+
+def _name(value: Any) -> str:
+    """Return the qualified name of a function or class."""
+    name = getattr(value, "__qualname__", value.__name__)
+    return f"{getattr(value, '__module__', None) or ''}.{name}".strip(".")
+
+
+def _digest(data: Any) -> str:
+    return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise ValueError unless two identities of runs are equal; the message says in what they are.
+
+    Example:
+        >>> check_same("arrivals.jsonl", {"rate": ["0.1"]}, {"rate": ["0.2"]})
+        Traceback (most recent call last):
+        ...
+        ValueError: arrivals.jsonl must be of this run, got one of another rate: it was written with
+        0.1, this run has 0.2
+    """
+    for name in {**mine, **theirs}:
+        other, own = theirs.get(name, "nothing"), mine.get(name, "nothing")
+        if other == own:
+            continue
+        if isinstance(other, list) and isinstance(own, list):
+            alone = [x for x in other if x not in own], [x for x in own if x not in other]
+            other, own = map(_few, alone if any(alone) else (other, own))  # or another order
+        raise ValueError(
+            f"{what} must be of this run, got one of another {name}: it was written with {other}, "
+            f"this run has {own}"
+        )
+
+
+def _few(entries: list[Any]) -> str:
+    return ", ".join(map(str, entries[:3])) + (", …" if len(entries) > 3 else "") or "nothing"
