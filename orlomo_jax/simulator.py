@@ -18,6 +18,7 @@ from orlomo_jax.methods import Method
 from orlomo_jax.resume import begin_or_resume, of_arrivals
 from orlomo_jax.rounds import RoundMetrics, check_key
 from orlomo_jax.rules import contract
+from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.server_step import as_partial
 from orlomo_jax.together import Alone, Lane, Together
@@ -202,6 +203,8 @@ def simulate_together(
         compiled, worker_axis, compute_batch = True, "loop", None
     batch_fn = as_partial(batch_fn)
     runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
+    for run in runs:
+        check_schedules(method, run.server.schedule, num_steps)
     form = choose(compiled, worker_axis, compute_batch, runs[0].server, runs[0].job)
     if checkpoint is None:
         for run in runs:

@@ -22,6 +22,7 @@ from orlomo_jax.runtimes.driver import Driver
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.notes import Plan
 from orlomo_jax.runtimes.workers import Work, Workers
+from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def train(
     server = ParameterServer(
         method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
     )
+    check_schedules(method, server.schedule, plan.num_steps)
     driver = Driver(server, workers, Work.of(round_fn, batch_fn, key), plan)
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
         return driver.run()
