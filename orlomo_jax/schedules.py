@@ -21,7 +21,9 @@ CHUNK = 4096
 
 
 def check_schedules(method: Method, schedule: Callable | None, num_steps: int) -> None:
-    """Raise ValueError unless γ and η are finite and ≥ 0 at every step of a run.
+    """Raise ValueError unless γ is finite and ≥ 0, and η ≥ 0, at every step of a run.
+
+    A run with an infinite η is one that diverges.
 
     Args:
         method: Its ``merge_weight`` is η, looked at for a report without delay.
@@ -36,9 +38,9 @@ def check_schedules(method: Method, schedule: Callable | None, num_steps: int) -
         ValueError: `local_learning_rate` must be finite and ≥ 0, got -0.25 at step 5
     """
     if schedule is not None:
-        _check("local_learning_rate", as_partial(schedule), num_steps)
+        _check("local_learning_rate", as_partial(schedule), num_steps, finite=True)
     if method.merge_weight is not None:
-        _check("learning_rate", _without_delay(method.merge_weight), num_steps)
+        _check("learning_rate", _without_delay(method.merge_weight), num_steps, finite=False)
 
 
 @lru_cache(maxsize=64)
@@ -46,17 +48,16 @@ def _without_delay(merge_weight: Callable) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(lambda step: merge_weight(step, jnp.zeros_like(step)))
 
 
-def _check(name: str, function: jax.tree_util.Partial, num_steps: int) -> None:
+def _check(name: str, function: jax.tree_util.Partial, num_steps: int, *, finite: bool) -> None:
     for first in range(0, num_steps, CHUNK):
         steps = np.minimum(np.arange(first, first + CHUNK, dtype=np.int32), num_steps - 1)
         with on_cpu():
             rates = np.asarray(_at_each(function, steps))
-        wrong = ~(np.isfinite(rates) & (rates >= 0))
+        wrong = ~(rates >= 0) | (finite & ~np.isfinite(rates))
         if wrong.any():
             at = int(np.argmax(wrong))
-            raise ValueError(
-                f"`{name}` must be finite and ≥ 0, got {rates[at]} at step {steps[at]}"
-            )
+            wanted = "finite and ≥ 0" if finite else "≥ 0"
+            raise ValueError(f"`{name}` must be {wanted}, got {rates[at]} at step {steps[at]}")
 
 
 @jax.jit
