@@ -21,9 +21,9 @@ CHUNK = 4096
 
 
 def check_schedules(method: Method, schedule: Callable | None, num_steps: int) -> None:
-    """Raise ValueError unless γ is finite and ≥ 0, and η ≥ 0, at every step of a run.
+    """Raise ValueError where γ is not finite and ≥ 0, or η is negative, at a step of a run.
 
-    A run with an infinite η is one that diverges.
+    A run with an infinite η, or with NaN, is one that diverges.
 
     Args:
         method: Its ``merge_weight`` is η, looked at for a report without delay.
@@ -53,7 +53,7 @@ def _check(name: str, function: jax.tree_util.Partial, num_steps: int, *, finite
         steps = np.minimum(np.arange(first, first + CHUNK, dtype=np.int32), num_steps - 1)
         with on_cpu():
             rates = np.asarray(_at_each(function, steps))
-        wrong = ~(rates >= 0) | (finite & ~np.isfinite(rates))
+        wrong = (rates < 0) | (finite & ~np.isfinite(rates))
         if wrong.any():
             at = int(np.argmax(wrong))
             wanted = "finite and ≥ 0" if finite else "≥ 0"

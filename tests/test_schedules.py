@@ -34,7 +34,7 @@ def run(runtime, rate=0.1, num_steps=T, **method):
     ("rate", "at"),
     [
         (NEGATIVE, 4),
-        (lambda step: jnp.sqrt(0.5 - 0.25 * step), 3),
+        (lambda step: 1.0 - 0.4 * step, 3),
         (jax.tree_util.Partial(lambda table, step: table[step], jnp.array([0, 1, -1.0])), 2),
     ],
 )
@@ -44,9 +44,10 @@ def test_the_step_is_named(runtime, name, rate, at):
         run(runtime, **options)
 
 
-def test_an_infinite_rate_is_refused():
-    with pytest.raises(ValueError, match="must be finite and ≥ 0, got inf at step 5"):
-        run("simulate", lambda step: 1 / (5.0 - step))
+@pytest.mark.parametrize("what", ["inf", "nan"])
+def test_a_rate_that_is_not_finite_is_refused(what):
+    with pytest.raises(ValueError, match=f"must be finite and ≥ 0, got {what} at step 5"):
+        run("simulate", lambda step: jnp.where(step < 5, 0.1, float(what)))
 
 
 def test_only_the_steps_of_the_run_count():
