@@ -236,11 +236,12 @@ def test_another_past_is_refused(tmp_path):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_leaf_without_entries_resumes(tmp_path, runtime, name):
     options = {"method": {"name": name}, "params": {"a": jnp.zeros(1), "b": jnp.zeros((0, 3))}}
+    options["num_steps"] = 14
     with pytest.raises(Killed):
-        run(tmp_path, runtime, on_step=killed_at(7), **options)
+        run(tmp_path, runtime, on_step=killed_at(12), **options)  # a whole round after 10
     resumed = run(tmp_path, runtime, **options)
     assert resumed.params["b"].shape == (0, 3)
-    assert resumed.history.step[-1] == T
+    assert resumed.history.step[-1] == 14
 
 
 WRITE = """
