@@ -22,6 +22,8 @@ LIMIT = 64
 """An object with more values than this is known by one digest of them all."""
 
 _UNKNOWN = "of unknown content"
+_PLAIN = (bool, int, float, str, np.ndarray, np.generic, jax.Array)
+"""What counts among the global variables that a function reads."""
 
 Pairs = list[tuple[str, str]]
 
@@ -30,8 +32,9 @@ def with_fingerprint(function: Any, text: str) -> Any:
     """Return the function (or optax transformation), known to checkpoints by ``text`` alone.
 
     By default a function is known by its name and by what it carries: closures, default arguments,
-    the arrays of a ``Partial``, numbers and strings of its module that it reads, and constants that
-    are floats. Use this for a function that carries what should not count, or cannot be read.
+    the arrays of a ``Partial``, numbers, strings and arrays among the global variables that it
+    reads, and constants that are floats. The functions that it calls by a global name do not count.
+    Use this for a function that carries what should not count, or what cannot be read.
 
     Args:
         function: A function, or an ``optax.GradientTransformation``.
@@ -169,7 +172,8 @@ def _look_into(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         return "", [("", value.tolist())]
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
-        return _name(type(value)), [(f".{name}", getattr(value, name)) for name in names]
+        parts = [(f".{name}", getattr(value, name)) for name in names]
+        return _name(type(value)), parts + _call(value)
     if hasattr(value, "__wrapped__"):  # jax.jit
         return "", [("", value.__wrapped__)]
     if isinstance(getattr(value, "__name__", None), str):  # a function in C
@@ -191,7 +195,7 @@ def _function(function: types.FunctionType) -> tuple[str, list[tuple[str, Any]]]
     given = dict(zip(names, defaults, strict=True)) | (function.__kwdefaults__ or {})
     for name in sorted(set(_globals(code))):
         value = function.__globals__.get(name)
-        if isinstance(value, bool | int | float | str) and not name.startswith("__"):
+        if isinstance(value, _PLAIN) and not name.startswith("__"):
             given[name] = value
     parts += [(f".{name}", part) for name, part in given.items()]
     constants = ", ".join(map(repr, _floats(code.co_consts)))
@@ -230,7 +234,14 @@ def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         return f"{name} {reduced}", []
     _, args, state, listed, mapped = (*reduced, None, None, None)[:5]
     parts = [*(args or ()), state, listed and list(listed), mapped and list(mapped)]
-    return name, [("", part) for part in parts if part is not None and part is not type(value)]
+    parts = [part for part in parts if part is not None and part is not type(value)]
+    return name, [("", part) for part in parts] + _call(value)
+
+
+def _call(value: Any) -> list[tuple[str, Any]]:
+    """Return the code of an object that can be called."""
+    call = type(value).__call__ if callable(value) else None
+    return [(".__call__", call)] if isinstance(call, types.FunctionType) else []
 
 
 def _key(key: Any) -> str:

@@ -99,16 +99,18 @@ def _compiled(function: Callable) -> Callable:
     return jax.jit(jnp.vectorize(function))
 
 
-def merge_weight_on_host(merge_weight: Any, step: Any, delay: Any) -> np.ndarray:
-    """Evaluate on the CPU where there is one, so that no accelerator's queue is waited for.
-
-    Step and delay are int[] or int[n] each; so is the weight's shape.
-    """
+def on_cpu() -> Any:
+    """Compute on the CPU where there is one, so that no accelerator's queue is waited for."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         device = None
-    with jax.default_device(device):
+    return jax.default_device(device)
+
+
+def merge_weight_on_host(merge_weight: Any, step: Any, delay: Any) -> np.ndarray:
+    """Return the weights of reports; step and delay are int[] or int[n] each, so is the result."""
+    with on_cpu():
         return np.asarray(_compiled(merge_weight)(np.int32(step), np.int32(delay)))
 
 

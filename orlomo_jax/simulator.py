@@ -20,6 +20,7 @@ from orlomo_jax.methods import Method
 from orlomo_jax.resume import begin_or_resume, of_arrivals
 from orlomo_jax.rounds import RoundMetrics, check_key
 from orlomo_jax.rules import contract
+from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.server_step import as_partial
 from orlomo_jax.together import Alone, Lane, Together
@@ -79,9 +80,11 @@ def simulate(
             compiled stretch that it belongs to. Of a diverging run also for some steps after the
             one that ``diverged_at`` will name.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
-            method, trace, key, learning rate and program (the three arguments below) goes on from
-            the newest, and ends as the unbroken run does, to the bit; ``on_step`` then sees the
-            steps after it alone. Another loss or start is not noticed.
+            run goes on from the newest, and ends as the unbroken run does, to the bit; ``on_step``
+            then sees the steps after it alone. The trace may have become longer. Another setting of
+            method, round, batches, learning rate, key or program (the three arguments below) is
+            refused, and so are other trees; see :class:`~orlomo_jax.Checkpoints`. What is not
+            noticed is another w_0, and code of the loss that changes neither names nor numbers.
         compiled: Whether stretches of at most 256 steps, up to the next evaluation or checkpoint,
             run as one compiled program each, or every step is driven from Python. "auto" is True
             but on a CPU for a million parameters or more, whose copies cost more than Python, and
@@ -99,8 +102,9 @@ def simulate(
         A :class:`TrainingResult`.
 
     Raises:
-        ValueError: If method and trace do not fit together, an argument is out of range, or
-            ``checkpoint`` is of another run.
+        ValueError: If method and trace do not fit together, an argument is out of range (a schedule
+            at any step of the run), or ``checkpoint`` is of another run.
+        BlockingIOError: If another run has the folder of ``checkpoint``.
         TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
 
     Example:
@@ -216,6 +220,8 @@ def simulate_together(
         compiled, worker_axis, compute_batch = True, "loop", None
     batch_fn = as_partial(batch_fn)
     runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
+    for run in runs:
+        check_schedules(method, run.server.schedule, num_steps)
     form = choose(compiled, worker_axis, compute_batch, runs[0].server, runs[0].job)
     if checkpoint is None:
         for run in runs:

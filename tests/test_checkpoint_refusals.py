@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from orlomo_jax import ArrivalTrace, Checkpoints, Threads, identity, make_method, simulate, train
+from orlomo_jax import (
+    METHOD_NAMES,
+    ArrivalTrace,
+    Checkpoints,
+    Threads,
+    identity,
+    make_method,
+    simulate,
+    train,
+)
 from tests import helpers
 from tests.real_runs import Killed, killed_at
 
@@ -64,7 +73,8 @@ def run(
     options = {"key": jax.random.key(0), "local_learning_rate": rate} | every | options
     if runtime == "train":
         return train(*job, params, Threads(K), num_steps=num_steps, **options)
-    trace = ArrivalTrace.from_workers([0, 1] * (num_steps // 2), K)
+    trace = [0, 1] * (num_steps // 2)
+    trace = ArrivalTrace.from_workers(trace, K, synchronous=method.synchronous)
     return simulate(*job, params, trace, **options)
 
 
@@ -159,19 +169,15 @@ def test_the_journal_of_a_real_run_is_seen(tmp_path):
         run(tmp_path)
 
 
-def trace(num_steps, events=EVENTS):
+def longer(folder, num_steps, events=EVENTS, order=ORDER, **options):
     events = [event for event in events if event[0] < num_steps]
-    return ArrivalTrace.from_workers(ORDER[:num_steps], 3, events=events)
-
-
-def longer(folder, num_steps, events=EVENTS, **options):
     method = make_method("orlomo", 3)
     return simulate(
         method,
         method.local_round(loss_fn, S),
         batches(),
         {"a": jnp.zeros(1)},
-        trace(num_steps, events),
+        ArrivalTrace.from_workers(order[:num_steps], 3, events=events),
         key=jax.random.key(0),
         local_learning_rate=0.01,
         checkpoint=None if folder is None else Checkpoints(folder, every=5),
@@ -190,10 +196,24 @@ def test_a_longer_trace_goes_on(tmp_path, options):
     assert steps == list(range(10, 25))
     unbroken = longer(None, 24, **options)
     assert result.trace == unbroken.trace
-    if "worker_axis" in options:  # how many rounds are together hangs on the length
-        helpers.assert_trees_close(result.params, unbroken.params, 1e-5)
-    else:
-        helpers.assert_trees_equal(result.params, unbroken.params)
+    helpers.assert_trees_equal(result.params, unbroken.params)
+
+
+def test_as_many_rounds_stay_together_in_a_longer_trace(tmp_path):
+    order = [0, 1, 2] * 4 + [0] * 12
+    longer(tmp_path, 12, [], order, worker_axis="vmap")
+    result = longer(tmp_path, 24, [], order, worker_axis="vmap")
+    unbroken = longer(None, 24, [], order, worker_axis="vmap")
+    helpers.assert_trees_close(result.params, unbroken.params, 1e-6)
+    with pytest.raises(ValueError, match="compute_batch: it was written with 3, this run has 2"):
+        longer(tmp_path, 24, [], order, worker_axis="vmap", compute_batch=2)
+
+
+def test_who_is_absent_at_the_start_is_of_the_past(tmp_path):
+    order = [0, 1] * 12
+    longer(tmp_path, 12, [], order)
+    with pytest.raises(ValueError, match="another trace"):
+        longer(tmp_path, 24, [(13, "joined", 2)], order)
 
 
 def test_another_past_is_refused(tmp_path):
@@ -210,6 +230,18 @@ def test_another_past_is_refused(tmp_path):
     for events in others:
         with pytest.raises(ValueError, match="another trace"):
             longer(tmp_path, 20, events)
+
+
+@pytest.mark.parametrize("runtime", ["simulate", "train"])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_leaf_without_entries_resumes(tmp_path, runtime, name):
+    options = {"method": {"name": name}, "params": {"a": jnp.zeros(1), "b": jnp.zeros((0, 3))}}
+    options["num_steps"] = 14
+    with pytest.raises(Killed):
+        run(tmp_path, runtime, on_step=killed_at(12), **options)  # a whole round after 10
+    resumed = run(tmp_path, runtime, **options)
+    assert resumed.params["b"].shape == (0, 3)
+    assert resumed.history.step[-1] == 14
 
 
 WRITE = """
@@ -250,11 +282,11 @@ def without_server(notes, run):
 
 
 def a_text(notes, run):
-    run["server"]["rounds"] = "12"
+    run["server"]["rounds"] = ["1", "2"]
 
 
 def another_step(notes, run):
-    run["server"]["step"] = 3
+    run["server"]["step"] = T + 1
 
 
 def unknown_version(notes, run):

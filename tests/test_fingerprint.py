@@ -46,6 +46,21 @@ class Plain:
         self.weight = weight
 
 
+class Halving:
+    def __call__(self, x):
+        return 0.5 * x
+
+
+class Thirding(Halving):
+    __qualname__ = "Halving"
+
+    def __call__(self, x):
+        return 0.3 * x
+
+
+Thirding.__call__.__qualname__ = "Halving.__call__"
+
+
 class Slotted:
     __slots__ = ("weight",)
 
@@ -91,6 +106,7 @@ KINDS = {
     "dataclass": (Loss, 0.5, 0.3),
     "object": (Plain, 0.5, 0.3),
     "method of an object with slots": (lambda x: Slotted(x).loss, 0.5, 0.3),
+    "code of an object": (lambda which: [Halving, Thirding][which](), 0, 1),
     "recursion": (recursive, 1, 2),
     "array": (jnp.asarray, [1.0, 2.0], [1.0, 3.0]),
     "dtype": (jnp.zeros, 1, (1, 1)),
@@ -145,6 +161,11 @@ def test_a_number_of_the_module_counts(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 0.25)
     assert before[".SCALE"] == "0.5"
     assert fingerprint(loss_fn)[".SCALE"] == "0.25"
+    seen = set()
+    for value in (jnp.ones(2), jnp.zeros(2), np.zeros(2)):
+        monkeypatch.setattr(sys.modules[__name__], "SCALE", value)
+        seen.add(fingerprint(loss_fn)[".SCALE"])
+    assert len(seen) == 3, "arrays, by content and dtype"
 
 
 def test_what_cannot_be_read_is_named_in_a_warning():

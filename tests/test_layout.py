@@ -32,6 +32,7 @@ ORDER = (
     "reports",
     "server_step",
     "identity",
+    "schedules",
     "snapshots",
     "server",
     "audit",

@@ -66,7 +66,10 @@ class Notes:
         Raises:
             ValueError: If journal, checkpoint and run do not go together.
         """
-        plan, mine = self.plan, self.identity()
+        plan, method = self.plan, self.server.method
+        mine = {"num_workers": self.server.num_workers, "synchronous": method.synchronous}
+        if plan.checkpoint is not None or plan.journal is not None:
+            mine = self.identity()
         saved = None if plan.checkpoint is None else plan.checkpoint.newest_of(mine)
         self._identity = mine
         absent = {"absent": sorted(plan.membership.absent)}

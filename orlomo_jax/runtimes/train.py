@@ -22,6 +22,7 @@ from orlomo_jax.runtimes.driver import Driver
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.notes import Plan
 from orlomo_jax.runtimes.workers import Work, Workers
+from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def train(
         on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step.
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
         health_every: Seconds > 0 between two of them.
-        checkpoint: Where to save as the run goes, and to go on from.
+        checkpoint: Where to save as the run goes, and to go on from; what must be the same is said
+            in :class:`~orlomo_jax.Checkpoints`. ``num_steps`` may have become larger.
         journal: File of the arrivals; None is ``arrivals.jsonl`` beside the checkpoints, or none
             without. A run goes on from the one that is there.
         membership: Who joins late or leaves; not for a synchronous method.
@@ -105,7 +107,8 @@ def train(
         AuditFailure: If ``audit`` finds the server at odds with a lemma.
         ValueError: If an argument is out of range, or ``checkpoint`` or journal are of another run
             or do not go together.
-        BlockingIOError: If another process is writing the journal.
+        BlockingIOError: If another process is writing the journal, or another run has the folder
+            of ``checkpoint``.
         TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
 
     Example:
@@ -143,6 +146,7 @@ def train(
     server = ParameterServer(
         method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
     )
+    check_schedules(method, server.schedule, plan.num_steps)
     driver = Driver(server, workers, Work.of(round_fn, batch_fn, key), plan)
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
         return driver.run()
