@@ -18,6 +18,7 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rounds import wire_dtype
 from orlomo_jax.rules import LocalUpdate
+from orlomo_jax.runtimes import settings
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
 
 
@@ -35,7 +36,8 @@ class RayWorkers:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
     travel once to each host; Δw and Δu travel in the dtype of
     :func:`~orlomo_jax.narrow_reports`, where the round is of it. An actor keeps the memory that its
-    rounds free, for the next.
+    rounds free, for the next. It computes under the JAX settings of the caller of ``train``,
+    contexts such as ``jax.enable_x64(True)`` included; the default device is not one of them.
 
     Args:
         num_workers: K ≥ 1.
@@ -77,6 +79,7 @@ class RayWorkers:
         self._version: tuple[int, Any, int] | None = None
         self._dtypes: list[Any] = []
         self._narrow: Any = None
+        self._settings: dict[str, Any] = {}
         self._initialised_here = False
 
     def open(self, work: Work) -> None:
@@ -100,6 +103,7 @@ class RayWorkers:
         keys = [jax.random.key_data(key) for key in (work.data_key, work.noise_key)]
         known = (work.round_fn, *jax.device_get((work.batch_fn, keys)), impl)
         self._known = ray.put(known)  # once, for all actors
+        self._settings = settings.portable(settings.capture())
         self._class = ray.remote(**self._options)(OrlomoWorker)
         self._version = None
         self._pending.clear()
@@ -110,7 +114,7 @@ class RayWorkers:
         gpu = bool(self._options.get("num_gpus"))
         # In a list the reference is passed on as it is: the actor chooses its platform first.
         self._actors[worker] = self._class.remote(
-            [self._known], worker, gpu, self.slowdowns[worker], self._narrow
+            self._settings, [self._known], worker, gpu, self.slowdowns[worker], self._narrow
         )
 
     def submit(self, task: Task) -> int:
@@ -188,10 +192,17 @@ class OrlomoWorker:
     """The actor of one worker; Ray shows its name."""
 
     def __init__(
-        self, known: list[Any], worker: int, gpu: bool, slowdown: float, narrow: Any
+        self,
+        caller: dict[str, Any],
+        known: list[Any],
+        worker: int,
+        gpu: bool,
+        slowdown: float,
+        narrow: Any,
     ) -> None:
-        """Choose the platform, before any array is made; then fetch what all workers know."""
+        """Adopt the caller's settings, before any array is made; then fetch what all know."""
         _keep_freed_memory()
+        settings.adopt(caller)
         if gpu:
             os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
         else:

@@ -14,6 +14,7 @@ import jax
 from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
+from orlomo_jax.runtimes import settings
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns, prepare
 
 _PATIENCE = 60.0
@@ -25,11 +26,14 @@ _log = logging.getLogger("orlomo_jax")
 class Threads:
     """Workers that are threads of this process: several GPUs of one host, or a CPU.
 
-    A thread that hangs cannot be killed: it is left to itself, and a new one takes its place.
+    Workers compute under the JAX settings of the caller of ``train``, contexts such as
+    ``jax.enable_x64(True)`` included. A thread that hangs cannot be killed: it is left to itself,
+    and a new one takes its place.
 
     Args:
         num_workers: K ≥ 1.
-        devices: Worker k computes on ``devices[k % len(devices)]``; None is ``jax.devices()``.
+        devices: Worker k computes on ``devices[k % len(devices)]``. None is JAX's default device
+            where one is set, else ``jax.devices()``.
         slowdowns: Factors ≥ 1, one a worker: after a round of c seconds worker k sleeps
             (slowdowns[k] − 1)·c, but for its first round, which compiles. Equal machines can so
             play unequal ones.
@@ -74,12 +78,14 @@ class Threads:
         self._work: dict[Any, Work] = {}
         self._compiling: dict[Any, threading.Lock] = {}
         self._used: list[Any] = []
+        self._settings: dict[str, Any] = {}
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
     def open(self, work: Work) -> None:
         """Put the batches' arrays on every device."""
         self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
-        devices = jax.devices() if self._devices is None else self._devices
+        self._settings = settings.capture()
+        devices = _default_devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
         self._work = {
             device: Work(work.round_fn, *jax.device_put(work[1:], device))
@@ -97,6 +103,7 @@ class Threads:
             device,
             self._compiling[device],
             self.slowdowns[worker],
+            self._settings,
             self._outcomes,
         )
 
@@ -142,12 +149,13 @@ class _Thread:
         device: Any,
         compiling: threading.Lock,
         slowdown: float,
+        settings: dict[str, Any],
         outcomes: queue.SimpleQueue[Outcome],
     ) -> None:
         """Start it."""
         self.worker, self._work, self._device = worker, work, device
         self._compiling, self._prepared = compiling, False
-        self._slowdown, self._outcomes = slowdown, outcomes
+        self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(
@@ -166,6 +174,10 @@ class _Thread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        with settings.using(self._settings):
+            self._serve()
+
+    def _serve(self) -> None:
         slowdown = 1.0  # of the first round, which compiles
         while (task := self.inbox.get()) is not None and not self._ending.is_set():
             begin = time.perf_counter()
@@ -196,3 +208,10 @@ class _Thread:
         finite, loss = on_host((result.finite, loss))
         report = task.report(result)._replace(finite=bool(finite))
         return Outcome(task.worker, task.round, report, float(loss))
+
+
+def _default_devices() -> Sequence[Any]:
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        return jax.devices(default)
+    return [default]
