@@ -44,6 +44,7 @@ class Driver:
         self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
         self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
+        self.starting: set[int] = set()  # workers that were started and have not answered since
         self.diverged = False
 
     def run(self) -> TrainingResult:
@@ -125,7 +126,7 @@ class Driver:
         for worker in sorted(self.present - wanted):
             self._leave(worker, "absent since the run was resumed")
         for worker in sorted(self.present - self.sent_at.keys()):
-            self.workers.start(worker)
+            self._start(worker)
             if (task := self.server.held(worker)) is not None:
                 self._submit(task)
             elif worker in lost:
@@ -153,9 +154,11 @@ class Driver:
             if worker in self.present:
                 self._leave(worker, "it was asked to")
         for worker, sent_at in list(self.sent_at.items()):
-            if now - sent_at > self.plan.round_timeout and worker not in reported:
-                why = f"no report within {self.plan.round_timeout:g} s"
-                self._lose(worker, Failure(why), restart=True)
+            limit, start = self.plan.round_timeout, ""
+            if worker in self.starting:  # it starts and compiles first
+                limit, start = limit + self.plan.start_timeout, " of its start"
+            if now - sent_at > limit and worker not in reported:
+                self._lose(worker, Failure(f"no report within {limit:g} s{start}"), restart=True)
         if now >= self._health_due:
             self._health_due = now + self.plan.health_every
             health = self.notes.health(self.present)
@@ -167,9 +170,12 @@ class Driver:
         worker = outcome.worker
         self.notes.meter.busy[worker] += outcome.seconds
         self.notes.meter.received_bytes += outcome.received_bytes
+        task = self.server.held(worker)
+        current = task is not None and task.round == outcome.round
+        if current:
+            self.starting.discard(worker)
         if outcome.report is None:
-            task = self.server.held(worker)
-            if task is not None and task.round == outcome.round:
+            if current:
                 self._lose(worker, Failure(outcome.error), restart=True)
             return
         inject = self.plan.inject
@@ -220,14 +226,14 @@ class Driver:
             self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
             return
         if restart:
-            self.workers.start(worker)
+            self._start(worker)
         self._dispatch(worker, "redispatched")
 
     def _join(self, worker: int) -> None:
         self.failures.pop(worker, None)
         self.given_up.pop(worker, None)
         self.present.add(worker)
-        self.workers.start(worker)
+        self._start(worker)
         self._dispatch(worker, "joined")
 
     def _leave(self, worker: int, why: str) -> None:
@@ -254,6 +260,10 @@ class Driver:
                 f"worker {worker} is gone at step {self.server.step} of {self.plan.num_steps} and "
                 f"{waits}: {why}{others}"
             )
+
+    def _start(self, worker: int) -> None:
+        self.workers.start(worker)
+        self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:
         task = self.server.dispatch(worker)

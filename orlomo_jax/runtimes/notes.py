@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     journal: Any
     membership: Membership
     round_timeout: float
+    start_timeout: float
     max_failures: int
     audit: bool
     inject: Callable[[Report], Iterable[Report]] | None

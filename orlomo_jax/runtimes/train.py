@@ -51,6 +51,7 @@ def train(
     journal: str | os.PathLike[str] | None = None,
     membership: Membership | None = None,
     round_timeout: float = 600.0,
+    start_timeout: float = 1800.0,
     max_failures: int = 3,
     audit: bool = False,
     inject: Callable[[Report], Iterable[Report]] | None = None,
@@ -90,6 +91,8 @@ def train(
         membership: Who joins late or leaves; not for a synchronous method.
         round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
             never.
+        start_timeout: Seconds ≥ 0 that the first round of a worker has in addition, whenever it is
+            started: it starts and compiles then.
         max_failures: Lost rounds in a row, ≥ 0, that are forgiven: with one more a worker is given
             up.
         audit: Whether to hold Lemmas 1 and 2 against the server at each step (OrLoMo alone); a few
@@ -127,6 +130,7 @@ def train(
         journal=journal if checkpoint is None or journal else checkpoint.directory / JOURNAL,
         membership=Membership(workers.num_workers) if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
+        start_timeout=check_number("start_timeout", start_timeout, lambda x: x >= 0, "≥ 0"),
         max_failures=check_count("max_failures", max_failures),
         audit=audit,
         inject=inject,
