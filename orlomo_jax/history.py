@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -104,6 +104,19 @@ class TrainingResult(NamedTuple):
     status: Literal["finished", "diverged"]
     diverged_at: int | None
     health: Health | None = None
+
+
+def evaluated(evaluate: Callable, params: Any, model_state: Any) -> dict[str, float]:
+    """Return what ``evaluate`` says of the parameters.
+
+    Raises:
+        TypeError: If it does not return ``{name: scalar}``.
+    """
+    values = evaluate(params, model_state)
+    try:
+        return {name: float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TypeError(f"`evaluate` must return {{name: scalar}}, got {values!r}") from error
 
 
 class Progress:

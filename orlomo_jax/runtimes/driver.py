@@ -59,6 +59,7 @@ class Driver:
                     self.server.dispatch(worker)
             for event in self.journal.events[: seen or 0]:
                 self._count_in(event)
+            self.notes.rehearse(self.present)
             self._repeat(seen or 0)
             self.notes.resume_clock()
             if self.server.step < self.plan.num_steps:

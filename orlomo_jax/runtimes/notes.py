@@ -14,7 +14,7 @@ import optax
 from orlomo_jax.audit import Audit
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.health import Health, Meter
-from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult, evaluated
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.reports import Report
 from orlomo_jax.runtimes.membership import Membership
@@ -92,6 +92,13 @@ class Notes:
             self.audit = Audit(self.server.method, self.server.params, self.server.state)
         return seen
 
+    def rehearse(self, present: set[int]) -> None:
+        """Evaluate and make a result as at the end: errors show before the first step."""
+        if self.server.step < self.plan.num_steps:
+            self.result(diverged=False, present=present)
+            if self.plan.evaluate is not None:
+                evaluated(self.plan.evaluate, self.server.params, self.server.model_state)
+
     def resume_clock(self) -> None:
         """Go on from the time of the last arrival: what was down in between does not count."""
         if self.journal.arrivals:
@@ -110,8 +117,7 @@ class Notes:
         if self.audit is not None:
             self.audit.applied(report, step - 1, self.server.params, self.server.state)
         if plan.evaluate is not None and (step % plan.evaluate_every == 0 or last):
-            values = plan.evaluate(self.server.params, self.server.model_state)
-            metrics = {name: float(value) for name, value in values.items()}
+            metrics = evaluated(plan.evaluate, self.server.params, self.server.model_state)
             self.evaluations.append(Evaluation(step, arrival.time, metrics))
         if plan.on_step is not None:
             record = StepRecord(

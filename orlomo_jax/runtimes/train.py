@@ -80,7 +80,7 @@ def train(
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
-            on meanwhile, but their reports wait.
+            on meanwhile, but their reports wait. It is tried once before the first step.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
         on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step.
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
