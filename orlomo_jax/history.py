@@ -90,7 +90,7 @@ class TrainingResult(NamedTuple):
         state: The rule's final state (u_T among it).
         history: See :class:`History`.
         trace: The arrival order that was run.
-        status: ``"finished"`` or ``"diverged"``.
+        status: ``"finished"``, ``"stopped"`` by ``on_step``, or ``"diverged"``.
         diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
             was noticed, where finite reports overflowed in the merge); None where finished.
         health: Of a real run, how it fared; None of a simulated one.
@@ -101,7 +101,7 @@ class TrainingResult(NamedTuple):
     state: Any
     history: History
     trace: ArrivalTrace
-    status: Literal["finished", "diverged"]
+    status: Literal["finished", "stopped", "diverged"]
     diverged_at: int | None
     health: Health | None = None
 

@@ -22,15 +22,15 @@ def batch_fn(key, worker, round):
     return jnp.ones((2, 3))
 
 
-def on_threads(method=None, round_fn=None, **options):
+def on_threads(method=None, batch_fn=batch_fn, **options):
     method = make_method("orlomo", K) if method is None else method
-    round_fn = method.local_round(loss_fn, 2) if round_fn is None else round_fn
+    round_fn = method.local_round(loss_fn, 2)
     common = {"key": jax.random.key(0), "local_learning_rate": 0.1, "num_steps": T}
     return train(method, round_fn, batch_fn, jnp.zeros(3), Threads(K), **common | options)
 
 
 def simulated(compiled):
-    def run(method=None, **options):
+    def run(method=None, batch_fn=batch_fn, **options):
         method = make_method("orlomo", K) if method is None else method
         trace = ArrivalTrace.from_workers([0, 1] * (T // 2), K, synchronous=method.synchronous)
         common = {"key": jax.random.key(0), "local_learning_rate": 0.1, "compiled": compiled}

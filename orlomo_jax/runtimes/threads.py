@@ -72,7 +72,7 @@ class Threads:
         self.slowdowns = check_slowdowns(slowdowns, num_workers)
         if devices is not None and not devices:
             raise ValueError("`devices` must hold a device, got none")
-        self._devices = devices
+        self._devices, self._free = devices, threading.Lock()
         self._threads: dict[int, _Thread] = {}
         self._ending: list[_Thread] = []
         self._work: dict[Any, Work] = {}
@@ -83,6 +83,8 @@ class Threads:
 
     def open(self, work: Work) -> None:
         """Put the batches' arrays on every device."""
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("these workers are in another run: make others, or wait for its end")
         self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
         self._settings = settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
@@ -137,6 +139,7 @@ class Threads:
         for thread in threads:
             if not thread.join(max(0.0, deadline - time.monotonic())):
                 _log.warning("the thread of worker %s hangs and is left to itself", thread.worker)
+        self._free.release()
 
 
 class _Thread:
@@ -185,7 +188,7 @@ class _Thread:
                 outcome = self._carry_out(task)
             except Exception as error:  # The driver decides what a failed round means.
                 what = f"{type(error).__name__}: {error}"
-                outcome = Outcome(self.worker, task.round, None, error=what)
+                outcome = Outcome(self.worker, task.round, None, error=what, exception=error)
             seconds = time.perf_counter() - begin
             self._ending.wait((slowdown - 1) * seconds)
             self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
@@ -203,15 +206,15 @@ class _Thread:
             with self._compiling:  # or the threads of a device would each compile the same
                 prepare(self._work, task.worker, task.round, start)
             self._prepared = True
-        result, (loss, _) = answer(self._work, task.worker, task.round, start)
+        result, metrics = answer(self._work, task.worker, task.round, start)
         jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
-        finite, loss = on_host((result.finite, loss))
+        finite, (loss, metrics) = on_host((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
-        return Outcome(task.worker, task.round, report, float(loss))
+        return Outcome(task.worker, task.round, report, float(loss), metrics=metrics)
 
 
 def _default_devices() -> Sequence[Any]:
-    default = jax.config.jax_default_device
+    default = settings.capture()["default_device"]
     if default is None or isinstance(default, str):
         return jax.devices(default)
     return [default]

@@ -44,7 +44,7 @@ def train(
     local_learning_rate: float | optax.Schedule,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_step: Callable[[StepRecord], bool | None] | None = None,
     on_health: Callable[[Health], None] | None = None,
     health_every: float = 10.0,
     checkpoint: Checkpoints | None = None,
@@ -62,12 +62,14 @@ def train(
     randomness: ``simulate`` with the same arguments and ``result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A rejected report loses its round too.
+    sent the newest parameters. A rejected report loses its round too. What a worker raises in the
+    first round of a run is raised here at once.
 
     With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals lies beside the checkpoints.
     A run whose process was killed resumes from the newest checkpoint, repeats (here, one by one)
     the rounds that the journal holds beyond it, and gives every worker the task that it had:
     nothing that was applied is lost or applied twice. ``on_step`` sees the repeated steps too.
+    Ctrl-C saves a checkpoint first; a second one does not wait for it.
 
     Args:
         method: A :class:`~orlomo_jax.Method`.
@@ -82,7 +84,8 @@ def train(
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
             on meanwhile, but their reports wait. It is tried once before the first step.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step.
+        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step. If it returns True,
+            the run ends there, with the status "stopped"; a checkpoint is saved first.
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
         health_every: Seconds > 0 between two of them.
         checkpoint: Where to save as the run goes, and to go on from.
