@@ -105,7 +105,7 @@ class Driven:
 
     def peek(self) -> tuple[Any, Any, Any]:
         """Return params, model state and the rule's state, of use until the next step."""
-        return self.arrays()
+        return self._server.peek()
 
     def arrays(self) -> tuple[Any, Any, Any]:
         """Return params, model state and the rule's state; they stay as they are."""

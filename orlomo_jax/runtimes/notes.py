@@ -148,7 +148,7 @@ class Notes:
 
     def health(self, present: set[int]) -> Health:
         """Return a view of the run, in which these workers take part."""
-        momentum = start_momentum(self.server.state)
+        momentum = start_momentum(self.server.peek()[2])
         norm = None if momentum is None else float(_norm(momentum))
         there = tuple(worker in present for worker in range(self.server.num_workers))
         return self.meter.view(self.server.step, there, norm)
@@ -176,7 +176,7 @@ class Notes:
             metrics=metrics.stacked([a.metrics for a in arrivals], self._like),
             evaluations=tuple(self.evaluations),
         )
-        trees = (server.params, server.model_state, server.state)
+        trees = server.peek()  # the run is over, or has not begun
         overflowed = not diverged and not bool(all_finite(trees))
         diverged = diverged or overflowed
         stopped = self.stopped and server.step < self.plan.num_steps

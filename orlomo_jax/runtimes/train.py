@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import jax
 import optax
 
+from orlomo_jax.arrays import own
 from orlomo_jax.audit import check_auditable
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count, check_number
@@ -148,7 +150,21 @@ def train(
         )
     if method.synchronous and plan.membership.absent:
         raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
+    contract.check_floating("params", params)
     server = ParameterServer(
-        method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
+        method,
+        _bound(params),
+        workers.num_workers,
+        model_state,
+        local_learning_rate=local_learning_rate,
     )
     return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run()
+
+
+def _bound(params: contract.Params) -> contract.Params:
+    """Return parameters that are bound to devices, as merged ones are: one server step compiles."""
+
+    def leaf(x):  # a copy, since the server may write over the memory of its own
+        return x if x.committed else jax.device_put(x, x.sharding, may_alias=False)
+
+    return jax.tree.map(leaf, own(params))
