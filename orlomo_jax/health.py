@@ -23,6 +23,7 @@ class Health(NamedTuple):
         momentum_norm: ‖u‖, or None where the rule keeps no momentum.
         sent_bytes: Of tasks, over the wire.
         received_bytes: Of reports, over the wire.
+        failures: Of each worker that has lost a round, why it lost its latest, in one line.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Health(NamedTuple):
     momentum_norm: float | None
     sent_bytes: int
     received_bytes: int
+    failures: dict[int, str]
 
     def __str__(self) -> str:
         """Return the summary."""
@@ -50,13 +52,14 @@ class Health(NamedTuple):
                 zip(self.shares, self.idle, self.present, strict=True)
             )
         )
+        failures = "".join(f"\n  worker {w}: {why}" for w, why in sorted(self.failures.items()))
         return (
             f"step {self.step}, {self.seconds:.0f} s, {self.reports_per_second:.1f} reports/s, "
             f"‖u‖ {norm}, sent {self.sent_bytes / 1e6:.1f} MB, "
             f"received {self.received_bytes / 1e6:.1f} MB\n"
             f"delays        {delays or 'none yet'}\n"
             f"share/idle    {workers}\n"
-            f"lost rounds   {self.lost}; rejected reports: {rejected}"
+            f"lost rounds   {self.lost}; rejected reports: {rejected}{failures}"
         )
 
 
@@ -79,12 +82,19 @@ class Meter:
         self.reports, self.busy = [0] * num_workers, [0.0] * num_workers
         self.delays: Counter[int] = Counter()
         self.rejected: Counter[str] = Counter()
+        self.failures: dict[int, str] = {}
         self.lost = self.sent_bytes = self.received_bytes = 0
 
     def applied(self, worker: int, delay: int) -> None:
         """Count a report that the server applied."""
         self.reports[worker] += 1
         self.delays[int(delay).bit_length()] += 1
+
+    def failed(self, worker: int, why: str) -> None:
+        """Count a lost round."""
+        self.lost += 1
+        line = next(iter(why.strip().splitlines()), "")
+        self.failures[worker] = line if len(line) <= 200 else f"{line[:199]}…"
 
     def view(self, step: int, present: tuple[bool, ...], momentum_norm: float | None) -> Health:
         """Return the counts so far; rates are since the last call."""
@@ -106,6 +116,7 @@ class Meter:
             momentum_norm=momentum_norm,
             sent_bytes=self.sent_bytes,
             received_bytes=self.received_bytes,
+            failures=dict(self.failures),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -90,7 +90,7 @@ class TrainingResult(NamedTuple):
         state: The rule's final state (u_T among it).
         history: See :class:`History`.
         trace: The arrival order that was run.
-        status: ``"finished"`` or ``"diverged"``.
+        status: ``"finished"``, ``"stopped"`` by ``on_step``, or ``"diverged"``.
         diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
             was noticed, where finite reports overflowed in the merge); None where finished.
         health: Of a real run, how it fared; None of a simulated one.
@@ -101,9 +101,22 @@ class TrainingResult(NamedTuple):
     state: Any
     history: History
     trace: ArrivalTrace
-    status: Literal["finished", "diverged"]
+    status: Literal["finished", "stopped", "diverged"]
     diverged_at: int | None
     health: Health | None = None
+
+
+def evaluated(evaluate: Callable, params: Any, model_state: Any) -> dict[str, float]:
+    """Return what ``evaluate`` says of the parameters.
+
+    Raises:
+        TypeError: If it does not return ``{name: scalar}``.
+    """
+    values = evaluate(params, model_state)
+    try:
+        return {name: float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TypeError(f"`evaluate` must return {{name: scalar}}, got {values!r}") from error
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,13 +18,23 @@ _FORMAT = "orlomo_jax.Journal"
 
 
 class Arrival(NamedTuple):
-    """An applied report: whose, of which task, when (seconds since the run began), mean loss."""
+    """An applied report.
+
+    Attributes:
+        worker: Whose it was.
+        round: Of its task.
+        dispatched_at: Of its task.
+        time: Seconds since the run began.
+        loss: The mean over its local steps.
+        metrics: Those of ``loss_fn``, means over the local steps: the leaves as nested lists.
+    """
 
     worker: int
     round: int
     dispatched_at: int
     time: float
     loss: float
+    metrics: Sequence[Any] = ()
 
 
 class Journal:
@@ -106,7 +117,10 @@ class Journal:
     def arrived(self, arrival: Arrival) -> None:
         """Note that a report was applied."""
         loss = float(arrival.loss) if math.isfinite(arrival.loss) else None
-        self._note(arrival._asdict() | {"loss": loss})
+        row = arrival._asdict() | {"loss": loss}
+        if not arrival.metrics:
+            del row["metrics"]
+        self._note(row)
 
     def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:
         """Note an event of an :class:`~orlomo_jax.Event`'s kind, before the next arrival."""
@@ -124,7 +138,7 @@ class Journal:
         Raises:
             ValueError: If a report was applied that its worker did not hold, or held no longer.
         """
-        workers, rounds, dispatched_at, times, _ = (
+        workers, rounds, dispatched_at, times, *_ = (
             zip(*self.arrivals, strict=True) if self.arrivals else ((),) * len(Arrival._fields)
         )
         return ArrivalTrace(  # which holds the rounds to those that each worker was sent

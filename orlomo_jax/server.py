@@ -135,7 +135,8 @@ class ParameterServer:
         self._params, self._model_state = params, model_state
         self._merging = self._model_state  # ahead of it within a synchronous round
         # A rule may keep params, or one array twice: copies of its own can be donated.
-        self._state = jax.tree.map(jnp.copy, method.rule.init(self._params))
+        state = jax.tree.map(jnp.copy, method.rule.init(self._params))
+        self._state = bound(state, self._params)  # as from the second step on, or it compiles twice
         # What was handed out to a worker or a caller is never donated while they can see it.
         self._share_all()
         self.schedule = as_partial(local_learning_rate) if callable(local_learning_rate) else None
@@ -168,6 +169,11 @@ class ParameterServer:
         """The rule's state (u_t among it). Reading it keeps the arrays alive through a step."""
         self._state_shared = True
         return self._state
+
+    @_transaction
+    def peek(self) -> tuple[contract.Params, PyTree[Array], Any]:
+        """Return params, model state and the rule's state, of use until the next report."""
+        return self._params, self._model_state, self._state
 
     def identity(self) -> dict[str, Any]:
         """Return what a run that resumes this one must have in common with it, JSON-able."""

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 
 from orlomo_jax.methods import Method, Unmoved
-from orlomo_jax.rules import contract
+from orlomo_jax.rules import LocalOrMoDAState, OrLoMoState, PRSGDmState, contract
+
+_WITH_MOMENTUM = (OrLoMoState, LocalOrMoDAState, PRSGDmState)
 
 
 @lru_cache(maxsize=64)
@@ -124,9 +126,20 @@ def check_merge_weight(weight: float, step: int, delay: int) -> None:
 
 
 def start_momentum(state: Any) -> contract.Params:
-    """Return the momentum of a synchronous rule's state, wherever a chain keeps it."""
+    """Return the momentum of a rule's state, wherever a chain keeps it; None where there is none.
 
-    def of_a_state(path, value):  # not of a params tree or of hyperparameters
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    That of a rule of this package, of several the first; else the first field of that name in the
+    state of any transformation. Reports that a state holds are left out.
+    """
+    is_rule = lambda x: isinstance(x, _WITH_MOMENTUM)  # noqa: E731
+    rules = [x for x in jax.tree.leaves(state, is_leaf=is_rule) if is_rule(x)]
+    if rules:
+        return rules[0].momentum
 
-    return optax.tree.get(state, "momentum", filtering=of_a_state)
+    def of_a_state(path, value):  # not of a params tree, of hyperparameters or of a report
+        key = path[-1]
+        is_field = isinstance(key, optax.tree_utils.NamedTupleKey)
+        return is_field and key.tuple_name != contract.LocalUpdate.__name__
+
+    found = optax.tree.get_all_with_path(state, "momentum", filtering=of_a_state)
+    return found[0][1] if found else None

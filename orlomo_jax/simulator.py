@@ -15,7 +15,7 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import LENGTH, Compiled
 from orlomo_jax.driven import Driven, Job, check_job
 from orlomo_jax.form import Form, choose
-from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult
+from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult, evaluated
 from orlomo_jax.methods import Method
 from orlomo_jax.resume import begin_or_resume, of_arrivals
 from orlomo_jax.rounds import RoundMetrics, check_key
@@ -74,7 +74,8 @@ def simulate(
         key: A ``jax.random.key``.
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
-        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is tried
+            once before the first step.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
         on_step: Called with a :class:`StepRecord` for each step, in order: after it, or after the
             compiled stretch that it belongs to. Of a diverging run also for some steps after the
@@ -262,6 +263,8 @@ def _carry_out(
         checkpoint.save_run(step, *kept, identity | of_arrivals(runs, step))
 
     first, step = runs[0], runs[0].server.step
+    if step < num_steps:
+        first.rehearse(evaluate, step)
     while step < num_steps:
         end = min([num_steps, *(step - step % n + n for n in every)])
         for run, rounds in zip(runs, group.advance(end), strict=True):
@@ -347,8 +350,7 @@ class _Run:
         if self.bad >= 0:
             return
         params, model_state, _ = self.engine.arrays()
-        values = evaluate(params, model_state)
-        self._evaluation = {name: float(value) for name, value in values.items()}
+        self._evaluation = evaluated(evaluate, params, model_state)
         time = float(self.trace.times[step - 1])
         self.progress.evaluations.append(Evaluation(step, time, self._evaluation))
 
@@ -370,6 +372,12 @@ class _Run:
             if step < end:
                 on_step(self.record(step, metrics))
             yield metrics
+
+    def rehearse(self, evaluate: Evaluate | None, step: int) -> None:
+        """Evaluate and make a result as at the end: errors show before the first step."""
+        self.result(step)
+        if evaluate is not None:
+            evaluated(evaluate, *self.engine.arrays()[:2])
 
     def result(self, step: int) -> TrainingResult:
         """Return what came of the run after ``step`` steps."""

@@ -25,6 +25,13 @@ class Killed(BaseException):
     pass
 
 
+class NoSuchBatchError(Exception):
+    """An exception that can be written by pickle, but not read."""
+
+    def __init__(self, worker, why):
+        super().__init__(f"worker {worker} has {why}")
+
+
 def killed_at(step):
     """A callback in which the run dies after this many reports."""
 
@@ -45,6 +52,19 @@ def loss_fn(params, model_state, batch, key):
 def batch_fn(key, worker, round):
     key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
     return jax.random.normal(key, (S, 4, 3))
+
+
+def with_metrics():
+    """Return a loss with metrics of several shapes; Ray pickles it by value."""
+    plain = loss_fn
+
+    def with_metrics_fn(params, model_state, batch, key):
+        loss, (model_state, _) = plain(params, model_state, batch, key)
+        gain = jnp.log(params["b"] - params["b"][0])  # has an Inf
+        metrics = {"norms": (batch**2).sum(0), "nested": [{"loss": loss}, gain], "hit": loss < 0.5}
+        return loss, (model_state, metrics)
+
+    return with_metrics_fn
 
 
 @lru_cache

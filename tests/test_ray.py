@@ -1,7 +1,9 @@
 """Real runs on Ray: replays, killed actors, poisoned reports, the narrow wire."""
 
 import contextlib
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,16 +18,19 @@ import ray
 from orlomo_jax import (
     Membership,
     RayWorkers,
-    WorkersGone,
+    Work,
     make_method,
     narrow_reports,
     simulate,
     train,
 )
+from orlomo_jax.runtimes import actor as ray_actor
+from orlomo_jax.runtimes import ray as ray_workers
 from tests import helpers
 from tests.real_runs import (
     PARAMS,
     Killed,
+    NoSuchBatchError,
     arguments,
     assert_replays,
     batch_fn,
@@ -33,6 +38,7 @@ from tests.real_runs import (
     poison,
     run,
     setup,
+    with_metrics,
 )
 
 K = 3
@@ -126,24 +132,59 @@ def test_workers_join_late_and_leave():
     assert_replays(result)
 
 
-def test_a_round_that_raises_is_lost():
-    """Where the code is at fault, every worker says so, and the run ends."""
+def raising_in_actors(error):
+    """Return a batch function that raises in other processes alone."""
+    driver = os.getpid()
 
-    def raising(key, worker, round):
-        raise ValueError("no such batch")
+    def the_slip(key, worker, round):
+        if os.getpid() != driver:
+            raise error()
+        return batch_fn(key, worker, round)
 
+    return the_slip
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (lambda: KeyError("no such batch"), KeyError),
+        (lambda: NoSuchBatchError(1, "no such batch"), RuntimeError),
+    ],
+)
+def test_what_the_first_round_raises_ends_the_run_with_the_users_lines(error, seen):
     method, round_fn = setup("orlomo")
-    with pytest.raises(WorkersGone, match="no such batch"):
-        train(
-            method,
-            round_fn,
-            raising,
-            PARAMS,
-            RayWorkers(K),
-            num_steps=5,
-            max_failures=0,
-            **arguments(),
-        )
+    slip = raising_in_actors(error)
+    with pytest.raises(seen, match="no such batch") as caught:
+        train(method, round_fn, slip, PARAMS, RayWorkers(K), num_steps=5, **arguments())
+    notes = "".join(caught.value.__notes__)
+    assert "the_slip" in notes
+    assert f'File "{__file__}"' in notes
+    assert "in its first round" in notes
+
+
+def test_actors_with_other_versions_are_refused(monkeypatch):
+    found = ray_actor.versions()
+    monkeypatch.setattr(ray_workers, "versions", lambda: found | {"jax": "0.0.1"})
+    with pytest.raises(RuntimeError, match=rf"driver's jax 0\.0\.1, got jax {found['jax']}"):
+        run(workers=RayWorkers(K))
+
+
+def test_metrics_reach_the_history_and_replay():
+    options = arguments() | {"num_steps": 9}
+    method = make_method("orlomo", K)
+    job = (method, method.local_round(with_metrics(), 2), batch_fn, PARAMS)
+    result = train(*job, RayWorkers(K), **options)
+    again = simulate(*job, result.trace, compiled=False, **arguments())
+    helpers.assert_trees_equal(result.history.metrics, again.history.metrics)
+
+
+def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
+    workers = RayWorkers(K)
+    workers.open(Work.of(setup("orlomo")[1], batch_fn, jax.random.key(0)))
+    with pytest.raises(RuntimeError, match="in another run"):
+        run(workers=workers)
+    workers.close()
+    assert run(workers=workers, num_steps=5).status == "finished"
 
 
 def test_too_few_processors():
@@ -157,6 +198,21 @@ def test_too_few_processors():
             num_steps=5,
             **arguments(),
         )
+
+
+@pytest.mark.parametrize("form", ["{}:{}", "ray://{}:{}"])
+def test_an_address_that_does_not_answer_is_named_at_once(form):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(*server.getsockname())
+    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}"):
+        ray_workers._check_answers(address)
+
+
+def test_an_address_that_answers_is_none_of_our_business():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ray_workers._check_answers("{}:{}".format(*server.getsockname()))
+    ray_workers._check_answers(None)
+    ray_workers._check_answers("local")
 
 
 def test_without_ray_the_error_names_the_extra():

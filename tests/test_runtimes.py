@@ -265,6 +265,7 @@ def test_health_counts_what_happened():
         ({"num_steps": 0}, ValueError, "`num_steps` must be ≥ 1"),
         ({"key": jnp.zeros(2)}, TypeError, "`key` must be a jax.random.key"),
         ({"round_timeout": 0.0}, ValueError, "`round_timeout` must be > 0"),
+        ({"start_timeout": -1.0}, ValueError, "`start_timeout` must be ≥ 0"),
         ({"health_every": "often"}, TypeError, "`health_every` must be a number"),
         ({"max_failures": -1}, ValueError, "`max_failures` must be ≥ 0"),
         ({"evaluate_every": -2}, ValueError, "`evaluate_every` must be ≥ 1"),

@@ -1,5 +1,6 @@
 """Workers that are threads: how they end, which devices they take, what is compiled."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -9,12 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from orlomo_jax import (
-    ParameterServer,
-    Threads,
-    train,
-)
+from orlomo_jax import ParameterServer, Threads, make_method, train
 from orlomo_jax.runtimes.workers import Work
+from orlomo_jax.server_step import server_step
 from tests.real_runs import (
     PARAMS,
     STATE,
@@ -23,6 +21,8 @@ from tests.real_runs import (
     T,
     arguments,
     assert_replays,
+    batch_fn,
+    loss_fn,
     run,
     setup,
 )
@@ -86,6 +86,29 @@ def test_a_device_compiles_the_round_once(num_devices, caplog):
     done = [record.getMessage() for record in caplog.records]
     done = [line for line in done if line.startswith("Finished XLA compilation of jit(run_round)")]
     assert len(done) == num_devices, done
+
+
+@pytest.mark.parametrize("name", ["orlomo", "al_sgd"])
+def test_a_server_step_compiles_once(name):
+    """Whether its parameters are w_0 or merged; it is another where it may write over memory."""
+    method = make_method(name, K, learning_rate=0.97)  # no other test's
+    job = (method, method.local_round(loss_fn, S), batch_fn, PARAMS, Threads(K))
+    train(*job, num_steps=T, **arguments())
+    forms = itertools.product([False, True], repeat=2)
+    sizes = [server_step(method, *form)._cache_size() for form in forms]
+    assert set(sizes) == {0, 1}, sizes
+
+
+def test_threads_of_a_run_are_in_no_other_and_can_be_used_again():
+    workers = Threads(K)
+
+    def nested(record):
+        with pytest.raises(RuntimeError, match="in another run"):
+            run(workers=workers, num_steps=2)
+
+    result = run(workers=workers, on_step=nested, num_steps=5)
+    assert_replays(result)
+    assert run(workers=workers, num_steps=5).status == "finished"
 
 
 def test_bad_arguments():

@@ -9,9 +9,11 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from orlomo_jax.history import TrainingResult
+from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.journal import Arrival
 from orlomo_jax.order import Event
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task
+from orlomo_jax.runtimes.metrics import as_row
 from orlomo_jax.runtimes.notes import Notes, Plan
 from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
 from orlomo_jax.server import ParameterServer
@@ -27,10 +29,11 @@ class WorkersGone(RuntimeError):
 
 
 class Failure(NamedTuple):
-    """Why a worker lost its round: in words, and where its report was rejected, the reason."""
+    """Why a worker lost its round: in words, as a rejected report's reason, as an exception."""
 
     why: str
     reason: Reason | None = None
+    exception: Exception | None = None
 
 
 class Driver:
@@ -44,6 +47,8 @@ class Driver:
         self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
         self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
+        self.starting: set[int] = set()  # workers that were started and have not answered since
+        self.untried: set[int] = set()  # those from the beginning without a report so far
         self.diverged = False
 
     def run(self) -> TrainingResult:
@@ -59,8 +64,9 @@ class Driver:
             for event in self.journal.events[: seen or 0]:
                 self._count_in(event)
             self._repeat(seen or 0)
+            self.notes.rehearse(self.present)
             self.notes.resume_clock()
-            if self.server.step < self.plan.num_steps:
+            if self.server.step < self.plan.num_steps and not self.notes.stopped:
                 self._train()
             return self.notes.result(diverged=self.diverged, present=self.present)
         finally:
@@ -69,13 +75,19 @@ class Driver:
     def _train(self) -> None:
         self._looked = time.monotonic()
         self._health_due = self._looked + self.plan.health_every
+        self.workers.open(self.work)
         try:
-            self.workers.open(self.work)
-            self._begin()
-            while self.server.step < self.plan.num_steps and not self.diverged:
-                self._turn()
+            with put_off_interrupts(self.plan.checkpoint is not None) as interrupted:
+                self._begin()
+                while self._goes_on() and not self.diverged and not interrupted():
+                    self._turn()
+                if interrupted():
+                    self.notes.save()
         finally:
             self.workers.close()
+
+    def _goes_on(self) -> bool:
+        return self.server.step < self.plan.num_steps and not self.notes.stopped
 
     def _repeat(self, seen: int) -> None:
         """Repeat what the journal holds beyond the checkpoint: the same rounds, in its order."""
@@ -125,7 +137,8 @@ class Driver:
         for worker in sorted(self.present - wanted):
             self._leave(worker, "absent since the run was resumed")
         for worker in sorted(self.present - self.sent_at.keys()):
-            self.workers.start(worker)
+            self._start(worker)
+            self.untried.add(worker)
             if (task := self.server.held(worker)) is not None:
                 self._submit(task)
             elif worker in lost:
@@ -153,9 +166,11 @@ class Driver:
             if worker in self.present:
                 self._leave(worker, "it was asked to")
         for worker, sent_at in list(self.sent_at.items()):
-            if now - sent_at > self.plan.round_timeout and worker not in reported:
-                why = f"no report within {self.plan.round_timeout:g} s"
-                self._lose(worker, Failure(why), restart=True)
+            limit, start = self.plan.round_timeout, ""
+            if worker in self.starting:  # it starts and compiles first
+                limit, start = limit + self.plan.start_timeout, " of its start"
+            if now - sent_at > limit and worker not in reported:
+                self._lose(worker, Failure(f"no report within {limit:g} s{start}"), restart=True)
         if now >= self._health_due:
             self._health_due = now + self.plan.health_every
             health = self.notes.health(self.present)
@@ -167,24 +182,37 @@ class Driver:
         worker = outcome.worker
         self.notes.meter.busy[worker] += outcome.seconds
         self.notes.meter.received_bytes += outcome.received_bytes
+        task = self.server.held(worker)
+        current = task is not None and task.round == outcome.round
+        if current:
+            self.starting.discard(worker)
         if outcome.report is None:
-            task = self.server.held(worker)
-            if task is not None and task.round == outcome.round:
-                self._lose(worker, Failure(outcome.error), restart=True)
+            if current:
+                self._fail(worker, outcome)
             return
         inject = self.plan.inject
         for report in [outcome.report] if inject is None else inject(outcome.report):
-            if self.server.step < self.plan.num_steps:
-                self._receive(report, outcome.loss)
+            if self._goes_on():
+                self._receive(report, outcome)
 
-    def _receive(self, report: Report, loss: float) -> None:
+    def _fail(self, worker: int, outcome: Outcome) -> None:
+        """Lose the round of a worker; if nothing of it ever succeeded, its error ends the run."""
+        error = outcome.exception
+        if error is not None and worker in self.untried:
+            error.add_note(f"worker {worker} raised this in its first round of the run")
+            raise error
+        self._lose(worker, Failure(outcome.error, exception=error), restart=True)
+
+    def _receive(self, report: Report, outcome: Outcome) -> None:
         try:
             waiting = self.server.receive(report)
         except ReportRejected as error:
             self._refuse(report, error)
             return
         worker, round, index = map(int, report[:3])
-        arrival = Arrival(worker, round, index, self.notes.seconds(), loss)
+        row = as_row(outcome.metrics)
+        arrival = Arrival(worker, round, index, self.notes.seconds(), outcome.loss, row)
+        self.untried.discard(worker)
         self.failures.pop(worker, None)
         self.sent_at.pop(worker, None)
         # Only what is in the journal may have consequences: a resumed run repeats all of it.
@@ -211,23 +239,25 @@ class Driver:
         """Give up the worker's round, and start it again unless it failed too often in a row."""
         self.server.release(worker)
         self.sent_at.pop(worker, None)
-        self.notes.meter.lost += 1
+        self.notes.meter.failed(worker, failure.why)
         self.failures[worker].append(failure)
         self.journal.happened("lost", worker, self.notes.seconds(), failure.why)
-        _log.warning("worker %s lost its round: %s", worker, failure.why)
+        _log.warning(
+            "worker %s lost its round: %s", worker, failure.why, exc_info=failure.exception
+        )
         if (count := len(self.failures[worker])) > self.plan.max_failures:
             self.given_up[worker] = failure
             self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
             return
         if restart:
-            self.workers.start(worker)
+            self._start(worker)
         self._dispatch(worker, "redispatched")
 
     def _join(self, worker: int) -> None:
         self.failures.pop(worker, None)
         self.given_up.pop(worker, None)
         self.present.add(worker)
-        self.workers.start(worker)
+        self._start(worker)
         self._dispatch(worker, "joined")
 
     def _leave(self, worker: int, why: str) -> None:
@@ -249,11 +279,16 @@ class Driver:
                 self.notes.save()
         if not self.diverged:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
+            cause = None if (last := self.given_up.get(worker)) is None else last.exception
             others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
             raise WorkersGone(
                 f"worker {worker} is gone at step {self.server.step} of {self.plan.num_steps} and "
                 f"{waits}: {why}{others}"
-            )
+            ) from cause
+
+    def _start(self, worker: int) -> None:
+        self.workers.start(worker)
+        self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:
         task = self.server.dispatch(worker)

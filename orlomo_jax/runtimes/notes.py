@@ -15,10 +15,12 @@ from orlomo_jax import identity
 from orlomo_jax.audit import Audit
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
+from orlomo_jax.driven import check_job
 from orlomo_jax.health import Health, Meter
-from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult, evaluated
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.reports import Report
+from orlomo_jax.runtimes import metrics
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.workers import Work
 from orlomo_jax.server import ParameterServer
@@ -34,13 +36,14 @@ class Plan(NamedTuple):
     num_steps: int
     evaluate: Callable | None
     evaluate_every: int
-    on_step: Callable[[StepRecord], None] | None
+    on_step: Callable[[StepRecord], bool | None] | None
     on_health: Callable[[Health], None] | None
     health_every: float
     checkpoint: Checkpoints | None
     journal: Any
     membership: Membership
     round_timeout: float
+    start_timeout: float
     max_failures: int
     audit: bool
     inject: Callable[[Report], Iterable[Report]] | None
@@ -55,6 +58,8 @@ class Notes:
         self.meter = Meter(server.num_workers)
         self.evaluations: list[Evaluation] = []
         self.audit: Audit | None = None
+        self.stopped = False  # by on_step
+        self._like = check_job(server, work).metrics
         self._began = time.monotonic()
 
     def open(self) -> int | None:
@@ -99,6 +104,13 @@ class Notes:
             self.audit = Audit(self.server.method, self.server.params, self.server.state)
         return seen
 
+    def rehearse(self, present: set[int]) -> None:
+        """Evaluate and make a result as at the end: errors show before the first step."""
+        if self.server.step < self.plan.num_steps:
+            self.result(diverged=False, present=present)
+            if self.plan.evaluate is not None:
+                evaluated(self.plan.evaluate, self.server.params, self.server.model_state)
+
     def resume_clock(self) -> None:
         """Go on from the time of the last arrival: what was down in between does not count."""
         if self.journal.arrivals:
@@ -111,21 +123,22 @@ class Notes:
     def after_step(self, report: Report, arrival: Arrival) -> None:
         """Audit, evaluate, tell and save, as simulated runs do."""
         plan, step = self.plan, self.server.step
-        last, metrics = step == plan.num_steps, None
+        last, evaluation = step == plan.num_steps, None
         delay = step - 1 - arrival.dispatched_at
         self.meter.applied(arrival.worker, delay)
         if self.audit is not None:
             self.audit.applied(report, step - 1, self.server.params, self.server.state)
         if plan.evaluate is not None and (step % plan.evaluate_every == 0 or last):
-            values = plan.evaluate(self.server.params, self.server.model_state)
-            metrics = {name: float(value) for name, value in values.items()}
-            self.evaluations.append(Evaluation(step, arrival.time, metrics))
+            evaluation = evaluated(plan.evaluate, self.server.params, self.server.model_state)
+            self.evaluations.append(Evaluation(step, arrival.time, evaluation))
         if plan.on_step is not None:
+            of_round = jax.tree.map(lambda x: x[0], metrics.stacked([arrival.metrics], self._like))
             record = StepRecord(
-                step, arrival.time, arrival.worker, delay, arrival.loss, {}, metrics
+                step, arrival.time, arrival.worker, delay, arrival.loss, of_round, evaluation
             )
-            plan.on_step(record)
-        if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or last):
+            self.stopped |= plan.on_step(record) is True
+        ends = last or self.stopped
+        if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or ends):
             self.save()
 
     def save(self) -> None:
@@ -143,7 +156,7 @@ class Notes:
 
     def health(self, present: set[int]) -> Health:
         """Return a view of the run, in which these workers take part."""
-        momentum = start_momentum(self.server.state)
+        momentum = start_momentum(self.server.peek()[2])
         norm = None if momentum is None else float(_norm(momentum))
         there = tuple(worker in present for worker in range(self.server.num_workers))
         return self.meter.view(self.server.step, there, norm)
@@ -156,24 +169,25 @@ class Notes:
 
     def result(self, *, diverged: bool, present: set[int]) -> TrainingResult:
         """Return what came of the run; parameters that overflowed have diverged, too."""
-        trace, server = self.journal.trace(), self.server
+        trace, arrivals, server = self.journal.trace(), self.journal.arrivals, self.server
         history = History(
             step=np.arange(1, trace.num_steps + 1, dtype=np.int32),
             time=trace.times,
             worker=trace.workers,
             delay=trace.delays,
-            loss=np.array([a.loss for a in self.journal.arrivals], jnp.result_type(float)),
-            metrics={},
+            loss=np.array([a.loss for a in arrivals], jnp.result_type(float)),
+            metrics=metrics.stacked([a.metrics for a in arrivals], self._like),
             evaluations=tuple(self.evaluations),
         )
-        trees = (server.params, server.model_state, server.state)
+        trees = server.peek()  # the run is over, or has not begun
         overflowed = not diverged and not bool(all_finite(trees))
         diverged = diverged or overflowed
+        stopped = self.stopped and server.step < self.plan.num_steps
         return TrainingResult(
             *trees,
             history=history,
             trace=trace,
-            status="diverged" if diverged else "finished",
+            status="diverged" if diverged else "stopped" if stopped else "finished",
             diverged_at=server.step - overflowed if diverged else None,
             health=self.health(present),
         )

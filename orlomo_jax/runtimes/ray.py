@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
-from orlomo_jax.rounds import wire_dtype
 from orlomo_jax.rules import LocalUpdate
-from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns
+from orlomo_jax.runtimes import settings
+from orlomo_jax.runtimes.actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
+from orlomo_jax.runtimes.workers import Outcome, Work, check_slowdowns
+
+_PATIENCE = 5.0
+"""Seconds in which a cluster must answer."""
 
 
 class RayWorkers:
@@ -35,7 +40,8 @@ class RayWorkers:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
     travel once to each host; Δw and Δu travel in the dtype of
     :func:`~orlomo_jax.narrow_reports`, where the round is of it. An actor keeps the memory that its
-    rounds free, for the next.
+    rounds free, for the next. It computes under the JAX settings of the caller of ``train``,
+    contexts such as ``jax.enable_x64(True)`` included; the default device is not one of them.
 
     Args:
         num_workers: K ≥ 1.
@@ -63,7 +69,7 @@ class RayWorkers:
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; actors start with the run."""
-        self._ray = _import_ray()
+        self._ray = import_ray()
         self.num_workers = check_count("num_workers", num_workers, 1)
         self.slowdowns = check_slowdowns(slowdowns, num_workers)
         self._address = address
@@ -77,41 +83,58 @@ class RayWorkers:
         self._version: tuple[int, Any, int] | None = None
         self._dtypes: list[Any] = []
         self._narrow: Any = None
+        self._free = threading.Lock()
         self._initialised_here = False
 
     def open(self, work: Work) -> None:
         """Connect to Ray, and put what all actors know into its object store.
 
         Raises:
+            ConnectionError: If no cluster answers at the address.
+            RuntimeError: If these workers are in another run.
             ValueError: If the cluster has not the processors or GPUs for all actors.
         """
-        ray = self._ray
-        if not ray.is_initialized():
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("these workers are in another run: make others, or wait for its end")
+        try:
+            self._connect()
+            self._publish(work)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        if not self._ray.is_initialized():
             self._initialised_here = True
-            local = self._address is None and not os.environ.get("RAY_ADDRESS")
-            cpus = max(os.cpu_count() or 1, int(np.ceil(self._wanted("num_cpus"))))
-            options: dict[str, Any] = (
-                {"num_cpus": cpus, "include_dashboard": False} if local else {}
-            )
-            ray.init(self._address, **options)
+            if self._address is None and not os.environ.get("RAY_ADDRESS"):
+                cpus = max(os.cpu_count() or 1, int(np.ceil(self._wanted("num_cpus"))))
+                self._ray.init("local", num_cpus=cpus, include_dashboard=False)
+            else:
+                _check_answers(self._address)
+                self._ray.init(self._address)
         self._check_resources()
+
+    def _publish(self, work: Work) -> None:
+        """Put what all actors know into the object store, once."""
         self._narrow = getattr(work.round_fn, "wire_dtype", None)
         impl = str(jax.random.key_impl(work.data_key))
         keys = [jax.random.key_data(key) for key in (work.data_key, work.noise_key)]
-        known = (work.round_fn, *jax.device_get((work.batch_fn, keys)), impl)
-        self._known = ray.put(known)  # once, for all actors
-        self._class = ray.remote(**self._options)(OrlomoWorker)
+        known = self._ray.put((work.round_fn, *jax.device_get((work.batch_fn, keys)), impl))
+        self._known = Known(
+            versions=versions(),
+            settings=settings.portable(settings.capture()),
+            gpu=bool(self._options.get("num_gpus")),
+            narrow=self._narrow,
+            work=[known],
+        )
+        self._class = self._ray.remote(**self._options)(OrlomoWorker)
         self._version = None
         self._pending.clear()
 
     def start(self, worker: int) -> None:
         """Start an actor; kill the one that was there."""
         self.stop(worker)
-        gpu = bool(self._options.get("num_gpus"))
-        # In a list the reference is passed on as it is: the actor chooses its platform first.
-        self._actors[worker] = self._class.remote(
-            [self._known], worker, gpu, self.slowdowns[worker], self._narrow
-        )
+        self._actors[worker] = self._class.remote(self._known, worker, self.slowdowns[worker])
 
     def submit(self, task: Task) -> int:
         """Send a task; tasks of one version share an object."""
@@ -135,13 +158,16 @@ class RayWorkers:
             return None
         worker, round, index = self._pending.pop(ready[0])
         try:
-            payload = self._ray.get(ready[0])
+            payload: Answer | Raised = self._ray.get(ready[0])
         except self._ray.exceptions.RayError as error:
             return Outcome(worker, round, None, error=_what_happened(error))
-        update, model_state, losses, loss, finite, seconds = payload
+        if isinstance(payload, Raised):
+            error = payload.exception()
+            return Outcome(worker, round, None, error=payload.what, exception=error)
+        update, model_state, losses, loss, metrics, finite, seconds = payload
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((update, model_state)))
         report = Report(worker, round, index, self._widen(update), model_state, losses, finite)
-        return Outcome(worker, round, report, loss, "", seconds, size)
+        return Outcome(worker, round, report, loss, "", seconds, size, metrics)
 
     def stop(self, worker: int) -> None:
         """Kill the worker's actor; what it was sent has no outcome then."""
@@ -160,6 +186,7 @@ class RayWorkers:
             if self._initialised_here:
                 self._initialised_here = False
                 self._ray.shutdown()
+            self._free.release()
 
     def _widen(self, update: LocalUpdate) -> LocalUpdate:
         """Return the update in the parameters' dtypes."""
@@ -184,68 +211,23 @@ class RayWorkers:
                 )
 
 
-class OrlomoWorker:
-    """The actor of one worker; Ray shows its name."""
-
-    def __init__(
-        self, known: list[Any], worker: int, gpu: bool, slowdown: float, narrow: Any
-    ) -> None:
-        """Choose the platform, before any array is made; then fetch what all workers know."""
-        _keep_freed_memory()
-        if gpu:
-            os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
-        else:
-            jax.config.update("jax_platforms", "cpu")
-        round_fn, batch_fn, keys, impl = _import_ray().get(known[0])
-        batch_fn = jax.tree.map(jnp.asarray, batch_fn)
-        keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
-        self._work = Work(round_fn, batch_fn, *keys)
-        self._worker, self._slowdown, self._narrow = worker, slowdown, narrow
-        self._warm = False
-
-    def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
-        """Return update, model state, losses, mean loss, whether all is finite, and seconds."""
-        begin = time.perf_counter()
-        result, (loss, _) = on_host(answer(self._work, self._worker, round, start))
-        update = result.update
-        if self._narrow is not None:
-            cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
-            update = jax.tree.map(cast, update)
-        seconds = time.perf_counter() - begin
-        if self._warm:  # the first round compiles
-            time.sleep((self._slowdown - 1) * seconds)
-            seconds *= self._slowdown
-        self._warm = True
-        finite = bool(result.finite)
-        return update, result.model_state, result.loss, float(loss), finite, seconds
-
-
-def _keep_freed_memory() -> None:
-    """Let this process reuse the memory of a round's results for those of the next.
-
-    glibc gives large arrays back as they are freed, and the kernel clears every page of the new
-    ones: with 44 MB of parameters a quarter of a worker's processor time. What its threads free of
-    arenas of their own still goes; one arena for all slows short rounds down. Other allocators are
-    left as they are.
-    """
-    largest = 2**31 - 1  # bytes
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, largest)  # M_TRIM_THRESHOLD
-        mallopt(-3, largest)  # M_MMAP_THRESHOLD
-
-
 def _what_happened(error: Exception) -> str:
-    """Return the exception that a round raised, or else the last line of what Ray says."""
-    if (cause := getattr(error, "cause", None)) is not None:
-        return f"{type(cause).__name__}: {cause}"
+    """Return the last line of what Ray says of a lost actor."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}"
 
 
-def _import_ray() -> Any:
+def _check_answers(address: str | None) -> None:
+    """Raise ConnectionError where nothing answers at an address; Ray would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS") or address or ""
+    if address == "auto":
+        with contextlib.suppress(OSError):  # Ray notes there what `ray start` has started
+            folder = os.environ.get("RAY_TMPDIR") or "/tmp"
+            address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
+    host, _, port = address.split("://")[-1].split("/")[0].rpartition(":")
+    if not port.isdigit():
+        return
     try:
-        import ray
-    except ImportError as error:
-        raise ImportError("Ray workers need Ray: pip install 'orlomo-jax[ray]'") from error
-    return ray
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error

@@ -14,6 +14,7 @@ import jax
 from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
+from orlomo_jax.runtimes import settings
 from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns, prepare
 
 _PATIENCE = 60.0
@@ -25,11 +26,14 @@ _log = logging.getLogger("orlomo_jax")
 class Threads:
     """Workers that are threads of this process: several GPUs of one host, or a CPU.
 
-    A thread that hangs cannot be killed: it is left to itself, and a new one takes its place.
+    Workers compute under the JAX settings of the caller of ``train``, contexts such as
+    ``jax.enable_x64(True)`` included. A thread that hangs cannot be killed: it is left to itself,
+    and a new one takes its place.
 
     Args:
         num_workers: K ≥ 1.
-        devices: Worker k computes on ``devices[k % len(devices)]``; None is ``jax.devices()``.
+        devices: Worker k computes on ``devices[k % len(devices)]``. None is JAX's default device
+            where one is set, else ``jax.devices()``.
         slowdowns: Factors ≥ 1, one a worker: after a round of c seconds worker k sleeps
             (slowdowns[k] − 1)·c, but for its first round, which compiles. Equal machines can so
             play unequal ones.
@@ -68,18 +72,22 @@ class Threads:
         self.slowdowns = check_slowdowns(slowdowns, num_workers)
         if devices is not None and not devices:
             raise ValueError("`devices` must hold a device, got none")
-        self._devices = devices
+        self._devices, self._free = devices, threading.Lock()
         self._threads: dict[int, _Thread] = {}
         self._ending: list[_Thread] = []
         self._work: dict[Any, Work] = {}
         self._compiling: dict[Any, threading.Lock] = {}
         self._used: list[Any] = []
+        self._settings: dict[str, Any] = {}
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
     def open(self, work: Work) -> None:
         """Put the batches' arrays on every device."""
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("these workers are in another run: make others, or wait for its end")
         self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
-        devices = jax.devices() if self._devices is None else self._devices
+        self._settings = settings.capture()
+        devices = _default_devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
         self._work = {
             device: Work(work.round_fn, *jax.device_put(work[1:], device))
@@ -97,6 +105,7 @@ class Threads:
             device,
             self._compiling[device],
             self.slowdowns[worker],
+            self._settings,
             self._outcomes,
         )
 
@@ -130,6 +139,7 @@ class Threads:
         for thread in threads:
             if not thread.join(max(0.0, deadline - time.monotonic())):
                 _log.warning("the thread of worker %s hangs and is left to itself", thread.worker)
+        self._free.release()
 
 
 class _Thread:
@@ -142,12 +152,13 @@ class _Thread:
         device: Any,
         compiling: threading.Lock,
         slowdown: float,
+        settings: dict[str, Any],
         outcomes: queue.SimpleQueue[Outcome],
     ) -> None:
         """Start it."""
         self.worker, self._work, self._device = worker, work, device
         self._compiling, self._prepared = compiling, False
-        self._slowdown, self._outcomes = slowdown, outcomes
+        self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(
@@ -166,6 +177,10 @@ class _Thread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        with settings.using(self._settings):
+            self._serve()
+
+    def _serve(self) -> None:
         slowdown = 1.0  # of the first round, which compiles
         while (task := self.inbox.get()) is not None and not self._ending.is_set():
             begin = time.perf_counter()
@@ -173,7 +188,7 @@ class _Thread:
                 outcome = self._carry_out(task)
             except Exception as error:  # The driver decides what a failed round means.
                 what = f"{type(error).__name__}: {error}"
-                outcome = Outcome(self.worker, task.round, None, error=what)
+                outcome = Outcome(self.worker, task.round, None, error=what, exception=error)
             seconds = time.perf_counter() - begin
             self._ending.wait((slowdown - 1) * seconds)
             self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
@@ -191,8 +206,15 @@ class _Thread:
             with self._compiling:  # or the threads of a device would each compile the same
                 prepare(self._work, task.worker, task.round, start)
             self._prepared = True
-        result, (loss, _) = answer(self._work, task.worker, task.round, start)
+        result, metrics = answer(self._work, task.worker, task.round, start)
         jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
-        finite, loss = on_host((result.finite, loss))
+        finite, (loss, metrics) = on_host((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
-        return Outcome(task.worker, task.round, report, float(loss))
+        return Outcome(task.worker, task.round, report, float(loss), metrics=metrics)
+
+
+def _default_devices() -> Sequence[Any]:
+    default = settings.capture()["default_device"]
+    if default is None or isinstance(default, str):
+        return jax.devices(default)
+    return [default]

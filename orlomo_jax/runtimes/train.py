@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import jax
 import optax
 
+from orlomo_jax.arrays import own
 from orlomo_jax.audit import check_auditable
 from orlomo_jax.checkpoint import JOURNAL, Checkpoints
 from orlomo_jax.checks import check_count, check_number
@@ -44,13 +46,14 @@ def train(
     local_learning_rate: float | optax.Schedule,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_step: Callable[[StepRecord], bool | None] | None = None,
     on_health: Callable[[Health], None] | None = None,
     health_every: float = 10.0,
     checkpoint: Checkpoints | None = None,
     journal: str | os.PathLike[str] | None = None,
     membership: Membership | None = None,
     round_timeout: float = 600.0,
+    start_timeout: float = 1800.0,
     max_failures: int = 3,
     audit: bool = False,
     inject: Callable[[Report], Iterable[Report]] | None = None,
@@ -61,12 +64,14 @@ def train(
     randomness: ``simulate`` with the same arguments and ``result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A rejected report loses its round too.
+    sent the newest parameters. A rejected report loses its round too. What a worker raises in the
+    first round of a run is raised here at once.
 
     With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals lies beside the checkpoints.
     A run whose process was killed resumes from the newest checkpoint, repeats (here, one by one)
     the rounds that the journal holds beyond it, and gives every worker the task that it had:
     nothing that was applied is lost or applied twice. ``on_step`` sees the repeated steps too.
+    Ctrl-C saves a checkpoint first; a second one does not wait for it.
 
     Args:
         method: A :class:`~orlomo_jax.Method`.
@@ -79,9 +84,10 @@ def train(
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
-            on meanwhile, but their reports wait.
+            on meanwhile, but their reports wait. It is tried once before the first step.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step.
+        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step. If it returns True,
+            the run ends there, with the status "stopped"; a checkpoint is saved first.
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
         health_every: Seconds > 0 between two of them.
         checkpoint: Where to save as the run goes, and to go on from; what must be the same is said
@@ -91,6 +97,8 @@ def train(
         membership: Who joins late or leaves; not for a synchronous method.
         round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
             never.
+        start_timeout: Seconds ≥ 0 that the first round of a worker has in addition, whenever it is
+            started: it starts and compiles then.
         max_failures: Lost rounds in a row, ≥ 0, that are forgiven: with one more a worker is given
             up.
         audit: Whether to hold Lemmas 1 and 2 against the server at each step (OrLoMo alone); a few
@@ -129,6 +137,7 @@ def train(
         journal=journal if checkpoint is None or journal else checkpoint.directory / JOURNAL,
         membership=Membership(workers.num_workers) if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
+        start_timeout=check_number("start_timeout", start_timeout, lambda x: x >= 0, "≥ 0"),
         max_failures=check_count("max_failures", max_failures),
         audit=audit,
         inject=inject,
@@ -143,10 +152,24 @@ def train(
         )
     if method.synchronous and plan.membership.absent:
         raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
+    contract.check_floating("params", params)
     server = ParameterServer(
-        method, params, workers.num_workers, model_state, local_learning_rate=local_learning_rate
+        method,
+        _bound(params),
+        workers.num_workers,
+        model_state,
+        local_learning_rate=local_learning_rate,
     )
     check_schedules(method, server.schedule, plan.num_steps)
     driver = Driver(server, workers, Work.of(round_fn, batch_fn, key), plan)
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
         return driver.run()
+
+
+def _bound(params: contract.Params) -> contract.Params:
+    """Return parameters that are bound to devices, as merged ones are: one server step compiles."""
+
+    def leaf(x):  # a copy, since the server may write over the memory of its own
+        return x if x.committed else jax.device_put(x, x.sharding, may_alias=False)
+
+    return jax.tree.map(leaf, own(params))

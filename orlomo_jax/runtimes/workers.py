@@ -50,6 +50,8 @@ class Outcome(NamedTuple):
         error: Where there is no report, what happened to the worker.
         seconds: How long the round took.
         received_bytes: The report's size on the wire.
+        metrics: Those of ``loss_fn``, means over the local steps; None is all NaN.
+        exception: What the round raised, with its traceback; None where the worker itself is lost.
     """
 
     worker: int
@@ -59,6 +61,8 @@ class Outcome(NamedTuple):
     error: str = ""
     seconds: float = 0.0
     received_bytes: int = 0
+    metrics: Any = None
+    exception: Exception | None = None
 
 
 class Workers(Protocol):
@@ -71,7 +75,7 @@ class Workers(Protocol):
     num_workers: int
 
     def open(self, work: Work) -> None:
-        """Prepare for a run."""
+        """Prepare for a run; raise, and leave nothing open, where another one is under way."""
 
     def start(self, worker: int) -> None:
         """Start a worker; where it runs already, put a new one in its place."""
@@ -88,7 +92,7 @@ class Workers(Protocol):
         """End a worker, whatever it does."""
 
     def close(self) -> None:
-        """End all of them; called once, also after an error."""
+        """End all of them; called once after :meth:`open`, also after an error."""
 
 
 def answer(

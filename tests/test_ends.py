@@ -1,0 +1,116 @@
+"""How a run ends: with the result that it announced, or with an error before its first step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from orlomo_jax import METHOD_NAMES, ArrivalTrace, Threads, make_method, simulate, train
+from orlomo_jax.server_step import start_momentum
+from tests import helpers
+
+K, T = 2, 10
+
+
+def loss_fn(params, model_state, batch, key):
+    return jnp.mean((params - batch) ** 2), (model_state, {})
+
+
+def batch_fn(key, worker, round):
+    return jnp.ones((2, 3))
+
+
+def on_threads(method=None, batch_fn=batch_fn, **options):
+    method = make_method("orlomo", K) if method is None else method
+    round_fn = method.local_round(loss_fn, 2)
+    common = {"key": jax.random.key(0), "local_learning_rate": 0.1, "num_steps": T}
+    return train(method, round_fn, batch_fn, jnp.zeros(3), Threads(K), **common | options)
+
+
+def simulated(compiled):
+    def run(method=None, batch_fn=batch_fn, **options):
+        method = make_method("orlomo", K) if method is None else method
+        trace = ArrivalTrace.from_workers([0, 1] * (T // 2), K, synchronous=method.synchronous)
+        common = {"key": jax.random.key(0), "local_learning_rate": 0.1, "compiled": compiled}
+        round_fn = method.local_round(loss_fn, 2)
+        return simulate(method, round_fn, batch_fn, jnp.zeros(3), trace, **common | options)
+
+    return run
+
+
+RUNS = {"threads": on_threads, "compiled": simulated(True), "driven": simulated(False)}
+runs = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
+class Slow(NamedTuple):
+    momentum: Any
+
+
+def with_momentum():
+    """A transformation whose state has a field of the name that a rule's has, and does nothing."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: Slow(jnp.zeros(1)), lambda updates, state, params, **_: (updates, state)
+    )
+
+
+def chained(name, *others):
+    method = make_method(name, K)
+    return method._replace(rule=optax.chain(*others, method.rule))
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_state_with_several_momentums_loses_no_run(name):
+    steps = []
+    method = chained(name, optax.zero_nans(), with_momentum())
+    result = on_threads(method, on_step=lambda record: steps.append(record.step))
+    assert (result.status, steps[-1]) == ("finished", T)
+    if name != "al_sgd":
+        norm = jnp.linalg.norm(result.state[-1].momentum)
+        assert result.health.momentum_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_the_momentum_of_a_chain_is_the_rules():
+    rule = make_method("prsgdm", K).rule
+    state = optax.chain(optax.zero_nans(), with_momentum(), rule).init(jnp.zeros(3))
+    helpers.assert_trees_equal(start_momentum(state), jnp.zeros(3))
+    assert start_momentum(optax.zero_nans().init(jnp.zeros(3))) is None
+    assert start_momentum(with_momentum().init(None)).shape == (1,)
+    report = optax.zero_nans().update(helpers.report(), None)[1]
+    assert start_momentum(report) is None
+
+
+@runs
+@pytest.mark.parametrize("value", [{"loss": "low"}, {"loss": jnp.ones(2)}, 3.0])
+def test_what_evaluate_returns_is_checked_before_the_first_step(run, value):
+    steps = []
+    with pytest.raises(TypeError, match=r"`evaluate` must return \{name: scalar\}"):
+        run(evaluate=lambda params, model_state: value, on_step=steps.append)
+    assert not steps
+
+
+@runs
+def test_a_slip_in_evaluate_shows_before_the_first_step(run):
+    steps = []
+    with pytest.raises(KeyError, match="kernel"):
+        run(
+            evaluate=lambda params, model_state: {"a": model_state["kernel"]},
+            model_state={"b": jnp.ones(1)},
+            on_step=steps.append,
+        )
+    assert not steps
+
+
+@runs
+def test_the_trial_is_no_evaluation(run):
+    calls = []
+
+    def evaluate(params, model_state):
+        calls.append(float(params.sum()))
+        return {"sum": params.sum()}
+
+    result = run(evaluate=evaluate, evaluate_every=5)
+    assert calls[0] == 0
+    assert [e.metrics["sum"] for e in result.history.evaluations] == calls[1:]
+    assert [e.step for e in result.history.evaluations] == [5, 10]
