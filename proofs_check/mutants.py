@@ -148,8 +148,8 @@ def _numerics(fault: Callable[..., Any]) -> Callable[[Any, int], Any]:
     """Return the change of ``server_step``: ``fault(step_fn, *its arguments)`` at one step."""
 
     def change(factory, step):
-        def changed(rule, merge_weight, *_):
-            step_fn = factory(rule, merge_weight, False, False)
+        def changed(method, *_):
+            step_fn = factory(method, False, False)
 
             def run(*args):
                 return fault(step_fn, *args) if int(args[6]) == step else step_fn(*args)

@@ -25,7 +25,14 @@ def _round(
             from w̃ alone.
     """
 
-    def factory(loss_fn, num_local_steps, momentum=0.9, weight_decay=0.0, gradient_transform=None):
+    def factory(
+        loss_fn,
+        num_local_steps,
+        momentum=0.9,
+        weight_decay=0.0,
+        gradient_transform=None,
+        frozen=None,
+    ):
         def round_fn(params, model_state, batches, rate, key, *, momentum=None):
             w, u = params, jax.tree.map(jnp.zeros_like, params) if momentum is None else momentum
             losses, metrics = [], []
@@ -66,11 +73,15 @@ def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
             @jax.jit
             def run(batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round,
                     at, first_bad):  # fmt: skip
+                args = (batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round)
+                unchanged = jax.eval_shape(original(round_fn), *args, at, first_bad)
+                structure = jax.tree.structure(unchanged[1])
                 batches = batch_fn(data_key, worker, round)
                 key = own_key(noise_key, worker, round, step)
                 result = round_fn(params, state, batches, rate, key, momentum=momentum)
                 bad = jnp.where((first_bad < 0) & ~result.finite, at, first_bad)
-                return result, result.loss.mean(), bad
+                means = [x.mean(0) for x in (result.loss, *jax.tree.leaves(result.metrics))]
+                return result, jax.tree.unflatten(structure, means), bad
 
             return run
 
