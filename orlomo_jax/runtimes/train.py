@@ -16,6 +16,7 @@ from orlomo_jax.checks import check_count, check_number
 from orlomo_jax.health import Health
 from orlomo_jax.history import StepRecord, TrainingResult
 from orlomo_jax.methods import Method
+from orlomo_jax.pure import check_pure
 from orlomo_jax.reports import Report
 from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
@@ -115,7 +116,8 @@ def train(
         ValueError: If an argument is out of range, or ``checkpoint`` or journal are of another run
             or do not go together.
         BlockingIOError: If another process is writing the journal.
-        TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
+        TypeError: If ``key`` is no key, a leaf of params or model state is not floating, or
+            ``batch_fn`` gives another batch each time it is called.
 
     Example:
         See :class:`~orlomo_jax.Threads`.
@@ -158,7 +160,9 @@ def train(
         model_state,
         local_learning_rate=local_learning_rate,
     )
-    return Driver(server, workers, Work.of(round_fn, batch_fn, key), plan).run()
+    work = Work.of(round_fn, batch_fn, key)
+    check_pure(work.batch_fn, key)
+    return Driver(server, workers, work, plan).run()
 
 
 def _bound(params: contract.Params) -> contract.Params:
