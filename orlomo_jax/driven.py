@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.plan import Events
-from orlomo_jax.pure import check_pure
 from orlomo_jax.reports import Report, ReportRejected
 from orlomo_jax.rounds import RoundMetrics, fused_round
 from orlomo_jax.server import ParameterServer
@@ -20,8 +19,6 @@ from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-    from orlomo_jax.runtimes.workers import Work
 
 
 class Job(NamedTuple):
@@ -34,14 +31,16 @@ class Job(NamedTuple):
     noise_key: Array
 
 
-def check_job(server: ParameterServer, job: Job | Work) -> RoundMetrics:
+def check_job(server: ParameterServer, job: Any) -> RoundMetrics:
     """Trace a round, and return the shapes of its metrics.
 
+    Args:
+        server: The server that the reports go to.
+        job: Has ``round_fn``, ``batch_fn``, ``data_key`` and ``noise_key``.
+
     Raises:
-        TypeError: If the batch function is not a function of its arguments alone.
         ReportRejected: If the job's reports are not like the server's trees.
     """
-    check_pure(job.batch_fn, job.data_key)
     params, model_state = server.to_send()
     momentum = start_momentum(server.state) if server.method.synchronous else None
     result, metrics, _ = jax.eval_shape(

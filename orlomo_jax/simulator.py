@@ -16,7 +16,9 @@ from orlomo_jax.compiled import LENGTH, Compiled
 from orlomo_jax.driven import Driven, Job, check_job
 from orlomo_jax.form import Form, choose
 from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult, evaluated
+from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.methods import Method
+from orlomo_jax.pure import check_pure
 from orlomo_jax.resume import begin_or_resume, of_arrivals
 from orlomo_jax.rounds import RoundMetrics, check_key
 from orlomo_jax.rules import contract
@@ -47,7 +49,7 @@ def simulate(
     local_learning_rate: float | optax.Schedule,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_step: Callable[[StepRecord], bool | None] | None = None,
     checkpoint: Checkpoints | None = None,
     compiled: Literal["auto"] | bool = "auto",
     worker_axis: Literal["auto"] | WorkerAxis = "auto",
@@ -79,7 +81,8 @@ def simulate(
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
         on_step: Called with a :class:`StepRecord` for each step, in order: after it, or after the
             compiled stretch that it belongs to. Of a diverging run also for some steps after the
-            one that ``diverged_at`` will name.
+            one that ``diverged_at`` will name. If it returns True, the run ends there (a compiled
+            one after the stretch), with the status "stopped"; a checkpoint is saved first.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
             run goes on from the newest, and ends as the unbroken run does, to the bit; ``on_step``
             then sees the steps after it alone. The trace may have become longer. Another setting of
@@ -106,7 +109,8 @@ def simulate(
         ValueError: If method and trace do not fit together, an argument is out of range (a schedule
             at any step of the run), or ``checkpoint`` is of another run.
         BlockingIOError: If another run has the folder of ``checkpoint``.
-        TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
+        TypeError: If ``key`` is no key, a leaf of params or model state is not floating, or
+            ``batch_fn`` gives another batch each time it is called.
 
     Example:
         >>> import jax
@@ -129,20 +133,22 @@ def simulate(
         >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
         ('finished', True)
     """
-    results = simulate_together(
-        method,
-        round_fn,
-        batch_fn,
-        [RunStart(params, trace, key, local_learning_rate, model_state)],
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        on_step=on_step,
-        checkpoint=checkpoint,
-        compiled=compiled,
-        worker_axis=worker_axis,
-        compute_batch=compute_batch,
-    )
-    assert results is not None  # nothing asked it to stop
+    with put_off_interrupts(checkpoint is not None) as interrupted:
+        results = simulate_together(
+            method,
+            round_fn,
+            batch_fn,
+            [RunStart(params, trace, key, local_learning_rate, model_state)],
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            on_step=on_step,
+            checkpoint=checkpoint,
+            stop=interrupted,
+            compiled=compiled,
+            worker_axis=worker_axis,
+            compute_batch=compute_batch,
+        )
+    assert results is not None  # or it was interrupted
     return results[0]
 
 
@@ -176,7 +182,7 @@ def simulate_together(
     *,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_step: Callable[[StepRecord], bool | None] | None = None,
     checkpoint: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
     compiled: Literal["auto"] | bool = "auto",
@@ -220,6 +226,7 @@ def simulate_together(
     if several:
         compiled, worker_axis, compute_batch = True, "loop", None
     batch_fn = as_partial(batch_fn)
+    check_pure(batch_fn, starts[0].key)
     runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
     for run in runs:
         check_schedules(method, run.server.schedule, num_steps)
@@ -270,7 +277,8 @@ def _carry_out(
         for run, rounds in zip(runs, group.advance(end), strict=True):
             told = on_step if run is first else None
             run.take(rounds if told is None else first.announced(rounds, step, end, told))
-        step, last = end, end == num_steps
+        step = first.server.step  # before `end` where on_step has stopped the run there
+        last = step == num_steps
         for run in runs:
             run.look(step)
         if all(run.bad >= 0 for run in runs):
@@ -278,10 +286,12 @@ def _carry_out(
         if evaluate is not None and (step % evaluate_every == 0 or last):
             for run in runs:
                 run.evaluate(evaluate, step)
-        if on_step is not None:
-            on_step(first.record(step))
-        if checkpoint is not None and (step % checkpoint.every == 0 or last):
+        if on_step is not None and step == end:
+            first.stopped |= on_step(first.record(step)) is True
+        if checkpoint is not None and (step % checkpoint.every == 0 or last or first.stopped):
             save(step)
+        if first.stopped:
+            break
         if stop is not None and not last and stop():
             if checkpoint is not None and step % checkpoint.every:
                 save(step)
@@ -297,6 +307,7 @@ class _Run:
     Attributes:
         engine: What carries it out.
         bad: The step at which its numbers ceased to be finite, −1 for none.
+        stopped: Whether ``on_step`` has ended it.
     """
 
     engine: Driven | Compiled | Lane
@@ -315,6 +326,7 @@ class _Run:
         )
         self.job = Job(round_fn, batch_fn, self.trace, *jax.random.split(key))
         self.progress, self.bad = Progress(check_job(self.server, self.job)), -1
+        self.stopped = False
         self._newest: RoundMetrics | None = None
         self._evaluation: dict[str, float] | None = None
 
@@ -367,11 +379,13 @@ class _Run:
     def announced(
         self, rounds: Iterable[RoundMetrics], start: int, end: int, on_step: Callable
     ) -> Iterator[RoundMetrics]:
-        """Yield the metrics of rounds, and tell ``on_step`` of each round but the last."""
+        """Yield the metrics of rounds, and tell ``on_step`` of each but the last; it may stop."""
         for step, metrics in enumerate(rounds, start + 1):
             if step < end:
-                on_step(self.record(step, metrics))
+                self.stopped |= on_step(self.record(step, metrics)) is True
             yield metrics
+            if self.stopped and step == self.server.step:  # else they are computed already
+                return
 
     def rehearse(self, evaluate: Evaluate | None, step: int) -> None:
         """Evaluate and make a result as at the end: errors show before the first step."""
@@ -381,7 +395,7 @@ class _Run:
 
     def result(self, step: int) -> TrainingResult:
         """Return what came of the run after ``step`` steps."""
-        bad = self.bad
+        bad, whole = self.bad, step == self.trace.num_steps
         params, model_state, state = self.engine.peek()
         return TrainingResult(
             params=params,
@@ -389,7 +403,7 @@ class _Run:
             state=state,
             history=self.progress.history(self.trace, step if bad < 0 else bad + 1),
             trace=self.trace,
-            status="finished" if bad < 0 else "diverged",
+            status="diverged" if bad >= 0 else "finished" if whole else "stopped",
             diverged_at=None if bad < 0 else bad,
         )
 

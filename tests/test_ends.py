@@ -1,13 +1,24 @@
 """How a run ends: with the result that it announced, or with an error before its first step."""
 
+import signal
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from orlomo_jax import METHOD_NAMES, ArrivalTrace, Threads, make_method, simulate, train
+from orlomo_jax import (
+    METHOD_NAMES,
+    ArrivalTrace,
+    Checkpoints,
+    Threads,
+    make_method,
+    simulate,
+    train,
+)
+from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.server_step import start_momentum
 from tests import helpers
 
@@ -114,3 +125,87 @@ def test_the_trial_is_no_evaluation(run):
     assert calls[0] == 0
     assert [e.metrics["sum"] for e in result.history.evaluations] == calls[1:]
     assert [e.step for e in result.history.evaluations] == [5, 10]
+
+
+@pytest.mark.parametrize("run", [on_threads, simulated(False)], ids=["threads", "driven"])
+def test_on_step_ends_the_run_and_it_can_go_on(run, tmp_path):
+    steps, checkpoint = [], Checkpoints(tmp_path, every=100)
+
+    def until(last):
+        def on_step(record):
+            steps.append(record.step)
+            return record.step == last
+
+        return on_step
+
+    result = run(on_step=until(4), checkpoint=checkpoint)
+    assert (result.status, result.diverged_at) == ("stopped", None)
+    assert result.history.step.tolist() == steps == [1, 2, 3, 4]
+    assert checkpoint.steps() == [4]
+    result = run(on_step=until(None), checkpoint=checkpoint)
+    assert result.status == "finished"
+    assert result.history.step.tolist() == steps == list(range(1, T + 1))
+
+
+def test_a_compiled_run_ends_after_the_stretch():
+    steps = []
+
+    def on_step(record):
+        steps.append(record.step)
+        return record.step == 3
+
+    result = RUNS["compiled"](on_step=on_step, evaluate=lambda p, m: {}, evaluate_every=5)
+    assert result.status == "stopped"
+    assert result.history.step.tolist() == steps == [1, 2, 3, 4, 5]
+    unbroken = RUNS["compiled"]()
+    np.testing.assert_array_equal(result.history.loss, unbroken.history.loss[:5])
+
+
+@runs
+def test_a_run_that_is_stopped_by_its_last_step_has_finished(run):
+    assert run(on_step=lambda record: record.step == T).status == "finished"
+    assert run(on_step=lambda record: record.step).status == "finished", "True, not anything true"
+
+
+@runs
+def test_ctrl_c_saves_a_checkpoint(run, tmp_path):
+    checkpoint = Checkpoints(tmp_path, every=100)
+
+    def on_step(record):
+        if record.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    options = {"evaluate": lambda params, model_state: {}, "evaluate_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=on_step, checkpoint=checkpoint, **options)
+    [step] = checkpoint.steps()
+    assert 4 <= step <= 5
+    result = run(checkpoint=checkpoint, **options)
+    assert result.history.step.tolist() == list(range(1, T + 1))
+
+
+@runs
+def test_a_second_ctrl_c_comes_at_once(run, tmp_path):
+    checkpoint = Checkpoints(tmp_path, every=100)
+
+    def on_step(record):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=on_step, checkpoint=checkpoint)
+    assert checkpoint.steps() == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_the_main_threads_own_ctrl_c_is_put_off():
+    mine = lambda signum, frame: None  # noqa: E731
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        with put_off_interrupts(True) as pressed:
+            assert signal.getsignal(signal.SIGINT) is mine
+        assert not pressed()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with put_off_interrupts(False), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -113,7 +113,7 @@ def test_arrays_of_a_partial_are_arguments():
             )
             np.testing.assert_allclose(result.params, -scale)
             counts.append(len(traces))
-        assert counts[1] - counts[0] == counts[2] - counts[1] <= 2  # to look at it, not to compile
+        assert counts[1] - counts[0] == counts[2] - counts[1] <= 4  # to look at it, not to compile
 
 
 def test_one_worker_one_step_is_optax_sgd():

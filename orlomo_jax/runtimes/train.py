@@ -17,6 +17,7 @@ from orlomo_jax.checks import check_count, check_number
 from orlomo_jax.health import Health
 from orlomo_jax.history import StepRecord, TrainingResult
 from orlomo_jax.methods import Method
+from orlomo_jax.pure import check_pure
 from orlomo_jax.reports import Report
 from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
@@ -117,7 +118,8 @@ def train(
             or do not go together.
         BlockingIOError: If another process is writing the journal, or another run has the folder
             of ``checkpoint``.
-        TypeError: If ``key`` is no key, or a leaf of params or model state is not floating.
+        TypeError: If ``key`` is no key, a leaf of params or model state is not floating, or
+            ``batch_fn`` gives another batch each time it is called.
 
     Example:
         See :class:`~orlomo_jax.Threads`.
@@ -160,8 +162,10 @@ def train(
         model_state,
         local_learning_rate=local_learning_rate,
     )
+    work = Work.of(round_fn, batch_fn, key)
+    check_pure(work.batch_fn, key)
     check_schedules(method, server.schedule, plan.num_steps)
-    driver = Driver(server, workers, Work.of(round_fn, batch_fn, key), plan)
+    driver = Driver(server, workers, work, plan)
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
         return driver.run()
 
