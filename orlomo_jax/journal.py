@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orlomo_jax.fingerprint import check_same
+from orlomo_jax.checks import check_same
 from orlomo_jax.locks import open_alone
 from orlomo_jax.order import Event
 from orlomo_jax.trace import ArrivalTrace
