@@ -177,7 +177,8 @@ class Clock:
 
 
 def _folder(runs: Sequence[Run]) -> Path:
-    text = repr(runs[0] if len(runs) == 1 else list(runs))
+    versions = records.environment()  # of which checkpoints do not go on under others
+    text = repr((list(runs), versions["jax"], versions["jaxlib"]))
     return CACHE / "checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

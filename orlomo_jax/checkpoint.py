@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orlomo_jax.checks import check_count
-from orlomo_jax.fingerprint import check_same
+from orlomo_jax.checks import check_count, check_same
 from orlomo_jax.identity import versions
 from orlomo_jax.locks import open_alone
 

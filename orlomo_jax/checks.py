@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,3 +54,30 @@ def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: 
 def check_nonnegative(name: str, value: Any) -> float:
     """Return ``value`` as a float; raise unless it is finite and ≥ 0."""
     return check_number(name, value, lambda x: 0 <= x < math.inf, "finite and ≥ 0")
+
+
+def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise ValueError unless two identities of runs are equal; the message says in what they are.
+
+    Example:
+        >>> check_same("arrivals.jsonl", {"rate": ["0.1"]}, {"rate": ["0.2"]})
+        Traceback (most recent call last):
+        ...
+        ValueError: arrivals.jsonl must be of this run, got one of another rate: it was written with
+        0.1, this run has 0.2
+    """
+    for name in {**mine, **theirs}:
+        other, own = theirs.get(name, "nothing"), mine.get(name, "nothing")
+        if other == own:
+            continue
+        if isinstance(other, list) and isinstance(own, list):
+            alone = [x for x in other if x not in own], [x for x in own if x not in other]
+            other, own = map(_few, alone if any(alone) else (other, own))  # or another order
+        raise ValueError(
+            f"{what} must be of this run, got one of another {name}: it was written with {other}, "
+            f"this run has {own}"
+        )
+
+
+def _few(entries: list[Any]) -> str:
+    return ", ".join(map(str, entries[:3])) + (", …" if len(entries) > 3 else "") or "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import dis
 import enum
@@ -74,7 +75,11 @@ def fingerprint(value: Any, name: str = "") -> dict[str, str]:
         '2.0'
     """
     pairs: dict[str, str] = {}
-    for path, text in _Walk().pairs(value):
+    try:
+        found = _Walk().pairs(value)
+    except RecursionError:
+        found = [("", _unknown(type(value)))]
+    for path, text in found:
         pairs[name + path] = f"{pairs[name + path]}, {text}" if name + path in pairs else text
     for path, text in pairs.items():
         if text.endswith(_UNKNOWN):
@@ -94,11 +99,18 @@ class _Walk:
 
     def pairs(self, value: Any) -> Pairs:
         """Return paths below ``value`` and their texts."""
-        if (text := _text(value)) is not None:
-            return [("", text)]
+        head, parts = "", []
+        try:
+            if (text := _text(value)) is not None:
+                return [("", text)]
+            if id(value) not in self._seen:
+                head, parts = _look_into(value)
+        except RecursionError:
+            raise
+        except Exception:  # An object may raise anything where an attribute is asked for.
+            return [("", _unknown(type(value)))]
         if id(value) not in self._seen:
             self._seen[id(value)] = value, [("", "itself")]
-            head, parts = _look_into(value)
             pairs = [("", head)] if head else []
             for path, part in parts:
                 pairs += [(path + rest, text) for rest, text in self.pairs(part)]
@@ -176,7 +188,7 @@ def _look_into(value: Any) -> tuple[str, list[tuple[str, Any]]]:
         return _name(type(value)), parts + _call(value)
     if hasattr(value, "__wrapped__"):  # jax.jit
         return "", [("", value.__wrapped__)]
-    if isinstance(getattr(value, "__name__", None), str):  # a function in C
+    if callable(value) and isinstance(getattr(value, "__name__", None), str):  # written in C
         return _name(value), []
     return _object(value)
 
@@ -227,9 +239,10 @@ def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:
     """Return what pickle would keep of an object."""
     name = _name(type(value))
     try:
-        reduced: Any = value.__reduce_ex__(4)
+        registered = copyreg.dispatch_table.get(type(value))
+        reduced: Any = registered(value) if registered else value.__reduce_ex__(4)
     except Exception:  # An object may raise anything where it cannot be pickled.
-        return name if name.startswith("jax") else f"{name}, {_UNKNOWN}", []
+        return name if name.startswith("jax") else _unknown(type(value)), []
     if isinstance(reduced, str):
         return f"{name} {reduced}", []
     _, args, state, listed, mapped = (*reduced, None, None, None)[:5]
@@ -254,32 +267,9 @@ def _name(value: Any) -> str:
     return f"{getattr(value, '__module__', None) or ''}.{name}".strip(".")
 
 
+def _unknown(kind: type) -> str:
+    return f"{_name(kind)}, {_UNKNOWN}"
+
+
 def _digest(data: Any) -> str:
     return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
-
-
-def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise ValueError unless two identities of runs are equal; the message says in what they are.
-
-    Example:
-        >>> check_same("arrivals.jsonl", {"rate": ["0.1"]}, {"rate": ["0.2"]})
-        Traceback (most recent call last):
-        ...
-        ValueError: arrivals.jsonl must be of this run, got one of another rate: it was written with
-        0.1, this run has 0.2
-    """
-    for name in {**mine, **theirs}:
-        other, own = theirs.get(name, "nothing"), mine.get(name, "nothing")
-        if other == own:
-            continue
-        if isinstance(other, list) and isinstance(own, list):
-            alone = [x for x in other if x not in own], [x for x in own if x not in other]
-            other, own = map(_few, alone if any(alone) else (other, own))  # or another order
-        raise ValueError(
-            f"{what} must be of this run, got one of another {name}: it was written with {other}, "
-            f"this run has {own}"
-        )
-
-
-def _few(entries: list[Any]) -> str:
-    return ", ".join(map(str, entries[:3])) + (", …" if len(entries) > 3 else "") or "nothing"

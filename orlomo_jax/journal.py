@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orlomo_jax.fingerprint import check_same
+from orlomo_jax.checks import check_same
 from orlomo_jax.locks import open_alone
 from orlomo_jax.order import Event
 from orlomo_jax.trace import ArrivalTrace

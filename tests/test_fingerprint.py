@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from orlomo_jax import (
     orlomo,
     with_fingerprint,
 )
-from orlomo_jax.fingerprint import LIMIT, check_same, fingerprint
+from orlomo_jax.checks import check_same
+from orlomo_jax.fingerprint import LIMIT, fingerprint
 
 SCALE = 0.5
 
@@ -59,6 +61,18 @@ class Thirding(Halving):
 
 
 Thirding.__call__.__qualname__ = "Halving.__call__"
+
+
+class Hostile:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def nested(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
 
 
 class Slotted:
@@ -107,6 +121,7 @@ KINDS = {
     "object": (Plain, 0.5, 0.3),
     "method of an object with slots": (lambda x: Slotted(x).loss, 0.5, 0.3),
     "code of an object": (lambda which: [Halving, Thirding][which](), 0, 1),
+    "pattern": (re.compile, "a", "b"),
     "recursion": (recursive, 1, 2),
     "array": (jnp.asarray, [1.0, 2.0], [1.0, 3.0]),
     "dtype": (jnp.zeros, 1, (1, 1)),
@@ -176,6 +191,12 @@ def test_what_cannot_be_read_is_named_in_a_warning():
     many = scaled([lock] + [0] * LIMIT)
     with pytest.warns(UserWarning, match=r"loss_fn\.scale\[0\]` carries"):
         fingerprint(many, "loss_fn")
+
+
+@pytest.mark.parametrize("make", [Hostile, lambda: nested(5000), lambda: (i for i in "ab")])
+def test_what_raises_counts_by_its_type(make):
+    with pytest.warns(UserWarning, match="with_fingerprint"):
+        assert any("unknown" in text for text in fingerprint(make()).values())
 
 
 def test_a_text_of_ones_own():

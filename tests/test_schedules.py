@@ -9,7 +9,7 @@ import pytest
 
 from orlomo_jax import ArrivalTrace, Threads, make_method, simulate, train
 from orlomo_jax.schedules import CHUNK, check_schedules
-from tests.test_checkpoint_refusals import batches, loss_fn
+from tests.small_runs import batches, loss_fn
 
 NEGATIVE = optax.polynomial_schedule(0.3, -0.1, 1, 4)  # 0 at step 3
 T = 6
