@@ -57,6 +57,7 @@ class Notes:
         self.evaluations: list[Evaluation] = []
         self.audit: Audit | None = None
         self.stopped = False  # by on_step
+        self.unseen = 0  # the newest events of the journal, while its reports are repeated
         self._like = check_job(server, work).metrics
         self._began = time.monotonic()
 
@@ -142,7 +143,7 @@ class Notes:
             "identity": self.identity(),
             "server": books,
             "evaluations": self.evaluations,
-            "events": len(self.journal.events),
+            "events": len(self.journal.events) - self.unseen,
         }
         self.plan.checkpoint.save(self.server.step, {"server": arrays}, notes)
 
