@@ -245,7 +245,7 @@ def _carry_out(
     form: Form,
     evaluate: Evaluate | None,
     evaluate_every: int | None,
-    on_step: Callable[[StepRecord], None] | None,
+    on_step: Callable[[StepRecord], bool | None] | None,
     stop: Callable[[], bool] | None,
     checkpoint: Checkpoints | None = None,
     identity: dict[str, Any] | None = None,

@@ -64,6 +64,20 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
     assert_replays(result)
 
 
+def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
+    """A checkpoint of a repeated step has not seen the events that come later in the journal."""
+    failing = {(worker, round) for worker in range(K) for round in (2, 4)}
+    workers = Unreliable(K, failing)
+    with pytest.raises(Killed):
+        run(workers=workers, checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(25))
+    with pytest.raises(Killed):
+        run(checkpoint=Checkpoints(tmp_path, every=5), on_step=killed_at(8))
+    assert Checkpoints(tmp_path, every=5).steps() == [5]
+    result = run(checkpoint=Checkpoints(tmp_path, every=5))
+    assert len(result.trace.events) >= 4 * K
+    assert_replays(result)
+
+
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path):
     with pytest.raises(Killed):
         run(checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(8))

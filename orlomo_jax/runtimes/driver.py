@@ -94,6 +94,7 @@ class Driver:
         events: defaultdict[int, list[Event]] = defaultdict(list)
         for event in self.journal.events[seen:]:
             events[event.step].append(event)
+            self.notes.unseen += 1
         arrivals = self.journal.arrivals[self.server.step :]
         if arrivals:
             _log.info("repeating %d reports since the checkpoint", len(arrivals))
@@ -113,6 +114,7 @@ class Driver:
         self._happen_again(events.pop(self.server.step, []))
 
     def _happen_again(self, events: list[Event]) -> None:
+        self.notes.unseen -= len(events)
         for event in events:
             if event.kind in ("lost", "left") and self.server.held(event.worker) is not None:
                 self.server.release(event.worker)
@@ -183,12 +185,11 @@ class Driver:
         self.notes.meter.busy[worker] += outcome.seconds
         self.notes.meter.received_bytes += outcome.received_bytes
         task = self.server.held(worker)
-        current = task is not None and task.round == outcome.round
-        if current:
+        if task is not None and task.round == outcome.round:
             self.starting.discard(worker)
-        if outcome.report is None:
-            if current:
+            if outcome.report is None:
                 self._fail(worker, outcome)
+        if outcome.report is None:
             return
         inject = self.plan.inject
         for report in [outcome.report] if inject is None else inject(outcome.report):
@@ -237,14 +238,13 @@ class Driver:
 
     def _lose(self, worker: int, failure: Failure, *, restart: bool) -> None:
         """Give up the worker's round, and start it again unless it failed too often in a row."""
+        why, _, error = failure
         self.server.release(worker)
         self.sent_at.pop(worker, None)
-        self.notes.meter.failed(worker, failure.why)
+        self.notes.meter.failed(worker, why)
         self.failures[worker].append(failure)
-        self.journal.happened("lost", worker, self.notes.seconds(), failure.why)
-        _log.warning(
-            "worker %s lost its round: %s", worker, failure.why, exc_info=failure.exception
-        )
+        self.journal.happened("lost", worker, self.notes.seconds(), why)
+        _log.warning("worker %s lost its round: %s", worker, why, exc_info=error)
         if (count := len(self.failures[worker])) > self.plan.max_failures:
             self.given_up[worker] = failure
             self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")

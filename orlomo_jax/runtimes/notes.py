@@ -59,6 +59,7 @@ class Notes:
         self.evaluations: list[Evaluation] = []
         self.audit: Audit | None = None
         self.stopped = False  # by on_step
+        self.unseen = 0  # the newest events of the journal, while its reports are repeated
         self._like = check_job(server, work).metrics
         self._began = time.monotonic()
 
@@ -149,7 +150,7 @@ class Notes:
         notes = {
             "server": books,
             "evaluations": self.evaluations,
-            "events": len(self.journal.events),
+            "events": len(self.journal.events) - self.unseen,
         }
         save = self.plan.checkpoint.save_run
         save(self.server.step, {"server": arrays}, notes, self._identity)
