@@ -42,7 +42,7 @@ class Health(NamedTuple):
 
     def __str__(self) -> str:
         """Return the summary."""
-        norm = "–" if self.momentum_norm is None else f"{self.momentum_norm:.3g}"
+        norm = "-" if self.momentum_norm is None else f"{self.momentum_norm:.3g}"
         edges = [_bucket_name(bucket) for bucket in range(len(self.delays))]
         delays = "  ".join(f"{e}: {n}" for e, n in zip(edges, self.delays, strict=True) if n)
         rejected = ", ".join(f"{n} {why}" for why, n in sorted(self.rejected.items())) or "none"
@@ -55,7 +55,7 @@ class Health(NamedTuple):
         failures = "".join(f"\n  worker {w}: {why}" for w, why in sorted(self.failures.items()))
         return (
             f"step {self.step}, {self.seconds:.0f} s, {self.reports_per_second:.1f} reports/s, "
-            f"‖u‖ {norm}, sent {self.sent_bytes / 1e6:.1f} MB, "
+            f"|u| {norm}, sent {self.sent_bytes / 1e6:.1f} MB, "
             f"received {self.received_bytes / 1e6:.1f} MB\n"
             f"delays        {delays or 'none yet'}\n"
             f"share/idle    {workers}\n"

@@ -106,6 +106,14 @@ class TrainingResult(NamedTuple):
     health: Health | None = None
 
 
+def ends_run(on_step: Callable[[StepRecord], bool | None], record: StepRecord) -> bool:
+    """Call ``on_step``; return whether it ends the run, by True or by StopIteration."""
+    try:
+        return on_step(record) is True
+    except StopIteration:
+        return True
+
+
 def evaluated(evaluate: Callable, params: Any, model_state: Any) -> dict[str, float]:
     """Return what ``evaluate`` says of the parameters.
 

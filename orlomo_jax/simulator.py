@@ -15,7 +15,7 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import LENGTH, Compiled
 from orlomo_jax.driven import Driven, Job, check_job
 from orlomo_jax.form import Form, choose
-from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult, evaluated
+from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult, ends_run, evaluated
 from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.methods import Method
 from orlomo_jax.pure import check_pure
@@ -81,8 +81,9 @@ def simulate(
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
         on_step: Called with a :class:`StepRecord` for each step, in order: after it, or after the
             compiled stretch that it belongs to. Of a diverging run also for some steps after the
-            one that ``diverged_at`` will name. If it returns True, the run ends there (a compiled
-            one after the stretch), with the status "stopped"; a checkpoint is saved first.
+            one that ``diverged_at`` will name. If it returns True or raises StopIteration, the run
+            ends there (a compiled one after the stretch), with the status "stopped"; a checkpoint
+            is saved first.
         checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
             run goes on from the newest, and ends as the unbroken run does, to the bit; ``on_step``
             then sees the steps after it alone. The trace may have become longer. Another setting of
@@ -287,7 +288,7 @@ def _carry_out(
             for run in runs:
                 run.evaluate(evaluate, step)
         if on_step is not None and step == end:
-            first.stopped |= on_step(first.record(step)) is True
+            first.stopped |= ends_run(on_step, first.record(step))
         if checkpoint is not None and (step % checkpoint.every == 0 or last or first.stopped):
             save(step)
         if first.stopped:
@@ -382,7 +383,7 @@ class _Run:
         """Yield the metrics of rounds, and tell ``on_step`` of each but the last; it may stop."""
         for step, metrics in enumerate(rounds, start + 1):
             if step < end:
-                self.stopped |= on_step(self.record(step, metrics)) is True
+                self.stopped |= ends_run(on_step, self.record(step, metrics))
             yield metrics
             if self.stopped and step == self.server.step:  # else they are computed already
                 return

@@ -17,7 +17,7 @@ from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.checks import check_count
 from orlomo_jax.driven import check_job
 from orlomo_jax.health import Health, Meter
-from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult, evaluated
+from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult, ends_run, evaluated
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.reports import Report
 from orlomo_jax.runtimes import metrics
@@ -137,7 +137,7 @@ class Notes:
             record = StepRecord(
                 step, arrival.time, arrival.worker, delay, arrival.loss, of_round, evaluation
             )
-            self.stopped |= plan.on_step(record) is True
+            self.stopped |= ends_run(plan.on_step, record)
         ends = last or self.stopped
         if plan.checkpoint is not None and (step % plan.checkpoint.every == 0 or ends):
             self.save()

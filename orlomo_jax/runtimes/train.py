@@ -87,8 +87,9 @@ def train(
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
             on meanwhile, but their reports wait. It is tried once before the first step.
         evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step. If it returns True,
-            the run ends there, with the status "stopped"; a checkpoint is saved first.
+        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step. If it returns True
+            or raises StopIteration, the run ends there, with the status "stopped"; a checkpoint is
+            saved first.
         on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
         health_every: Seconds > 0 between two of them.
         checkpoint: Where to save as the run goes, and to go on from; what must be the same is said
