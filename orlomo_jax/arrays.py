@@ -42,16 +42,38 @@ def bound(tree: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: leaf if leaf.committed else jax.device_put(leaf, where), tree)
 
 
+def explicit_mesh(leaf: Any) -> jax.sharding.Mesh | None:
+    """Return the mesh of an array if it has explicit axes."""
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    explicit = mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types
+    return mesh if explicit else None
+
+
 def mesh_context(tree: PyTree[Array]) -> AbstractContextManager[Any]:
-    """Return the context in which arrays on a mesh with explicit axes are computed with.
+    """Return the context for computing with arrays on a mesh with explicit axes.
 
     JAX types such arrays by their sharding, and needs to know the mesh for what is made anew.
     """
-    for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
-            return jax.set_mesh(mesh)
-    return nullcontext()
+    meshes = filter(None, map(explicit_mesh, jax.tree.leaves(tree)))
+    mesh = next(meshes, None)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def with_auto_axes(tree: PyTree[Array]) -> PyTree[Array]:
+    """Return arrays with their meshes' explicit axes made automatic; no data moves.
+
+    JAX mixes up what it has traced for replicated arrays of such a mesh and for single devices. A
+    run has both if its workers are threads.
+    """
+
+    def leaf(x):
+        if (mesh := explicit_mesh(x)) is None:
+            return x
+        auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, x.sharding.spec))
+
+    return jax.tree.map(leaf, tree)
 
 
 def beside(tree: PyTree[ArrayLike], params: PyTree[Array]) -> PyTree[ArrayLike]:

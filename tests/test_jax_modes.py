@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orlomo_jax import ArrivalTrace, Checkpoints, make_method, simulate
+from orlomo_jax import ArrivalTrace, Checkpoints, Threads, make_method, simulate, train
 from tests import helpers
 
 K, S, T = 2, 2, 8
@@ -120,3 +120,21 @@ def test_debug_nans_names_the_operation(form):
             local_learning_rate=0.1,
             **FORMS[form],
         )
+
+
+def test_threads_train_parameters_on_a_mesh_with_explicit_axes():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(AxisType.Explicit,))
+    shardings = {
+        "w": NamedSharding(mesh, PartitionSpec("x")),
+        "b": NamedSharding(mesh, PartitionSpec()),
+    }
+    params = jax.device_put({"w": jnp.zeros((8, 3)), "b": jnp.zeros(3)}, shardings)
+
+    def loss_fn(params, model_state, batch, key):
+        return ((batch @ params["w"] + params["b"] - 1) ** 2).mean(), (model_state, {})
+
+    method = make_method("orlomo", K)
+    round_fn = method.local_round(loss_fn, S)
+    settings = {"num_steps": T, "key": jax.random.key(0), "local_learning_rate": 0.1}
+    result = train(method, round_fn, batch_fn, params, Threads(K), **settings)
+    assert jax.tree.map(lambda x: x.sharding, result.params) == shardings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import optax
 
-from orlomo_jax.arrays import own
+from orlomo_jax.arrays import explicit_mesh, own, with_auto_axes
 from orlomo_jax.audit import check_auditable
 from orlomo_jax.checkpoint import JOURNAL, Checkpoints
 from orlomo_jax.checks import check_count, check_number
@@ -168,7 +168,14 @@ def train(
     check_schedules(method, server.schedule, plan.num_steps)
     driver = Driver(server, workers, work, plan)
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
-        return driver.run()
+        result = driver.run()
+    return result._replace(
+        params=jax.tree.map(
+            lambda given, x: jax.device_put(x, given.sharding) if explicit_mesh(given) else x,
+            params,
+            result.params,
+        )
+    )
 
 
 def _bound(params: contract.Params) -> contract.Params:
@@ -177,4 +184,4 @@ def _bound(params: contract.Params) -> contract.Params:
     def leaf(x):  # a copy, since the server may write over the memory of its own
         return x if x.committed else jax.device_put(x, x.sharding, may_alias=False)
 
-    return jax.tree.map(leaf, own(params))
+    return jax.tree.map(leaf, with_auto_axes(own(params)))
