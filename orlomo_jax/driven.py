@@ -20,8 +20,6 @@ from orlomo_jax.trace import ArrivalTrace
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from orlomo_jax.runtimes.workers import Work
-
 
 class Job(NamedTuple):
     """What is to be run on a server; see :func:`~orlomo_jax.simulate`."""
@@ -33,8 +31,12 @@ class Job(NamedTuple):
     noise_key: Array
 
 
-def check_job(server: ParameterServer, job: Job | Work) -> RoundMetrics:
+def check_job(server: ParameterServer, job: Any) -> RoundMetrics:
     """Trace a round, and return the shapes of its metrics.
+
+    Args:
+        server: The server that the reports are for.
+        job: A :class:`Job`, or what else has its functions and keys.
 
     Raises:
         ReportRejected: If the job's reports are not like the server's trees.

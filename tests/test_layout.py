@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "checks",
     "memo",
+    "interrupts",
+    "pure",
     "masks",
     "order",
     "trace",
