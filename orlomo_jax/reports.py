@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax.rules import LocalUpdate, contract
+from orlomo_jax.rules import LocalUpdate, base, contract
 from orlomo_jax.worker import RoundResult, all_finite
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Form:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state)
         )
         self._params = jax.tree.map(  # reports are in float32 at least
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            lambda x: jax.ShapeDtypeStruct(x.shape, base.widest(x.dtype, jnp.float32)),
             self._params,
         )
         self._momentum = self._params if momentum else None

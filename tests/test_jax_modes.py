@@ -138,3 +138,22 @@ def test_threads_train_parameters_on_a_mesh_with_explicit_axes():
     settings = {"num_steps": T, "key": jax.random.key(0), "local_learning_rate": 0.1}
     result = train(method, round_fn, batch_fn, params, Threads(K), **settings)
     assert jax.tree.map(lambda x: x.sharding, result.params) == shardings
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_strict_promotion_and_parameters_that_are_not_float32(dtype):
+    def loss_fn(params, model_state, batch, key):
+        return jnp.square(params.astype(jnp.float32)).sum(), (model_state, {})
+
+    method = make_method("orlomo", K, accumulator_dtype=jnp.float32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        result = simulate(
+            method,
+            method.local_round(loss_fn, S),
+            batch_fn,
+            jnp.ones(3, dtype),
+            ArrivalTrace.from_workers([0, 1] * 3, K),
+            key=jax.random.key(0),
+            local_learning_rate=0.1,
+        )
+    assert result.params.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -233,7 +233,18 @@ def combine(terms: Sequence[tuple[Scalar | float, Params]], like: Params) -> Par
 
 def wide_dtype(*leaves: ArrayLike) -> Any:
     """Return the widest dtype of leaves, at least float32; weakly typed ones count in full."""
-    return reduce(jnp.promote_types, (jnp.asarray(x).dtype for x in leaves), jnp.dtype("float32"))
+    return widest(jnp.float32, *(jnp.asarray(x).dtype for x in leaves))
+
+
+def widest(*dtypes: Any) -> Any:
+    """Return the dtype that holds all of these, whatever JAX's promotion mode.
+
+    Example:
+        >>> widest(jnp.bfloat16, jnp.float32)
+        dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):  # "strict" refuses to compare dtypes
+        return reduce(jnp.promote_types, map(jnp.dtype, dtypes))
 
 
 def widened(tree: Params) -> Params:
@@ -257,7 +268,7 @@ def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
     def leaf(x):
         dtype = jnp.result_type(x)
         if accumulator_dtype is not None:
-            dtype = jnp.promote_types(dtype, accumulator_dtype)
+            dtype = widest(dtype, accumulator_dtype)
         return jnp.zeros_like(x, dtype=dtype)
 
     return jax.tree.map(leaf, params)
