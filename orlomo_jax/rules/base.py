@@ -148,7 +148,7 @@ def geometric_sum(decay: ArrayLike, count: ArrayLike) -> Scalar:
         0.875
     """
     decay, count = jnp.asarray(decay, float), jnp.asarray(count, jnp.int32)
-    leading = jnp.maximum(count, 0) >> jnp.arange(31, -1, -1)
+    leading = jnp.maximum(count, 0) >> jnp.arange(31, -1, -1, dtype=jnp.int32)
     powers = jnp.power(decay, leading.astype(decay.dtype))
     odd = jnp.where(leading & 1, powers, 0)
 
