@@ -207,6 +207,7 @@ class TestChoice:
         with pytest.raises(ZeroDivisionError):
             choice.choose(path, RUN, ways)
 
+    @pytest.mark.slow
     def test_ways_of_this_process_are_measured(self):
         run = replace(RUN, epochs=20)
         ways = [Way("alone", 1, "matmul"), Way("vmap", 2, "matmul"), Way("vmap", 0)]
@@ -215,6 +216,7 @@ class TestChoice:
         assert "at least one run" in failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2])
 def test_processes_train_and_are_measured(count):
     """Each run has a process of its own, and the rows of a run alone."""

@@ -11,6 +11,7 @@ from orlomo_jax import LocalUpdate, Report
 from tests import helpers
 
 
+@pytest.mark.slow
 def test_a_run_that_is_shot_at_ends_as_a_calm_one(capsys):
     chaos.main(["--kills", "3", "--driver-share", "0.4", "--poison-share", "0.3", "--epochs", "30"])
     output = capsys.readouterr().out

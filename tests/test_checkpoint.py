@@ -108,6 +108,7 @@ def placements():
     return [jax.devices()[-1], halves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("place", placements(), ids=["device", "mesh"])
 def test_a_resumed_run_goes_on_where_its_parameters_were(place, compiled, tmp_path):

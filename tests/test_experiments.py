@@ -121,6 +121,7 @@ class TestQuickstart:
         assert message in str(stopped.value) + " ".join(capsys.readouterr().err.split())
         assert earlier.read_text() == "{}\n"
 
+    @pytest.mark.slow
     def test_an_infinite_loss_of_finite_parameters_is_divergence(self, tmp_path):
         flags = "--workers 1 --batch-size 1437 --local-iterations 1 --epochs 1 --seeds 1 --hidden 8"
         flags += " --learning-rates 1e30"

@@ -29,6 +29,7 @@ def stage(name, seconds=0.0, rows=lambda: [ROW], after=""):
     return Stage("limits", name, seconds, rows, after)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_measures_everything(tmp_path):
     """In a process of its own: it chooses how hard XLA optimises."""
     path = tmp_path / "rows.jsonl"

@@ -71,6 +71,7 @@ def test_a_step_is_one_pass_in_place_without_waiting(name, leaves, donate_params
     assert not any(costly in loop for loop in loops for costly in ("power(", "divide("))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("convolution", "launches"), [("matmul", 1), ("xla", 130)], ids=["matmul", "xla"]
 )

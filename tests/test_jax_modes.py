@@ -92,6 +92,7 @@ def test_modes(name, mode, form, tmp_path):
         helpers.assert_trees_close(result[:3], expected[:3], 1e-4, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("form", FORMS)
 def test_meshes(form, axis):

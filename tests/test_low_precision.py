@@ -58,6 +58,7 @@ def run(name, dtype, form="loop", state_dtype=jnp.float32, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", METHOD_NAMES)

@@ -60,6 +60,7 @@ def test_bfloat16_computes_on_float32_parameters(name):
     assert dtypes.count("bfloat16") == len(dtypes) - 1 > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "squeezenet"])
 def test_slim_networks_train(name):
     network = models.make(name, 10, (8, 8, 3), width=0.125)
@@ -132,6 +133,7 @@ def evaluate_everything(name, form, variables, batch):
     return run(*variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "squeezenet"])
 def test_both_forms_of_convolution_are_the_same_network(name):
     """Parameters to the bit; loss, statistics, gradients and logits to rounding."""

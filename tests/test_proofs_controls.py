@@ -9,6 +9,7 @@ from proofs_check.registry import CHECKS
 CONTROLS = controls()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_is_caught(name):
     control = CONTROLS[name]

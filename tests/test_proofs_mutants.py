@@ -14,6 +14,7 @@ from proofs_check.worker_mutants import INTACT, ROUND_KEYS
 STEPS = (0, 1, 255, 256, 257, 1000, 1999)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", SERVER)
 def test_a_fault_of_the_bookkeeping_is_caught_at_every_step(name, step):
@@ -24,6 +25,7 @@ def test_a_fault_of_the_bookkeeping_is_caught_at_every_step(name, step):
     assert outcome.counterexample is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", [name for name in ROUND_KEYS if "step" in name])
 def test_a_noise_key_used_again_is_caught_at_every_round(name, step):
@@ -31,6 +33,7 @@ def test_a_noise_key_used_again_is_caught_at_every_round(name, step):
     assert not outcome.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["worker-noise", "worker-weight-decay", "long-simulations"])
 def test_the_mutants_without_a_fault_pass(check):
     with ExitStack() as stack:

@@ -62,6 +62,7 @@ def actors():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])  # one of each kind
 def test_a_run_replays_in_the_simulator_to_the_bit(name):
     result = run(name, RayWorkers(K, slowdowns=[1, 1, 2]))
@@ -76,6 +77,7 @@ def test_a_run_replays_in_the_simulator_to_the_bit(name):
     assert ray.is_initialized(), "a cluster that was there stays"
 
 
+@pytest.mark.slow
 def test_killed_actors_and_poisoned_reports_are_survived():
     killed = []
 
@@ -100,6 +102,7 @@ def test_killed_actors_and_poisoned_reports_are_survived():
     assert_replays(result)
 
 
+@pytest.mark.slow
 def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
     method, round_fn = setup("al_sgd")
     options = arguments() | {"num_steps": 12}
@@ -118,6 +121,7 @@ def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
     assert not np.array_equal(narrow.params["a"], wide.params["a"])
 
 
+@pytest.mark.slow
 def test_workers_join_late_and_leave():
     membership = Membership(K, absent=[2])
 
@@ -144,6 +148,7 @@ def raising_in_actors(error):
     return the_slip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
@@ -178,6 +183,7 @@ def test_metrics_reach_the_history_and_replay():
     helpers.assert_trees_equal(result.history.metrics, again.history.metrics)
 
 
+@pytest.mark.slow
 def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
     workers = RayWorkers(K)
     workers.open(Work.of(setup("orlomo")[1], batch_fn, jax.random.key(0)))

@@ -32,6 +32,7 @@ def images(monkeypatch, tmp_path):
 
 
 class TestAgainstOptax:
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["orlomo", "al_sgd"])
     def test_one_worker_with_one_step_is_optax(self, method):
         run = Run(method, "mlp", "digits", workers=1, local_iterations=1, batch_size=32, epochs=1)
@@ -74,6 +75,7 @@ class TestAgainstOptax:
         assert "got workers=2, local_iterations=1" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_merged_statistics_are_as_good_as_recomputed_ones(images):
     """Without the merge the accuracy collapses."""
     run = Run(

@@ -50,6 +50,7 @@ def test_contexts_reach_threads(name):
         assert_reaches_the_workers(Threads(K), float)
 
 
+@pytest.mark.slow
 def test_contexts_reach_ray_actors():
     with contextlib.ExitStack() as stack:
         for name in ("x64", "random bits", "default key", "precision"):

@@ -2,11 +2,14 @@
 
 import time
 
+import pytest
+
 from orlomo_jax import Membership
 from orlomo_jax.runtimes import threads
 from tests.real_runs import K, Unreliable, run
 
 
+@pytest.mark.slow
 def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
     """Whoever starts takes longer than a round may: at first, when it joins or is started again."""
 

@@ -107,6 +107,7 @@ def test_one_that_diverges_leaves_the_others_alone():
         helpers.assert_trees_close(trees(result), trees(alone("orlomo", one)), **ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
 def test_stopped_and_resumed_is_unbroken_to_the_bit(name, tmp_path):
     starts = [start(name, 0), start(name, 1, rate=1e30), start(name, 2)]
