@@ -55,6 +55,7 @@ def run(
     return result.params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("num_local_steps", [1, 4])
 @pytest.mark.parametrize("how", ["method", "chain"])

@@ -71,16 +71,10 @@ def run(name, form, params=None, **options):
     )
 
 
-CASES = [
-    pytest.param(name, form, marks=[] if (name, form) == ("orlomo", "loop") else pytest.mark.slow)
-    for name in ("orlomo", "prsgdm")
-    for form in FORMS
-]
-"""Each is compiled anew in each mode, which takes most of the time."""
-
-
+@pytest.mark.slow  # each is compiled anew in each mode
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
 def test_modes(name, mode, form, tmp_path):
     expected = run(name, form)
     with ExitStack() as stack:

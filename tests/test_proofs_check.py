@@ -68,6 +68,7 @@ def test_a_statement_that_a_check_forgets_has_failed(monkeypatch):
         holds("lemma-99", strength="symbolic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["every-order", "server-step", "random-runs", "server-events"])
 def test_counterexamples_are_small_and_replay(check):
     subject = Subject("faulty", rule=broken.without_past_descent)

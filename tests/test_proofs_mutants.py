@@ -42,6 +42,7 @@ def test_the_mutants_without_a_fault_pass(check):
         assert all(outcome.passed for outcome in run(Subject(), SMALL, checks=[check]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a report dropped", "a round counter reset"])
 def test_the_command_finds_a_late_fault_that_replays(name, tmp_path):
     path = str(tmp_path / "counterexample.json")

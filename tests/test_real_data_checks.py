@@ -43,6 +43,7 @@ class TestAgainstOptax:
         assert ours["train_loss"] < 2  # it learns: 2.3 at the start
         assert found.distance < 1e-5
 
+    @pytest.mark.slow
     def test_another_momentum_is_seen(self, monkeypatch):
         run = Run(model="mlp", dataset="digits", workers=1, local_iterations=1, epochs=1)
         plain = optax.trace

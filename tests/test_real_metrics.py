@@ -62,7 +62,7 @@ def test_another_loss_is_noticed_before_the_first_step(tmp_path):
         METHOD.local_round(lambda *args: (args[0]["b"].sum(), (args[1], {"a": 1.0})), S),
     )
     steps = []
-    with pytest.raises(ValueError, match="another round_fn.loss_fn"):
+    with pytest.raises(ValueError, match=r"another round_fn\.loss_fn"):
         train(*other, batch_fn, PARAMS, Threads(K), on_step=steps.append, **options)
     assert not steps
 

@@ -61,6 +61,7 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path):
     assert metrics(records.read(broken)[0]) == metrics(records.read(whole)[0])
 
 
+@pytest.mark.slow
 def test_a_real_run_is_repeated_at_a_desk(tmp_path, capsys):
     output, trace = tmp_path / "runs.jsonl", tmp_path / "real.json"
     scenario = ["--scenario", "one_slow", "--slowdown", "3"]
@@ -214,6 +215,7 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
     assert seen == ["auto", "xla", "matmul"]  # each once
 
 
+@pytest.mark.slow
 def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
     forms = []
 
