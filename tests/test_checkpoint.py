@@ -84,6 +84,7 @@ def assert_same(resumed, unbroken):
     assert (resumed.status, resumed.trace) == (unbroken.status, unbroken.trace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_killed_run_resumes_to_the_bit(name, tmp_path):
     unbroken = run(name)

@@ -84,6 +84,7 @@ class TestRecords:
 
 
 class TestQuickstart:
+    @pytest.mark.slow
     def test_a_small_one(self, tmp_path, capsys):
         flags = "--workers 4 --local-iterations 4 --epochs 20 --seeds 2 --hidden 8"
         flags += " --learning-rates 0.1 1e30"

@@ -75,6 +75,7 @@ def test_the_rest_trains_as_if_they_were_constants(name, how, num_local_steps, w
         assert abs(constant).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("how", ["method", "chain"])
 @pytest.mark.parametrize("name", METHOD_NAMES)

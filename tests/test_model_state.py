@@ -33,6 +33,7 @@ def batch_norm_error(params, mean, variance, x, y):
     return jnp.mean((jax.nn.relu(hidden * params["scale"]) @ params["b"] - y) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_merged_statistics_evaluate_as_well_as_fresh_ones(name):
     steps = 8

@@ -15,6 +15,7 @@ from proofs_check.controls import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", list(CHECKS))
 def test_the_library_passes(check):
     outcomes = list(run(Subject(), SMALL, checks=[check]))

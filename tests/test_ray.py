@@ -167,6 +167,7 @@ def test_what_the_first_round_raises_ends_the_run_with_the_users_lines(error, se
     assert "in its first round" in notes
 
 
+@pytest.mark.slow
 def test_actors_with_other_versions_are_refused(monkeypatch):
     found = ray_actor.versions()
     monkeypatch.setattr(ray_workers, "versions", lambda: found | {"jax": "0.0.1"})
@@ -174,6 +175,7 @@ def test_actors_with_other_versions_are_refused(monkeypatch):
         run(workers=RayWorkers(K))
 
 
+@pytest.mark.slow
 def test_metrics_reach_the_history_and_replay():
     options = arguments() | {"num_steps": 9}
     method = make_method("orlomo", K)

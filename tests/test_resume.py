@@ -25,6 +25,7 @@ from tests.real_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_killed_run_loses_nothing_that_was_applied(name, tmp_path):
     applied = []
@@ -194,6 +195,7 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "new" / "arrivals.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [3, 1000])  # the last checkpoint after and before the joining
 @pytest.mark.parametrize(("first", "then"), [([2], []), ([], [2]), ([2], [2]), ([0], [2])])
 def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):

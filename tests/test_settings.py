@@ -44,6 +44,7 @@ def assert_reaches_the_workers(workers, dtype=None):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_reach_threads(name):
     with CONTEXTS[name]():

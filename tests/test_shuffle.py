@@ -10,6 +10,7 @@ from experiments.shuffle import examples_at
 KEY = jax.random.key(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 17, 1437, 50_000])
 def test_every_order_is_a_permutation(size):
     keys = jax.random.split(KEY, 3)

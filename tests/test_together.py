@@ -82,6 +82,7 @@ def trees(result):
     return result.params, result.model_state, result.state, np.asarray(result.history.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_results_are_those_of_single_runs(name):
     starts = [start(name, seed, rate=0.03 * (seed + 1)) for seed in range(3)]

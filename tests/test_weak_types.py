@@ -79,6 +79,7 @@ def test_rounds(momentum):
     helpers.assert_trees_close(mine, exact, 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize("form", [*FORMS, "threads"])
 def test_runs(name, form):
