@@ -111,6 +111,7 @@ class TestCarryOut:
                 return rows, calls
         raise AssertionError("it never ends")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", [Way(), Way("vmap", 3, "matmul")], ids=lambda way: way.how)
     def test_stopped_runs_go_on_to_the_same_rows(self, way, monkeypatch):
         runs = RUNS[: way.count]

@@ -59,6 +59,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("see", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("source", ["task", "server"])
 def test_what_somebody_sees_is_never_written_over(see, source):

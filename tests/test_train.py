@@ -37,6 +37,7 @@ def test_a_run_appends_its_row(tmp_path, capsys, method):
     assert f"{row['test_accuracy']:.2f} %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_bit(tmp_path):
     """``kill -9`` at some moment after a checkpoint: the row ends as that of an unbroken run."""
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
@@ -88,6 +89,7 @@ def test_a_real_run_that_breaks_off_says_where_its_arrivals_are(tmp_path, monkey
     assert not (tmp_path / "runs.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_what_a_run_that_died_has_left_is_kept(tmp_path, monkeypatch):
     """A new run in its place sets its arrivals aside; a run that goes on is not disturbed."""
     output, trace = tmp_path / "new" / "runs.jsonl", tmp_path / "real.json"
