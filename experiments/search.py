@@ -21,7 +21,7 @@ def recorded(path: Path) -> Rows:
     A run that repeated other arrivals than its scenario's is none of a cell's and left out.
 
     Raises:
-        ValueError: If a row is no run of this project's; the message names file and line.
+        ValueError: If a row does not describe a run; the message names file and line.
     """
     rows = {}
     for number, row in enumerate(records.read(path), 1):
@@ -57,7 +57,7 @@ class Search(NamedTuple):
     statuses: dict[float, str]
     """Of each recorded rate."""
     untried: tuple[float, ...]
-    """Rates to try next, ``best`` and those beside it; none where the search is at its end."""
+    """Rates to try next: ``best`` and its neighbours; empty when the search has ended."""
 
     @property
     def chosen(self) -> float | None:

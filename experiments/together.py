@@ -177,7 +177,7 @@ class Clock:
 
 
 def _folder(runs: Sequence[Run]) -> Path:
-    versions = records.environment()  # of which checkpoints do not go on under others
+    versions = records.environment()  # a checkpoint is refused under other versions
     text = repr((list(runs), versions["jax"], versions["jaxlib"]))
     return CACHE / "checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -29,7 +29,7 @@ class Stage(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """Why stages have no rows, a line for each."""
+    """Stages without rows: one line for each, with the reason."""
 
     left_out: list[str]
     failed: list[str]

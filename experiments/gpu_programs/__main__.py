@@ -41,7 +41,7 @@ class Inspection:
     together: int = 1
     """Runs that one program computes side by side."""
     epochs: float = 160
-    """Of which run to predict the seconds."""
+    """Length of the run whose seconds are predicted."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
