@@ -1,6 +1,6 @@
 """OrLoMo: ordered local momentum for asynchronous distributed training, in JAX."""
 
-from orlomo_jax.adapters import Model, from_nnx
+from orlomo_jax.adapters import Model, from_loss, from_nnx
 from orlomo_jax.arrivals import (
     ComputeTimes,
     given,
@@ -10,15 +10,18 @@ from orlomo_jax.arrivals import (
     simulate_arrivals,
 )
 from orlomo_jax.audit import Audit, AuditFailure
+from orlomo_jax.books import TaskId
+from orlomo_jax.callbacks import Callback
 from orlomo_jax.checkpoint import Checkpoints
+from orlomo_jax.engine import Compiled, Eager
 from orlomo_jax.fingerprint import with_fingerprint
 from orlomo_jax.health import Health
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.journal import Arrival, Journal
-from orlomo_jax.methods import METHOD_NAMES, Method, make_method
-from orlomo_jax.order import Event
+from orlomo_jax.methods import METHOD_NAMES, Method, make_method, register_method
+from orlomo_jax.narrow import narrow_reports
+from orlomo_jax.order import TraceEvent
 from orlomo_jax.reports import Report, ReportRejected, Task
-from orlomo_jax.rounds import narrow_reports
 from orlomo_jax.rules import (
     ALSGDState,
     LocalOrMoDAState,
@@ -34,18 +37,19 @@ from orlomo_jax.rules import (
 )
 from orlomo_jax.runtimes import (
     Membership,
-    Outcome,
     RayWorkers,
-    Threads,
-    Work,
-    Workers,
+    TaskOutcome,
+    ThreadWorkers,
+    WorkerPool,
     WorkersGone,
     train,
 )
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.simulator import simulate
+from orlomo_jax.state import ServerState
 from orlomo_jax.trace import ArrivalTrace
 from orlomo_jax.worker import RoundResult, all_finite, local_momentum_sgd
+from orlomo_jax.workload import RoundInput, RoundMetrics, Workload
 
 __all__ = [
     "METHOD_NAMES",
@@ -54,10 +58,12 @@ __all__ = [
     "ArrivalTrace",
     "Audit",
     "AuditFailure",
+    "Callback",
     "Checkpoints",
+    "Compiled",
     "ComputeTimes",
+    "Eager",
     "Evaluation",
-    "Event",
     "Health",
     "History",
     "Journal",
@@ -67,23 +73,29 @@ __all__ = [
     "Method",
     "Model",
     "OrLoMoState",
-    "Outcome",
     "PRSGDmState",
     "ParameterServer",
     "RayWorkers",
     "Report",
     "ReportRejected",
+    "RoundInput",
+    "RoundMetrics",
     "RoundResult",
+    "ServerState",
     "StepRecord",
     "Task",
-    "Threads",
+    "TaskId",
+    "TaskOutcome",
+    "ThreadWorkers",
+    "TraceEvent",
     "TrainingResult",
-    "Work",
-    "Workers",
+    "WorkerPool",
     "WorkersGone",
+    "Workload",
     "al_sgd",
     "all_finite",
     "delay_adaptive",
+    "from_loss",
     "from_nnx",
     "given",
     "global_learning_rate",
@@ -96,6 +108,7 @@ __all__ = [
     "one_slow_worker",
     "orlomo",
     "prsgdm",
+    "register_method",
     "simulate",
     "simulate_arrivals",
     "train",

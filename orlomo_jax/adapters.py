@@ -1,8 +1,9 @@
-"""Models of other libraries in the form that the local round takes."""
+"""Adapters from plain losses and Flax NNX modules to the loss that a local round takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,6 +16,29 @@ if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
 
     Criterion = Callable[[Any, Any], Array | tuple[Array, PyTree[Array]]]
+
+
+@dataclass(frozen=True)
+class PlainLoss:
+    """See :func:`from_loss`."""
+
+    function: Callable
+
+    def __call__(self, params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        """Return (loss, (model_state, {}))."""
+        del key
+        return self.function(params, batch), (model_state, {})
+
+
+def from_loss(function: Callable[[Any, Any], Array]) -> PlainLoss:
+    """Return ``function(params, batch) -> loss`` as a ``loss_fn`` without model state and metrics.
+
+    Example:
+        >>> loss_fn = from_loss(lambda params, batch: (params - batch) ** 2)
+        >>> loss_fn(1.0, None, 3.0, None)
+        (4.0, (None, {}))
+    """
+    return PlainLoss(function)
 
 
 class Model(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 from orlomo_jax.methods import Method
 from orlomo_jax.reports import Report
 from orlomo_jax.rules import contract
-from orlomo_jax.server_step import merge_weight_on_host, start_momentum
+from orlomo_jax.state import start_momentum
+from orlomo_jax.step import merge_weight_on_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,18 +50,18 @@ class Audit:
 
     Example:
         >>> from orlomo_jax import LocalUpdate, ParameterServer, make_method
-        >>> method = make_method("orlomo", num_workers=2)
-        >>> server = ParameterServer(method, jnp.zeros(1), 2, local_learning_rate=0.1)
-        >>> audit = Audit(method, server.params, server.state)
-        >>> report = Report(*server.dispatch(0)[:3], LocalUpdate(jnp.ones(1), jnp.ones(1)))
+        >>> method = make_method("orlomo", num_workers=2, num_local_steps=1)
+        >>> server = ParameterServer(method, jnp.zeros(1), local_learning_rate=0.1)
+        >>> audit = Audit(method, server.params, server.state.rule_state)
+        >>> report = Report(server.dispatch(0).id, LocalUpdate(jnp.ones(1), jnp.ones(1)))
         >>> _ = server.receive(report)
-        >>> audit.applied(report, 0, server.params, server.state)
+        >>> audit.applied(report, 0, server.params, server.state.rule_state)
     """
 
     def __init__(self, method: Method, params: contract.Params, state: Any) -> None:
         """Start the ledger from (w, u)."""
         check_auditable(method)
-        self._rate, self._num_workers = method.merge_weight, method.num_workers or 1
+        self._rate, self._num_workers = method.merge_weight, method.num_workers
         self._decay = float(method.worker_momentum or 0.0)
         momentum = start_momentum(state)
         self._params, self._momentum = _flat(params), _flat(momentum)  # the server's, step by step
@@ -78,14 +79,14 @@ class Audit:
             AuditFailure: If an entry is further away than rounding explains, or the same worker's
                 same round was applied before.
         """
-        tag = (report.worker, report.round)
+        tag = (report.id.worker, report.id.round)
         if tag in self._tags:
             raise AuditFailure(f"(worker, round) = {tag} was applied twice, again at step {step}")
         self._tags.add(tag)
         decay, num_workers = self._decay, self._num_workers
-        eta = merge_weight_on_host(self._rate, step, step - report.dispatched_at)
+        eta = merge_weight_on_host(self._rate, step, step - report.id.dispatched_at)
         opens = float((step - 1) % num_workers == 0)  # group ⌈t/K⌉ opens
-        late = -(-step // num_workers) + (-report.dispatched_at // num_workers)  # n
+        late = -(-step // num_workers) + (-report.id.dispatched_at // num_workers)  # n
         scaled_u = eta * _flat(report.update.momentum)
         scaled_w = eta * _flat(report.update.delta)
         missed = decay * (1 - decay**late) / (1 - decay)
@@ -118,7 +119,7 @@ class Audit:
 
 def check_auditable(method: Method) -> None:
     """Raise ValueError unless the method is OrLoMo with a known K and global learning rate."""
-    if method.name != "orlomo" or method.num_workers is None or method.merge_weight is None:
+    if method.name != "orlomo" or method.merge_weight is None:
         raise ValueError(
             f"`audit` needs OrLoMo, whose Lemmas 1 and 2 it checks, got method={method.name!r}"
         )

@@ -1,4 +1,4 @@
-"""Who holds which task: the one bookkeeping of staleness, for server and planner alike."""
+"""The task table: which worker has which task, for the server and for the planner."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from orlomo_jax.checks import check_count
 
 
-class Ticket(NamedTuple):
-    """A task without its arrays.
+class TaskId(NamedTuple):
+    """Identifies a task.
 
     Attributes:
         worker: k in [K].
@@ -21,8 +21,8 @@ class Ticket(NamedTuple):
     dispatched_at: int
 
 
-class Books:
-    """The tickets that workers hold, and what a synchronous method allows.
+class TaskTable:
+    """Tracks each worker's outstanding task and enforces the synchronous barrier.
 
     Args:
         name: The method's name, for messages.
@@ -31,21 +31,21 @@ class Books:
 
     Attributes:
         step: t, the number of reports applied.
-        held: The ticket of every busy worker.
+        held: The task_id of every busy worker.
 
     Example:
-        >>> books = Books("orlomo", num_workers=2, synchronous=False)
-        >>> books.dispatch(1), books.receive(1)
-        (Ticket(worker=1, round=0, dispatched_at=0), (1,))
-        >>> books.dispatch(1)
-        Ticket(worker=1, round=1, dispatched_at=1)
+        >>> table = TaskTable("orlomo", num_workers=2, synchronous=False)
+        >>> table.dispatch(1), table.receive(1)
+        (TaskId(worker=1, round=0, dispatched_at=0), (1,))
+        >>> table.dispatch(1)
+        TaskId(worker=1, round=1, dispatched_at=1)
     """
 
     def __init__(self, name: str, num_workers: int, synchronous: bool) -> None:
         """Start at step 0 with every worker idle."""
         self.name, self.num_workers, self.synchronous = name, num_workers, synchronous
         self.step = 0
-        self.held: dict[int, Ticket] = {}
+        self.held: dict[int, TaskId] = {}
         self._rounds = [0] * num_workers
         self._reported_at = [-1] * num_workers
 
@@ -58,16 +58,16 @@ class Books:
         """Return ``worker`` as an int in [0, K), or raise."""
         return check_count("worker", worker, 0, self.num_workers - 1)
 
-    def why_stale(self, ticket: Ticket) -> str | None:
+    def why_stale(self, task_id: TaskId) -> str | None:
         """Return why a report of this task cannot be applied; None where its worker holds it."""
-        worker, round, index = ticket
+        worker, round, index = task_id
         held = self.held.get(worker)
         if held is None:
             return (
                 f"worker {worker} holds no task; got a report of round={round}, "
                 f"dispatched_at={index}, a duplicate or stale one"
             )
-        if held == ticket:
+        if held == task_id:
             return None
         kind = "a duplicate or stale" if round < held.round else "a wrong"
         return (
@@ -75,7 +75,7 @@ class Books:
             f"got a report of round={round}, dispatched_at={index}, {kind} one"
         )
 
-    def dispatch(self, worker: int) -> Ticket:
+    def dispatch(self, worker: int) -> TaskId:
         """Write down a new task.
 
         Raises:
@@ -91,11 +91,11 @@ class Books:
                 f"worker {worker} has reported in this round: {self.name} dispatches "
                 f"it again at step {version + self.num_workers}, not at step {self.step}"
             )
-        ticket = self.held[worker] = Ticket(worker, self._rounds[worker], version)
+        task_id = self.held[worker] = TaskId(worker, self._rounds[worker], version)
         self._rounds[worker] += 1
-        return ticket
+        return task_id
 
-    def release(self, worker: int) -> Ticket:
+    def release(self, worker: int) -> TaskId:
         """Strike out a worker's task.
 
         Raises:
@@ -121,26 +121,26 @@ class Books:
             "step": self.step,
             "rounds": list(self._rounds),
             "reported_at": list(self._reported_at),
-            "held": [list(ticket) for ticket in self.held.values()],
+            "held": [list(task_id) for task_id in self.held.values()],
         }
 
-    def restore(self, books: dict[str, Any]) -> None:
+    def restore(self, snapshot: dict[str, Any]) -> None:
         """Take what :meth:`snapshot` returned.
 
         Raises:
             ValueError, TypeError: If it is of another number of workers, or no snapshot.
         """
-        lists = [books.get("rounds"), books.get("reported_at")]
+        lists = [snapshot.get("rounds"), snapshot.get("reported_at")]
         if any(not isinstance(x, list) or len(x) != self.num_workers for x in lists):
             raise ValueError(
                 f"the snapshot must be of num_workers={self.num_workers}, got rounds={lists[0]}, "
                 f"reported_at={lists[1]}"
             )
-        step, held = check_count("step", books["step"]), {}
-        rounds = [check_count("rounds", value) for value in books["rounds"]]
-        reported_at = [check_count("reported_at", value, -1) for value in books["reported_at"]]
-        for worker, round, index in books["held"]:
+        step, held = check_count("step", snapshot["step"]), {}
+        rounds = [check_count("rounds", value) for value in snapshot["rounds"]]
+        reported_at = [check_count("reported_at", value, -1) for value in snapshot["reported_at"]]
+        for worker, round, index in snapshot["held"]:
             counts = check_count("round", round), check_count("dispatched_at", index, 0, step)
-            held[worker] = Ticket(self.check_worker(worker), *counts)
+            held[worker] = TaskId(self.check_worker(worker), *counts)
         self.step, self.held = step, held
         self._rounds, self._reported_at = rounds, reported_at

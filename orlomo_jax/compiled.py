@@ -1,4 +1,4 @@
-"""A simulated run in compiled stretches: no Python stands between its global iterations."""
+"""The compiled engine: runs segments of a simulated run as one program each."""
 
 from __future__ import annotations
 
@@ -11,116 +11,90 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.arrays import own
-from orlomo_jax.driven import Job, check_job
+from orlomo_jax.books import TaskId
 from orlomo_jax.methods import Method
-from orlomo_jax.plan import Planner, Stretch, count_slots
-from orlomo_jax.reports import ReportRejected, Task
-from orlomo_jax.rounds import RoundMetrics, fused_round
-from orlomo_jax.rules import contract
-from orlomo_jax.server import Holdings, ParameterServer
-from orlomo_jax.server_step import (
-    check_merge_weight,
-    merge_weight_on_host,
-    rounded,
-    server_step,
-    start_momentum,
-)
+from orlomo_jax.plan import Segment, SlotPlanner, count_slots
+from orlomo_jax.reports import Report, ReportRejected, Task
+from orlomo_jax.server import Export, ParameterServer
+from orlomo_jax.state import ServerState
+from orlomo_jax.step import apply_report, check_merge_weight, merge_weight_on_host
+from orlomo_jax.trace import ArrivalTrace
+from orlomo_jax.workload import RoundInput, RoundMetrics, Workload, round_program
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int, PyTree, Scalar
+    from jaxtyping import Array, Int
 
-WorkerAxis: TypeAlias = Literal["loop", "map", "vmap"]
+Rounds: TypeAlias = Literal["loop", "map", "vmap"]
 
 LENGTH = 256
-"""Steps of the longest stretch: shorter ones run the same program, with a smaller bound."""
-
-
-class Version(NamedTuple):
-    """What a task carries; in ``Carry.slots`` every leaf has a leading axis of slots."""
-
-    params: contract.Params
-    model_state: PyTree[Array]
-    momentum: contract.Params | None
-    local_learning_rate: Scalar
+"""Steps of the longest segment; shorter ones run the same program."""
 
 
 class Carry(NamedTuple):
-    """What a stretch hands to the next; it owns its arrays, and each stretch donates them.
+    """What a segment hands to the next; it owns its arrays, and each segment donates them.
 
     Attributes:
-        params: w_t.
-        state: The rule's state.
-        merging: The merged model state.
-        model_state: The server's model state, behind ``merging`` within a synchronous round.
-        local_learning_rate: γ of a task dispatched now.
-        slots: The versions that tasks hold, one copy of each.
-        first_bad: The step of the first non-finite round, −1 for none.
-        metrics: Those of this stretch's rounds, each leaf with a leading axis of LENGTH.
+        state: The server's state.
+        slots: The inputs of outstanding tasks, one copy of each version: every leaf has a leading
+            axis of slots.
+        first_nonfinite: The step of the first non-finite round, −1 for none.
+        metrics: Those of this segment's rounds: every leaf has a leading axis of LENGTH.
     """
 
-    params: contract.Params
-    state: Any
-    merging: PyTree[Array]
-    model_state: PyTree[Array]
-    local_learning_rate: Scalar
-    slots: Version
-    first_bad: Int[Array, ""]
+    state: ServerState
+    slots: RoundInput
+    first_nonfinite: Int[Array, ""]
     metrics: RoundMetrics
 
 
-class Compiled:
-    """Runs a server's job in stretches; the server gets everything back by :meth:`settle`.
+class CompiledEngine:
+    """Simulates a run in compiled segments; see :class:`~orlomo_jax.engine.Engine`.
 
     Args:
-        server: A server that has dispatched its tasks.
-        job: What to run.
-        axis: How the rounds of a group are computed: one by one, each with its server step
+        server: A server that has dispatched its first tasks.
+        workload: What its workers compute.
+        trace: Who reports when.
+        rounds: How the rounds of a group are computed: one by one, each with its server step
             ("loop"), or together before their server steps, by ``jax.lax.map`` or ``jax.vmap``.
         batch: The most rounds of a group; 1 for "loop".
 
     Attributes:
-        metrics: The shapes of a round's metrics.
-        slots: How many versions of w there is room for.
-
-    Raises:
-        ReportRejected: If the job's reports are not like the server's trees.
+        slots: The number of versions of w that there is room for.
     """
 
-    def __init__(self, server: ParameterServer, job: Job, axis: WorkerAxis, batch: int) -> None:
-        """Check the job; the server keeps everything until the first stretch."""
-        self.server, self.job, self._batch = server, job, batch
-        self.program = stretch_program(
-            server.method,
-            server.num_workers,
-            fused_round(job.round_fn),
-            axis,
-            batch,
-            server.sent_dtypes,
-        )
-        self.slots, self._merges = count_slots(job.trace), bool(jax.tree.leaves(server.model_state))
+    def __init__(
+        self,
+        server: ParameterServer,
+        workload: Workload,
+        trace: ArrivalTrace,
+        rounds: Rounds,
+        batch: int,
+    ) -> None:
+        """Leave everything with the server until the first segment."""
+        self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
+        run_round = round_program(workload.round_fn)
+        self.program = segment_program(server.method, run_round, rounds, batch, server.sent_dtypes)
+        self.slots = count_slots(trace)
+        self._merges = bool(jax.tree.leaves(server.model_state))
         self._carry: Carry | None = None
-        self.metrics = check_job(server, job)
-        self.first_bad = -1
+        self._metrics = workload.shapes(server.to_send())[1]
+        self.first_nonfinite: Any = -1
 
     def advance(self, stop: int) -> list[RoundMetrics]:
-        """Step on until ``stop`` reports are applied; return the metrics of each.
+        """Apply reports until step ``stop``; return the metrics of each.
 
         Raises:
-            ReportRejected: If the weight of a report's model state will be out of [0, 1]; nothing
-                of this stretch has run then.
+            ReportRejected: If the weight of a report's model state will be outside [0, 1]; nothing
+                of this segment has run then.
         """
         if self._carry is None:
             self._carry = self.load()
         first = self.server.step
+        _, batch_fn, *keys = self.workload
         carry: Carry = self.program(
-            self.job.batch_fn,
-            self.server.schedule,
-            self._carry,
-            *self.plan(stop),
-            self.job.data_key,
-            self.job.noise_key,
+            batch_fn, self.server.schedule, self._carry, *self.plan(stop), *keys
         )
-        self._carry, self.first_bad = carry, int(carry.first_bad)
+        self._carry, self.first_nonfinite = carry, int(carry.first_nonfinite)
         return by_round(carry.metrics, stop - first)
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
@@ -130,58 +104,53 @@ class Compiled:
             ReportRejected: As :meth:`advance` does.
         """
         first = self.server.step
-        stretch = self._planner.advance(stop, LENGTH)
+        segment = self._planner.advance(stop, LENGTH)
         if self._merges:
-            self._check_merge_weights(first, stretch.dispatched_at[: stop - first])
-        return np.stack(stretch), np.int32(first), np.int32(np.count_nonzero(stretch.sizes))
+            self._check_merge_weights(first, segment.dispatched_at[: stop - first])
+        return np.stack(segment), np.int32(first), np.int32(np.count_nonzero(segment.sizes))
 
-    def peek(self) -> tuple[Any, Any, Any]:
-        """Return params, model state and the rule's state, of use until the next stretch."""
-        source = self.server if self._carry is None else self._carry
-        return source.params, source.model_state, source.state
+    def view(self) -> ServerState:
+        """Return the state, valid until the next segment."""
+        return self.server.view() if self._carry is None else self._carry.state
 
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """Return params, model state and the rule's state; they stay as they are."""
-        return jax.tree.map(jnp.copy, self.peek())
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        return jax.tree.map(jnp.copy, self.view())
 
-    def settle(self) -> None:
-        """Leave everything with the server, just as if it had received each report."""
+    def sync_to_server(self) -> None:
+        """Give the server the state, as if it had received each report."""
         if self._carry is not None:
             self.unload(self._carry)
             self._carry = None
 
+    def load(self) -> Carry:
+        """Take everything from the server."""
+        table, state, tasks = self.server.export()
+        self._planner = SlotPlanner(table, self._trace, self._batch, self.slots)
+        versions = {task.id.dispatched_at: task.start for task in tasks.values()}
+        tasks.clear()
+        state = jax.tree.map(jnp.copy, own(state))
+        slots = _repeat(self._newest(state), self.slots)
+        for version, slot in self._planner.versions.items():
+            slots = _write(slots, own(versions.pop(version)), np.int32(slot))
+        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self._metrics)
+        return Carry(state, slots, jnp.int32(self.first_nonfinite), metrics)
+
     def unload(self, carry: Carry) -> None:
-        """Give the server all that a carry holds."""
-        books = self._planner.books
-        params, state, _, model_state, rate, *_ = carry
-        newest = self._version(params, state, model_state, rate)
-        versions: dict[int | None, Version] = {None: newest}
+        """Give the server all that a carry contains."""
+        table = self._planner.table
+        versions: dict[int | None, RoundInput] = {None: self._newest(carry.state)}
         tasks = {}
-        for worker, ticket in books.held.items():
+        for worker, task_id in table.held.items():
             slot = self._planner.slot(worker)
             if slot is not None and slot not in versions:
                 versions[slot] = _read(carry.slots, np.int32(slot))
-            tasks[worker] = Task(*ticket, *versions[slot])
-        self.server.settle(Holdings(books, *carry[:5], tasks))
+            tasks[worker] = Task(task_id, versions[slot])
+        self.server.import_(Export(table, carry.state, tasks))
 
-    def load(self) -> Carry:
-        """Take everything from the server."""
-        books, *arrays, tasks = self.server.lend()
-        self._planner = Planner(books, self.job.trace, self._batch, self.slots)
-        versions = {task.dispatched_at: Version(*task[3:]) for task in tasks.values()}
-        tasks.clear()
-        params, state, merging, model_state, rate = jax.tree.map(jnp.copy, own(arrays))
-        first_bad = jnp.int32(self.first_bad)
-        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self.metrics)
-        newest = self._version(params, state, model_state, rate)
-        slots = _repeat(newest, self.slots)
-        for version, slot in self._planner.versions.items():
-            slots = _write(slots, own(versions.pop(version)), np.int32(slot))
-        return Carry(params, state, merging, model_state, rate, slots, first_bad, metrics)
-
-    def _version(self, params: Any, state: Any, model_state: Any, rate: Any) -> Version:
+    def _newest(self, state: ServerState) -> RoundInput:
         synchronous = self.server.method.synchronous
-        return _newest(params, state, model_state, rate, synchronous, self.server.sent_dtypes)
+        return state.sent(self.server.sent_dtypes, with_momentum=synchronous)
 
     def _check_merge_weights(self, first: int, dispatched_at: np.ndarray) -> None:
         steps = np.full(LENGTH, first)
@@ -197,76 +166,51 @@ class Compiled:
 
 
 @lru_cache(maxsize=32)
-def stretch_program(
-    method: Method,
-    num_workers: int,
-    run_round: Callable,
-    axis: WorkerAxis,
-    batch: int,
-    dtypes: tuple[Any, ...],
+def segment_program(
+    method: Method, run_round: Callable, rounds: Rounds, batch: int, dtypes: tuple[Any, ...]
 ) -> Callable:
-    """Return a stretch as one compiled program, whatever its length.
+    """Return a segment as one compiled program, whatever its length.
 
     A step writes the newest parameters before it reads its task's: in that order XLA keeps the
     slots in place, in the other it copies all of them in every step.
     """
-    receive = server_step(method, False, False)
-    over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}[axis]
+    over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}
+    together = over_rows[rounds]
 
     @partial(jax.jit, donate_argnames="carry")
-    def run(batch_fn, schedule, carry, stretch, first, groups, data_key, noise_key):
-        stretch = Stretch(*jnp.asarray(stretch))  # NumPy arrays where JAX does not compile
+    def run(batch_fn, schedule, carry, segment, first, groups, data_key, noise_key):
+        segment = Segment(*jnp.asarray(segment))  # NumPy arrays if JAX does not compile
 
         def compute(slots, row):
-            task = jax.tree.map(lambda x: _at(x, stretch.reads[row]), slots)
-            worker, round = stretch.workers[row], stretch.rounds[row]
-            keys = (data_key, noise_key)
-            return run_round(batch_fn, *task, *keys, worker, round, first + row, jnp.int32(-1))
+            start = jax.tree.map(lambda x: _at(x, segment.reads[row]), slots)
+            counts = segment.workers[row], segment.rounds[row], first + row, jnp.int32(-1)
+            return run_round(batch_fn, start, data_key, noise_key, *counts)
 
         def write(carry, row):
-            params, state, _, model_state, rate, *_ = carry
-            newest = _newest(params, state, model_state, rate, method.synchronous, dtypes)
-            return carry._replace(slots=_put(carry.slots, newest, stretch.writes[row]))
+            newest = carry.state.sent(dtypes, with_momentum=method.synchronous)
+            return carry._replace(slots=_put(carry.slots, newest, segment.writes[row]))
 
         def apply(carry, row, answer):
-            (result, metrics, bad), step = answer, first + row
-            params, state, merging, rate = receive(
-                [],
-                carry.params,
-                carry.state,
-                carry.merging,
-                result.update,
-                result.model_state,
-                step,
-                stretch.dispatched_at[row],
-                stretch.workers[row],
-                schedule,
-            )
-            model_state, rate = merging, carry.local_learning_rate if rate is None else rate
-            if method.synchronous:  # what is dispatched stays through a round
-                ends = (step + 1) % num_workers == 0
-                model_state, rate = jax.tree.map(
-                    lambda new, old: jnp.where(ends, new, old),
-                    (model_state, rate),
-                    (carry.model_state, carry.local_learning_rate),
-                )
-            first_bad = jnp.where(carry.first_bad < 0, bad, carry.first_bad)
-            kept = _put(carry.metrics, metrics, row)
-            new = Carry(params, state, merging, model_state, rate, carry.slots, first_bad, kept)
+            result, metrics, bad = answer
+            task_id = TaskId(segment.workers[row], segment.rounds[row], segment.dispatched_at[row])
+            report = Report(task_id, result.update, result.model_state)
+            state = apply_report(method, carry.state, report, first + row, schedule)
+            bad = jnp.where(carry.first_nonfinite < 0, bad, carry.first_nonfinite)
+            new = Carry(state, carry.slots, bad, _put(carry.metrics, metrics, row))
             return jax.tree.map(_as, new, carry)
 
         def group(index, carry):
-            start = stretch.starts[index]
+            start = segment.starts[index]
             carry = write(carry, start)
-            if over_rows is None:
+            if together is None:
                 return apply(carry, start, compute(carry.slots, start))
-            answers = over_rows(partial(compute, carry.slots), start + jnp.arange(batch))
+            answers = together(partial(compute, carry.slots), start + jnp.arange(batch))
 
             def step(row, carry):
                 answer = jax.tree.map(lambda x: _at(x, row), answers)
                 return apply(write(carry, start + row), start + row, answer)
 
-            return jax.lax.fori_loop(0, stretch.sizes[index], step, carry)
+            return jax.lax.fori_loop(0, segment.sizes[index], step, carry)
 
         return jax.lax.fori_loop(0, groups, group, carry)
 
@@ -281,13 +225,6 @@ def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
         return [RoundMetrics(loss, others) for loss in losses]
     rows = (jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True))
     return [RoundMetrics(*pair) for pair in zip(losses, rows, strict=True)]
-
-
-def _newest(params, state, model_state, rate, synchronous, dtypes) -> Version:
-    """Return what a task dispatched now carries."""
-    momentum = start_momentum(state) if synchronous else None
-    params, model_state = rounded((params, model_state), dtypes)
-    return Version(params, model_state, momentum, rate)
 
 
 def _as(x: Array, old: Array) -> Array:
@@ -310,5 +247,5 @@ _write = jax.jit(_put, donate_argnums=0)
 
 
 @partial(jax.jit, static_argnums=1)
-def _repeat(version: Version, count: int) -> Version:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), version)
+def _repeat(start: RoundInput, count: int) -> RoundInput:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)

@@ -11,7 +11,7 @@ import numpy as np
 
 from orlomo_jax.fingerprint import fingerprint
 from orlomo_jax.methods import Method
-from orlomo_jax.server_step import merge_weight_on_host
+from orlomo_jax.step import merge_weight_on_host
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from orlomo_jax.checks import check_same
 from orlomo_jax.locks import open_alone
-from orlomo_jax.order import Event
+from orlomo_jax.order import TraceEvent
 from orlomo_jax.trace import ArrivalTrace
 
 _FORMAT = "orlomo_jax.Journal"
@@ -53,7 +53,7 @@ class Journal:
     Attributes:
         identity: Of the run; ``absent`` is that of the file where it is continued.
         arrivals: Every :class:`Arrival`, in order.
-        events: Every :class:`~orlomo_jax.Event`, in order.
+        events: Every :class:`~orlomo_jax.TraceEvent`, in order.
         rejected: Pairs of the step and the reason's text, in order.
 
     Raises:
@@ -77,7 +77,7 @@ class Journal:
         self.identity = {"absent": []} | json.loads(json.dumps(identity))
         self.path = None if path is None else Path(path)
         self.arrivals: list[Arrival] = []
-        self.events: list[Event] = []
+        self.events: list[TraceEvent] = []
         self.rejected: list[tuple[int, str]] = []
         self._file: IO[bytes] | None = None
         self._size = 0  # of the whole lines that were read
@@ -123,7 +123,7 @@ class Journal:
         self._note(row)
 
     def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:
-        """Note an event of an :class:`~orlomo_jax.Event`'s kind, before the next arrival."""
+        """Note an event of an :class:`~orlomo_jax.TraceEvent`'s kind, before the next arrival."""
         step = len(self.arrivals)
         self._note({"event": kind, "step": step, "worker": worker, "time": time, "why": why})
 
@@ -173,7 +173,7 @@ class Journal:
 
     def _remember(self, line: dict[str, Any]) -> None:
         if "event" in line:
-            self.events.append(Event(line["step"], line["event"], line["worker"]))
+            self.events.append(TraceEvent(line["step"], line["event"], line["worker"]))
         elif "rejected" in line:
             self.rejected.append((line["step"], f"{line['rejected']}: {line['why']}"))
         else:

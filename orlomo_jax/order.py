@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # numpy.typing takes half as long to import as all of this li
     from numpy.typing import NDArray
 
 
-class Event(NamedTuple):
+class TraceEvent(NamedTuple):
     """Something that happens to a worker beside the arrival of its report.
 
     Attributes:
@@ -52,7 +52,7 @@ class Order(NamedTuple):
     num_workers: int
     workers: NDArray[np.int32]
     synchronous: bool
-    events: tuple[Event, ...]
+    events: tuple[TraceEvent, ...]
     rounds: NDArray[np.int32]
     dispatched_at: NDArray[np.int32]
     in_flight: NDArray[np.int32]
@@ -110,7 +110,7 @@ def check_times(times: Any, num_steps: int) -> NDArray[np.float64]:
     return times
 
 
-def late_joiners(events: Sequence[Event]) -> set[int]:
+def late_joiners(events: Sequence[TraceEvent]) -> set[int]:
     """Return the workers who are absent at the start and join later."""
     first_kinds = {worker: kind for _, kind, worker in reversed(events)}
     return {worker for worker, kind in first_kinds.items() if kind == "joined"}
@@ -171,10 +171,10 @@ def _replay(workers, num_workers, synchronous, events):
     return rounds, dispatched_at, np.array(held)
 
 
-def _events(events, num_workers: int, num_steps: int) -> tuple[Event, ...]:
+def _events(events, num_workers: int, num_steps: int) -> tuple[TraceEvent, ...]:
     if not isinstance(events, Iterable):
         raise TypeError(f"`events` must be a sequence, got events={events!r}")
-    checked: list[Event] = []
+    checked: list[TraceEvent] = []
     for index, event in enumerate(events):
         name = f"events[{index}]"
         if not isinstance(event, tuple | list) or len(event) != 3:
@@ -183,7 +183,9 @@ def _events(events, num_workers: int, num_steps: int) -> tuple[Event, ...]:
         if kind not in _KINDS:
             raise ValueError(f"`{name}.kind` must be one of {_KINDS}, got {kind!r}")
         step = check_count(f"{name}.step", step, checked[-1].step if checked else 0, num_steps)
-        checked.append(Event(step, kind, check_count(f"{name}.worker", worker, 0, num_workers - 1)))
+        checked.append(
+            TraceEvent(step, kind, check_count(f"{name}.worker", worker, 0, num_workers - 1))
+        )
     return tuple(checked)
 
 

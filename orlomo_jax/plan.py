@@ -1,4 +1,4 @@
-"""Stretches of a simulated run, planned ahead: which step reads and writes which copy of w."""
+"""Segmentes of a simulated run, planned ahead: which step reads and writes which copy of w."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from orlomo_jax.books import Books, Ticket
-from orlomo_jax.order import Event
+from orlomo_jax.books import TaskId, TaskTable
+from orlomo_jax.order import TraceEvent
 from orlomo_jax.trace import ArrivalTrace
 
 if TYPE_CHECKING:
@@ -33,26 +33,31 @@ class Events:
 
     def __init__(self, trace: ArrivalTrace) -> None:
         """Sort them."""
-        self._by_step: defaultdict[int, list[Event]] = defaultdict(list)
+        self._by_step: defaultdict[int, list[TraceEvent]] = defaultdict(list)
         for event in trace.events:
             self._by_step[event.step].append(event)
 
     def apply(self, step: int, to: Dispatches) -> None:
         """Do what happens before the arrival of ``step``."""
         for event in self._by_step.get(step, ()):
-            if event.kind in ("redispatched", "joined"):
-                to.dispatch(event.worker)
-            elif to.held(event.worker) is not None:
-                to.release(event.worker)
+            apply_event(event, to)
 
 
-class Stretch(NamedTuple):
-    """Consecutive steps as data, int32[length] each; entries beyond the stretch are padding.
+def apply_event(event: TraceEvent, to: Dispatches) -> None:
+    """Do what an event says."""
+    if event.kind in ("redispatched", "joined"):
+        to.dispatch(event.worker)
+    elif to.held(event.worker) is not None:
+        to.release(event.worker)
+
+
+class Segment(NamedTuple):
+    """Consecutive steps as data, int32[length] each; entries beyond the segment are padding.
 
     At step t the newest parameters are written to slot ``writes[t]``, and the report is computed
     from slot ``reads[t]``. A group is a run of steps whose tasks were all dispatched before it, so
     that its rounds can be computed together: every entry of ``starts`` is its first step, counted
-    within the stretch, and of ``sizes`` how many steps it has.
+    within the segment, and of ``sizes`` how many steps it has.
     """
 
     workers: NDArray[np.int32]
@@ -64,16 +69,16 @@ class Stretch(NamedTuple):
     sizes: NDArray[np.int32]
 
 
-class Planner:
-    """Runs the books ahead of the arrays, and finds every version of w a slot to live in.
+class SlotPlanner:
+    """Runs the task table ahead of the arrays, and assigns a slot to every version of w.
 
     All tasks of one version share a slot, and a slot whose last task has reported is free for the
-    next version: there are never more than distinct versions at work. The newest version has none
-    yet: the step that comes next writes it, to a slot of its own where a task holds it by then,
-    else to one that is free.
+    next version: a run needs at most one slot for each version in use. The newest version gets its
+    slot when the next step writes it: a slot of its own if a task has it by then, else any free
+    one.
 
     Args:
-        books: The books to run ahead; changed in place.
+        table: The table to run ahead; changed in place.
         trace: The arrivals.
         batch: The most steps of a group.
         slots: How many slots there are, at least :func:`count_slots`.
@@ -82,28 +87,28 @@ class Planner:
         versions: The slot of every version that tasks held at the start, but the newest.
 
     Example:
-        >>> books = Books("orlomo", 2, synchronous=False)
-        >>> tickets = [books.dispatch(worker) for worker in range(2)]
-        >>> planner = Planner(books, ArrivalTrace.from_workers([0, 0, 1], 2), batch=2, slots=2)
-        >>> stretch = planner.advance(3, length=3)
-        >>> stretch.writes.tolist(), stretch.reads.tolist()  # worker 1 holds w_0 till the end
+        >>> table = TaskTable("orlomo", 2, synchronous=False)
+        >>> tickets = [table.dispatch(worker) for worker in range(2)]
+        >>> planner = SlotPlanner(table, ArrivalTrace.from_workers([0, 0, 1], 2), batch=2, slots=2)
+        >>> segment = planner.advance(3, length=3)
+        >>> segment.writes.tolist(), segment.reads.tolist()  # worker 1 holds w_0 till the end
         ([0, 1, 1], [0, 1, 0])
-        >>> stretch.starts.tolist(), stretch.sizes.tolist()
+        >>> segment.starts.tolist(), segment.sizes.tolist()
         ([0, 1, 0], [1, 2, 0])
     """
 
-    def __init__(self, books: Books, trace: ArrivalTrace, batch: int, slots: int) -> None:
+    def __init__(self, table: TaskTable, trace: ArrivalTrace, batch: int, slots: int) -> None:
         """Give the versions that are held their slots."""
-        self.books, self.batch = books, batch
+        self.table, self.batch = table, batch
         self._workers, self._events = trace.workers, Events(trace)
         self._free = list(range(slots))[::-1]
         self._users = [0] * slots
-        self._written = [books.step] * slots  # at which step
+        self._written = [table.step] * slots  # at which step
         self._slots: dict[int, int] = {}  # by worker
         self._newest: int | None = None  # its slot, where a task holds it
         self.versions: dict[int, int] = {}
-        for worker, (_, _, version) in books.held.items():
-            if version == books.step:
+        for worker, (_, _, version) in table.held.items():
+            if version == table.step:
                 self._hold_newest(worker)
             else:
                 if version not in self.versions:
@@ -115,45 +120,45 @@ class Planner:
         slot = self._slots[worker]
         return None if slot == self._newest else slot
 
-    def held(self, worker: int) -> Ticket | None:
+    def held(self, worker: int) -> TaskId | None:
         """Return the worker's ticket."""
-        return self.books.held.get(worker)
+        return self.table.held.get(worker)
 
     def dispatch(self, worker: int) -> None:
         """Send the newest version."""
-        self.books.dispatch(worker)
+        self.table.dispatch(worker)
         self._hold_newest(worker)
 
     def release(self, worker: int) -> None:
         """Give up a task."""
-        self.books.release(worker)
+        self.table.release(worker)
         self._leave(worker)
 
-    def advance(self, stop: int, length: int) -> Stretch:
-        """Run the books from their step to ``stop``, at most ``length`` steps on."""
-        first, books = self.books.step, self.books
+    def advance(self, stop: int, length: int) -> Segment:
+        """Plan the steps until ``stop``, at most ``length`` of them."""
+        first, table = self.table.step, self.table
         rows, written = [], []
         for t in range(first, stop):
             self._events.apply(t, self)
             worker = int(self._workers[t])
             write = self._free[-1] if self._newest is None else self._newest
-            rows.append((*books.held[worker], self._slots[worker], write))
+            rows.append((*table.held[worker], self._slots[worker], write))
             written.append(self._written[self._slots[worker]])
             self._leave(worker)
             self._newest = None
-            for waiting in books.receive(worker):
+            for waiting in table.receive(worker):
                 self.dispatch(waiting)
-        table = np.zeros((len(Stretch._fields), length), np.int32)
-        table[:5, : len(rows)] = np.array(rows, np.int32).T
+        columns = np.zeros((len(Segment._fields), length), np.int32)
+        columns[:5, : len(rows)] = np.array(rows, np.int32).T
         starts = group_starts(np.array(written), first, self.batch)
-        table[5, : len(starts)] = starts
-        table[6, : len(starts)] = np.diff(starts, append=len(rows))
-        return Stretch(*table)
+        columns[5, : len(starts)] = starts
+        columns[6, : len(starts)] = np.diff(starts, append=len(rows))
+        return Segment(*columns)
 
     def _hold_newest(self, worker: int) -> None:
         if self._newest is None:
             self._newest = self._free.pop()
-            self._written[self._newest] = self.books.step
+            self._written[self._newest] = self.table.step
         self._hold(worker, self._newest)
 
     def _hold(self, worker: int, slot: int) -> None:

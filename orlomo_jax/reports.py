@@ -1,4 +1,4 @@
-"""What server and workers say to each other, and what a report's payload must be."""
+"""Tasks and reports: what server and workers send each other, and the checks of a report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.books import TaskId, TaskTable
+from orlomo_jax.checks import check_count
 from orlomo_jax.rules import LocalUpdate, base, contract
 from orlomo_jax.worker import RoundResult, all_finite
+from orlomo_jax.workload import RoundInput
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Scalar
+    from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
 
@@ -21,19 +24,15 @@ class Report(NamedTuple):
     """What a worker sends after a round.
 
     Attributes:
-        worker: k in [K].
-        round: The task's round.
-        dispatched_at: The task's step, i = ite(t, k).
+        id: The :class:`TaskId` of the task.
         update: Δw and Δu, trees like params.
         model_state: The worker's model state after the round, or None.
         loss: float[S], for the records; not read by the server.
         finite: Whether update and model state are free of NaN and Inf; None asks the server to
-            look. NumPy leaves are always looked at.
+            check. NumPy leaves are always checked.
     """
 
-    worker: int
-    round: int
-    dispatched_at: int
+    id: TaskId
     update: LocalUpdate
     model_state: PyTree[ArrayLike] = None
     loss: Float[ArrayLike, " S"] | None = None
@@ -44,26 +43,16 @@ class Task(NamedTuple):
     """What the server sends to a worker.
 
     Attributes:
-        worker: k in [K].
-        round: How many tasks this worker was sent before.
-        dispatched_at: The step t of ``params``; K⌊t/K⌋ for a synchronous method.
-        params: w_t. Shared with the server and other tasks: do not donate it.
-        model_state: The server's model state, or None.
-        momentum: The buffer to start from (PRSGDm), else None.
-        local_learning_rate: γ at the server's step, float32[].
+        id: Worker, round, and the step of the parameters.
+        start: What the round starts from.
     """
 
-    worker: int
-    round: int
-    dispatched_at: int
-    params: contract.Params
-    model_state: PyTree[Array]
-    momentum: contract.Params | None
-    local_learning_rate: Scalar
+    id: TaskId
+    start: RoundInput
 
     def report(self, result: RoundResult) -> Report:
         """Return the report of this task's round."""
-        return Report(*self[:3], result.update, result.model_state, result.loss, result.finite)
+        return Report(self.id, result.update, result.model_state, result.loss, result.finite)
 
 
 class ReportRejected(ValueError):
@@ -80,8 +69,8 @@ class ReportRejected(ValueError):
         self.reason: Reason = reason
 
 
-class Form:
-    """What the reports to a server are like, worked out once: the check of one is a single pass.
+class ReportSchema:
+    """Expected structure, shapes and dtypes of a report, so that each check is one pass.
 
     Args:
         params: The server's parameters; abstract leaves will do.
@@ -102,6 +91,33 @@ class Form:
         )
         self._momentum = self._params if momentum else None
         self._signature = _signature((LocalUpdate(self._params, self._momentum), self._model_state))
+
+    def validate(self, report: Report, table: TaskTable) -> None:
+        """Raise unless a report is of an outstanding task, well formed and finite.
+
+        Raises:
+            ReportRejected: The message says what is wrong.
+        """
+        reason: Reason = "malformed"
+        try:
+            if not isinstance(report, Report):
+                raise TypeError(f"`report` must be a Report, got {type(report).__name__}")
+            if not (isinstance(report.id, tuple) and len(report.id) == 3):
+                raise TypeError(f"`id` must be the TaskId of a task, got id={report.id!r}")
+            worker, round, index = report.id
+            task_id = TaskId(
+                table.check_worker(worker),
+                check_count("round", round),
+                check_count("dispatched_at", index),
+            )
+            if (why := table.why_stale(task_id)) is not None:
+                reason = "stale"
+                raise ValueError(why)
+            self.check(report)
+            reason = "not finite"
+            check_finite(report)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ReportRejected(str(error), reason) from error
 
     def check(self, report: Report) -> None:
         """Raise unless the report's trees are like the server's.

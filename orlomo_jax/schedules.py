@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.methods import Method
-from orlomo_jax.server_step import as_partial, on_cpu
+from orlomo_jax.step import on_cpu
+from orlomo_jax.workload import as_partial
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -32,7 +33,7 @@ def check_schedules(method: Method, schedule: Callable | None, num_steps: int) -
 
     Example:
         >>> from orlomo_jax import make_method
-        >>> check_schedules(make_method("al_sgd", 2), lambda step: 1.0 - 0.25 * step, 10)
+        >>> check_schedules(make_method("al_sgd", 2, 1), lambda step: 1.0 - 0.25 * step, 10)
         Traceback (most recent call last):
         ...
         ValueError: `local_learning_rate` must be finite and ≥ 0, got -0.25 at step 5

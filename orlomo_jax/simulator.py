@@ -1,156 +1,40 @@
-"""K delayed workers on one device, exactly: a virtual clock drives the parameter server."""
+"""Simulates K delayed workers on one device, exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
 import optax
 
 from orlomo_jax.arrays import mesh_context
-from orlomo_jax.checkpoint import Checkpoints
-from orlomo_jax.checks import check_count
-from orlomo_jax.compiled import LENGTH, Compiled
-from orlomo_jax.driven import Driven, Job, check_job
-from orlomo_jax.form import Form, choose
-from orlomo_jax.history import Evaluation, Progress, StepRecord, TrainingResult, ends_run, evaluated
+from orlomo_jax.arrivals import ComputeTimes, heterogeneous, simulate_arrivals
+from orlomo_jax.callbacks import AnyCallback
+from orlomo_jax.checkpoint import JOURNAL, Checkpoints, Saved
+from orlomo_jax.engine import Compiled, Eager, choose, make_engine
+from orlomo_jax.history import TrainingResult
+from orlomo_jax.identity import of_keys
 from orlomo_jax.interrupts import put_off_interrupts
-from orlomo_jax.methods import Method
+from orlomo_jax.methods import Method, round_of
 from orlomo_jax.pure import check_pure
-from orlomo_jax.resume import begin_or_resume, of_arrivals
-from orlomo_jax.rounds import RoundMetrics, check_key
+from orlomo_jax.recorder import Recording, RunRecorder
 from orlomo_jax.rules import contract
+from orlomo_jax.saving import RunSaver, run_identity
 from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
-from orlomo_jax.server_step import as_partial
-from orlomo_jax.together import Alone, Lane, Together
+from orlomo_jax.together import Alone, Together
 from orlomo_jax.trace import ArrivalTrace
+from orlomo_jax.workload import Workload, check_key
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Int, PyTree, Scalar
+    from jaxtyping import Array, ArrayLike, Int, PyTree
 
-    from orlomo_jax.compiled import WorkerAxis
+    from orlomo_jax.recorder import Evaluate
 
     BatchFn = Callable[[Array, Int[Array, ""], Int[Array, ""]], PyTree[Array]]
-    Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
-
-
-def simulate(
-    method: Method,
-    round_fn: Callable,
-    batch_fn: BatchFn,
-    params: contract.Params,
-    trace: ArrivalTrace,
-    *,
-    key: Array,
-    model_state: PyTree[ArrayLike] = None,
-    local_learning_rate: float | optax.Schedule,
-    evaluate: Evaluate | None = None,
-    evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], bool | None] | None = None,
-    checkpoint: Checkpoints | None = None,
-    compiled: Literal["auto"] | bool = "auto",
-    worker_axis: Literal["auto"] | WorkerAxis = "auto",
-    compute_batch: int | None = None,
-) -> TrainingResult:
-    """Train with K delayed workers whose reports arrive in the order of ``trace``.
-
-    The mathematics is exact whatever the delays: each report is computed from the very parameters
-    that its worker was sent. The same seed and trace give the same parameters to the bit (same
-    program, jaxlib, flags and device).
-
-    Randomness: ``data_key, noise_key = jax.random.split(key)``. ``batch_fn`` gets ``data_key``; a
-    round's own key is ``fold_in(fold_in(noise_key, worker), round)``. Both depend on worker and
-    round alone, never on the arrival order.
-
-    Args:
-        method: A :class:`~orlomo_jax.Method`.
-        round_fn: ``method.local_round(loss_fn, num_local_steps)``.
-        batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able
-            and hashable. Arrays of a ``jax.tree_util.Partial`` are handed over as arguments; those
-            that a function closes over become constants of the compiled program.
-        params: w_0.
-        trace: Who reports when; T steps. A synchronous method needs a synchronous trace.
-        key: A ``jax.random.key``.
-        model_state: See :class:`~orlomo_jax.ParameterServer`.
-        local_learning_rate: γ, a float or a schedule of the server's step.
-        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is tried
-            once before the first step.
-        evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`StepRecord` for each step, in order: after it, or after the
-            compiled stretch that it belongs to. Of a diverging run also for some steps after the
-            one that ``diverged_at`` will name. If it returns True or raises StopIteration, the run
-            ends there (a compiled one after the stretch), with the status "stopped"; a checkpoint
-            is saved first.
-        checkpoint: Where to save as the run goes. A run whose folder holds a checkpoint of the same
-            run goes on from the newest, and ends as the unbroken run does, to the bit; ``on_step``
-            then sees the steps after it alone. The trace may have become longer. Another setting of
-            method, round, batches, learning rate, key or program (the three arguments below) is
-            refused, and so are other trees; see :class:`~orlomo_jax.Checkpoints`. What is not
-            noticed is another w_0, and code of the loss that changes neither names nor numbers.
-        compiled: Whether stretches of at most 256 steps, up to the next evaluation or checkpoint,
-            run as one compiled program each, or every step is driven from Python. "auto" is True
-            but on a CPU for a million parameters or more, whose copies cost more than Python, and
-            for a loss that convolves, whose gradient XLA runs 6 to 39 times slower inside a loop.
-            Both keep the same books; their parameters differ by rounding.
-        worker_axis: How compiled rounds that do not depend on one another's reports are computed:
-            one by one ("loop"), or together, up to K of them whatever the delays, by
-            ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap"). "auto" is "loop" on a CPU, where
-            vmap gains nothing, and where the loss convolves, which vmap turns into slow grouped
-            convolutions; else "vmap".
-        compute_batch: The most rounds computed together, ≥ 1, which bounds the memory: that many
-            reports wait to be applied. None is as many as can be on average over the trace.
-
-    Returns:
-        A :class:`TrainingResult`.
-
-    Raises:
-        ValueError: If method and trace do not fit together, an argument is out of range (a schedule
-            at any step of the run), or ``checkpoint`` is of another run.
-        BlockingIOError: If another run has the folder of ``checkpoint``.
-        TypeError: If ``key`` is no key, a leaf of params or model state is not floating, or
-            ``batch_fn`` gives another batch each time it is called.
-
-    Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from orlomo_jax import ArrivalTrace, make_method, simulate
-        >>> def loss_fn(params, model_state, batch, key):
-        ...     return jnp.mean((params - batch) ** 2), (model_state, {})
-        >>> def batch_fn(key, worker, round):
-        ...     return jnp.ones((4, 1))
-        >>> method = make_method("orlomo", num_workers=2)
-        >>> result = simulate(
-        ...     method,
-        ...     method.local_round(loss_fn, num_local_steps=4),
-        ...     batch_fn,
-        ...     jnp.zeros(1),
-        ...     ArrivalTrace.from_workers([0, 1, 1] * 10, num_workers=2),
-        ...     key=jax.random.key(0),
-        ...     local_learning_rate=0.01,
-        ... )
-        >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
-        ('finished', True)
-    """
-    with put_off_interrupts(checkpoint is not None) as interrupted:
-        results = simulate_together(
-            method,
-            round_fn,
-            batch_fn,
-            [RunStart(params, trace, key, local_learning_rate, model_state)],
-            evaluate=evaluate,
-            evaluate_every=evaluate_every,
-            on_step=on_step,
-            checkpoint=checkpoint,
-            stop=interrupted,
-            compiled=compiled,
-            worker_axis=worker_axis,
-            compute_batch=compute_batch,
-        )
-    assert results is not None  # or it was interrupted
-    return results[0]
 
 
 class RunStart(NamedTuple):
@@ -163,8 +47,129 @@ class RunStart(NamedTuple):
     model_state: PyTree[ArrayLike] = None
 
 
+def simulate(
+    method: Method,
+    loss_fn: Callable | None,
+    batch_fn: BatchFn,
+    params: contract.Params,
+    *,
+    num_steps: int | None = None,
+    compute_times: ComputeTimes | None = None,
+    trace: ArrivalTrace | None = None,
+    trace_seed: int = 0,
+    key: Array,
+    model_state: PyTree[ArrayLike] = None,
+    local_learning_rate: float | optax.Schedule,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    callbacks: Sequence[AnyCallback] = (),
+    checkpoint: Checkpoints | None = None,
+    engine: Literal["auto", "eager", "compiled"] | Eager | Compiled = "auto",
+    round_fn: Callable | None = None,
+) -> TrainingResult:
+    """Train with K delayed workers on one device, exactly.
+
+    Each report is computed from the very parameters that its worker was sent, whatever the delays.
+    The same arguments give the same parameters bit for bit (same program, jaxlib, flags, device).
+
+    Randomness: ``data_key, noise_key = jax.random.split(key)``. ``batch_fn`` gets ``data_key``; a
+    round's own key is ``fold_in(fold_in(noise_key, worker), round)``. Both depend only on worker
+    and round, not on the order of arrivals.
+
+    Args:
+        method: A :class:`~orlomo_jax.Method`: the server rule, K and S.
+        loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))``;
+            see :func:`~orlomo_jax.from_loss` for a plain one. None if ``round_fn`` is given.
+        batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able
+            and hashable. Arrays of a ``jax.tree_util.Partial`` are arguments of the compiled
+            program; arrays in a closure become its constants. Or :class:`~orlomo_jax.HostBatches`.
+        params: w_0.
+        num_steps: T, the number of reports to apply; not with ``trace``.
+        compute_times: How fast the workers are; None is :func:`~orlomo_jax.heterogeneous`.
+        trace: Who reports when, instead of ``num_steps`` and ``compute_times``: that of a real run,
+            for example. A synchronous method needs a synchronous trace.
+        trace_seed: Seed of the compute times, an integer ≥ 0.
+        key: A ``jax.random.key``.
+        model_state: See :class:`~orlomo_jax.ParameterServer`.
+        local_learning_rate: γ, a float or a schedule of the server's step.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is tried
+            once before the first step.
+        evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
+        callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
+            :class:`~orlomo_jax.StepRecord`. One can end the run.
+        checkpoint: Where to save. If the folder contains a checkpoint of the same run, the run
+            resumes from the newest, and ends as the unbroken run does, bit for bit; callbacks see
+            only the steps after it. The trace may have become longer. Another setting of method,
+            round, batches, learning rate, key or engine is refused, and so are other trees; see
+            :class:`~orlomo_jax.Checkpoints`. Not noticed: another w_0, and code of the loss that
+            changes neither names nor numbers.
+        engine: ``"eager"`` drives every step from Python; ``"compiled"``, or
+            :class:`~orlomo_jax.Compiled` with settings, runs up to 256 steps as one program.
+            ``"auto"`` compiles, except on a CPU for a million parameters or more, or for a loss
+            with convolutions. Parameters of the two differ by rounding.
+        round_fn: The local round, if it is not ``method.local_round(loss_fn)``.
+
+    Returns:
+        A :class:`TrainingResult`. Divergence is not an error: see its ``status``.
+
+    Raises:
+        ValueError: If method and trace do not fit together, an argument is out of range (a schedule
+            at any step of the run), or ``checkpoint`` is of another run.
+        BlockingIOError: If another run writes to the folder of ``checkpoint``.
+        TypeError: If ``key`` is not a key, a leaf of params or model state is not floating, or
+            ``batch_fn`` returns another batch each time it is called.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import from_loss, make_method, simulate
+        >>> result = simulate(
+        ...     make_method("orlomo", num_workers=2, num_local_steps=4),
+        ...     from_loss(lambda params, batch: jnp.mean((params - batch) ** 2)),
+        ...     lambda key, worker, round: jnp.ones((4, 1)),
+        ...     jnp.zeros(1),
+        ...     num_steps=30,
+        ...     key=jax.random.key(0),
+        ...     local_learning_rate=0.01,
+        ... )
+        >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
+        ('finished', True)
+    """
+    round_fn = round_of(method, loss_fn, round_fn)
+    if trace is None:
+        trace = _sampled(method, num_steps, compute_times, trace_seed)
+    elif num_steps is not None or compute_times is not None:
+        raise ValueError("`trace` says who reports when: pass no num_steps and no compute_times")
+    start = RunStart(params, trace, key, local_learning_rate, model_state)
+    with put_off_interrupts(checkpoint is not None) as interrupted:
+        results = simulate_together(
+            method,
+            round_fn,
+            batch_fn,
+            [start],
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            callbacks=callbacks,
+            checkpoint=checkpoint,
+            stop=interrupted,
+            engine=engine,
+        )
+    assert results is not None  # or it was interrupted
+    return results[0]
+
+
+def _sampled(
+    method: Method, num_steps: int | None, compute_times: ComputeTimes | None, seed: int
+) -> ArrivalTrace:
+    if num_steps is None:
+        raise ValueError("`num_steps` must be given, or a trace")
+    model = heterogeneous() if compute_times is None else compute_times
+    K, S = method.num_workers, method.num_local_steps
+    return simulate_arrivals(model, K, num_steps, S, seed, synchronous=method.synchronous)
+
+
 def _in_their_mesh(function: Any) -> Any:
-    """Run a function of ``starts`` in the mesh of their parameters, where it has explicit axes."""
+    """Run a function of ``starts`` in the mesh of their parameters, if it has explicit axes."""
 
     @wraps(function)
     def call(method, round_fn, batch_fn, starts, **options):
@@ -183,32 +188,28 @@ def simulate_together(
     *,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], bool | None] | None = None,
+    callbacks: Sequence[AnyCallback] = (),
     checkpoint: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
-    compiled: Literal["auto"] | bool = "auto",
-    worker_axis: Literal["auto"] | WorkerAxis = "auto",
-    compute_batch: int | None = None,
+    engine: Any = "auto",
 ) -> list[TrainingResult] | None:
     """Simulate runs of one method, shape and length; several go through one compiled program.
 
-    Several runs are computed by ``vmap`` over the runs, each report by itself. Their results are
-    those of single runs up to rounding. If a run diverges, the others go on.
+    Several runs are computed by ``vmap`` over the runs. Their results are those of single runs up
+    to rounding. If a run diverges, the others continue.
 
     Args:
         method: As in :func:`simulate`, and so are all arguments that are not named here.
         round_fn: The local round of all runs.
         batch_fn: The batch function of all runs.
         starts: At least one run; constant learning rates and schedules cannot be mixed.
-        evaluate: Called for each run on its own.
+        evaluate: Called for each run.
         evaluate_every: Steps between evaluations.
-        on_step: Called for the first run alone.
+        callbacks: They see the first run only.
         checkpoint: All runs share one folder, and resume together.
-        stop: Asked after each stretch of at most 256 steps. If it returns True, the runs are saved
-            to ``checkpoint``, where there is one, and the call ends.
-        compiled: Of several runs always compiled.
-        worker_axis: Of several runs always "loop".
-        compute_batch: Of several runs always 1.
+        stop: Called after each segment. If it returns True, the runs are saved to ``checkpoint``,
+            if there is one, and the call ends.
+        engine: Of several runs always ``Compiled(rounds="loop")``.
 
     Returns:
         The result of each run, or None if ``stop`` ended the call.
@@ -217,204 +218,120 @@ def simulate_together(
         ValueError: If there is no run, or the runs cannot share a program.
     """
     if not starts:
-        raise ValueError("`starts` must hold at least one run")
-    for start in starts:
-        _check_fit(method, start.trace, start.key, evaluate_every)
+        raise ValueError("`starts` must contain at least one run")
     num_steps = starts[0].trace.num_steps
     if any(start.trace.num_steps != num_steps for start in starts):
         raise ValueError("the traces of runs together must have the same number of steps")
-    several = len(starts) > 1
-    if several:
-        compiled, worker_axis, compute_batch = True, "loop", None
-    batch_fn = as_partial(batch_fn)
-    check_pure(batch_fn, starts[0].key)
-    runs = [_Run(method, round_fn, batch_fn, start) for start in starts]
-    for run in runs:
-        check_schedules(method, run.server.schedule, num_steps)
-    form = choose(compiled, worker_axis, compute_batch, runs[0].server, runs[0].job)
-    if checkpoint is None:
-        for run in runs:
-            run.begin()
-        return _carry_out(runs, form, evaluate, evaluate_every, on_step, stop)
-    with checkpoint.alone():
-        form, identity = begin_or_resume(runs, form, checkpoint, fixed=compute_batch is not None)
-        return _carry_out(runs, form, evaluate, evaluate_every, on_step, stop, checkpoint, identity)
+    recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
+    engine = Compiled("loop") if len(starts) > 1 else engine
+    runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
+    check_pure(runs[0].workload.batch_fn, starts[0].key)
+    with nullcontext() if checkpoint is None else checkpoint.alone():
+        return _simulate(runs, engine, recording, checkpoint, stop)
 
 
-def _carry_out(
-    runs: Sequence[_Run],
-    form: Form,
-    evaluate: Evaluate | None,
-    evaluate_every: int | None,
-    on_step: Callable[[StepRecord], bool | None] | None,
-    stop: Callable[[], bool] | None,
-    checkpoint: Checkpoints | None = None,
-    identity: dict[str, Any] | None = None,
-) -> list[TrainingResult] | None:
-    """Carry out runs from where their servers are; see :func:`simulate_together`."""
-    several, num_steps = len(runs) > 1, runs[0].trace.num_steps
-    engines = [form.engine(run.server, run.job) for run in runs]
-    group = Together(engines) if several else Alone(engines[0])
-    for run, lane in zip(runs, group.lanes, strict=True):
-        run.engine = lane
-        if run.bad >= 0:
-            lane.first_bad = run.bad
-    evaluate_every = num_steps if evaluate_every is None else evaluate_every
-    every = [evaluate_every, LENGTH] + ([] if checkpoint is None else [checkpoint.every])
+class _Run(NamedTuple):
+    """What an engine carries out."""
 
-    def save(step: int) -> None:
-        assert checkpoint is not None
-        assert identity is not None
-        group.settle()
-        arrays, notes = zip(*(run.snapshot() for run in runs), strict=True)
-        kept = {"runs": list(arrays)}, {"runs": list(notes)}
-        checkpoint.save_run(step, *kept, identity | of_arrivals(runs, step))
+    server: ParameterServer
+    workload: Workload
+    trace: ArrivalTrace
 
-    first, step = runs[0], runs[0].server.step
-    if step < num_steps:
-        first.rehearse(evaluate, step)
-    while step < num_steps:
-        end = min([num_steps, *(step - step % n + n for n in every)])
-        for run, rounds in zip(runs, group.advance(end), strict=True):
-            told = on_step if run is first else None
-            run.take(rounds if told is None else first.announced(rounds, step, end, told))
-        step = first.server.step  # before `end` where on_step has stopped the run there
-        last = step == num_steps
-        for run in runs:
-            run.look(step)
-        if all(run.bad >= 0 for run in runs):
-            break
-        if evaluate is not None and (step % evaluate_every == 0 or last):
-            for run in runs:
-                run.evaluate(evaluate, step)
-        if on_step is not None and step == end:
-            first.stopped |= ends_run(on_step, first.record(step))
-        if checkpoint is not None and (step % checkpoint.every == 0 or last or first.stopped):
-            save(step)
-        if first.stopped:
-            break
-        if stop is not None and not last and stop():
-            if checkpoint is not None and step % checkpoint.every:
-                save(step)
-            return None
-    for run in runs:
-        run.look(step)
-    return [run.result(step) for run in runs]
-
-
-class _Run:
-    """One run: its server, and what it has gathered.
-
-    Attributes:
-        engine: What carries it out.
-        bad: The step at which its numbers ceased to be finite, −1 for none.
-        stopped: Whether ``on_step`` has ended it.
-    """
-
-    engine: Driven | Compiled | Lane
-
-    def __init__(
-        self, method: Method, round_fn: Callable, batch_fn: jax.tree_util.Partial, start: RunStart
-    ) -> None:
-        """Make the server."""
-        params, self.trace, key, local_learning_rate, model_state = start
-        self.server = ParameterServer(
-            method,
-            params,
-            self.trace.num_workers,
-            model_state,
-            local_learning_rate=local_learning_rate,
-        )
-        self.job = Job(round_fn, batch_fn, self.trace, *jax.random.split(key))
-        self.progress, self.bad = Progress(check_job(self.server, self.job)), -1
-        self.stopped = False
-        self._newest: RoundMetrics | None = None
-        self._evaluation: dict[str, float] | None = None
+    @classmethod
+    def of(cls, method: Method, round_fn: Callable, batch_fn: BatchFn, start: RunStart) -> _Run:
+        """Check one run, and make its server."""
+        params, trace, key, rate, model_state = start
+        if method.synchronous != trace.synchronous or method.num_workers != trace.num_workers:
+            raise ValueError(
+                f"`trace` must have synchronous={method.synchronous} and "
+                f"num_workers={method.num_workers} for {method.name}, got "
+                f"synchronous={trace.synchronous} and num_workers={trace.num_workers}"
+            )
+        check_key(key)
+        server = ParameterServer(method, params, model_state, local_learning_rate=rate)
+        check_schedules(method, server.schedule, trace.num_steps)
+        return cls(server, Workload.of(round_fn, batch_fn, key), trace)
 
     def begin(self) -> None:
         """Dispatch the first tasks."""
         for worker in set(range(self.trace.num_workers)) - self.trace.late_joiners:
             self.server.dispatch(worker)
 
-    def resume(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
-        """Go on from a :meth:`snapshot` at this step."""
-        self.bad = check_count("first_bad", notes["first_bad"], -1)
-        self.progress.resume(arrays["metrics"], notes["evaluations"], step)
-        self.server.restore(arrays["server"], notes["server"])
-        check_count("step", self.server.step, step, step)
 
-    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a checkpoint's arrays and notes."""
-        arrays, notes = self.progress.snapshot(self.server)
-        return arrays, notes | {"first_bad": self.bad}
-
-    def take(self, rounds: Iterable[RoundMetrics]) -> None:
-        """Keep the metrics of a stretch's rounds."""
-        self.progress.waiting.extend(rounds)
-        self._newest, self._evaluation = self.progress.waiting[-1], None
-
-    def look(self, step: int) -> None:
-        """Fetch the metrics, and find whether the run has diverged."""
-        bad = self.progress.look(self.engine, step)
-        self.bad = bad if self.bad < 0 else self.bad
-
-    def evaluate(self, evaluate: Evaluate, step: int) -> None:
-        """Evaluate the run, unless it has diverged."""
-        if self.bad >= 0:
-            return
-        params, model_state, _ = self.engine.arrays()
-        self._evaluation = evaluated(evaluate, params, model_state)
-        time = float(self.trace.times[step - 1])
-        self.progress.evaluations.append(Evaluation(step, time, self._evaluation))
-
-    def record(self, step: int, metrics: RoundMetrics | None = None) -> StepRecord:
-        """Return what ``on_step`` sees; without ``metrics``, of the newest step."""
-        at, evaluation = step - 1, None
-        if metrics is None:
-            metrics, evaluation = self._newest, self._evaluation
-        assert metrics is not None
-        worker, delay = int(self.trace.workers[at]), int(self.trace.delays[at])
-        time = float(self.trace.times[at])
-        return StepRecord(step, time, worker, delay, *metrics, evaluation)
-
-    def announced(
-        self, rounds: Iterable[RoundMetrics], start: int, end: int, on_step: Callable
-    ) -> Iterator[RoundMetrics]:
-        """Yield the metrics of rounds, and tell ``on_step`` of each but the last; it may stop."""
-        for step, metrics in enumerate(rounds, start + 1):
-            if step < end:
-                self.stopped |= ends_run(on_step, self.record(step, metrics))
-            yield metrics
-            if self.stopped and step == self.server.step:  # else they are computed already
-                return
-
-    def rehearse(self, evaluate: Evaluate | None, step: int) -> None:
-        """Evaluate and make a result as at the end: errors show before the first step."""
-        self.result(step)
-        if evaluate is not None:
-            evaluated(evaluate, *self.engine.arrays()[:2])
-
-    def result(self, step: int) -> TrainingResult:
-        """Return what came of the run after ``step`` steps."""
-        bad, whole = self.bad, step == self.trace.num_steps
-        params, model_state, state = self.engine.peek()
-        return TrainingResult(
-            params=params,
-            model_state=model_state,
-            state=state,
-            history=self.progress.history(self.trace, step if bad < 0 else bad + 1),
-            trace=self.trace,
-            status="diverged" if bad >= 0 else "finished" if whole else "stopped",
-            diverged_at=None if bad < 0 else bad,
+def _simulate(
+    runs: Sequence[_Run],
+    engine: Any,
+    recording: Recording,
+    checkpoint: Checkpoints | None,
+    stop: Callable[[], bool] | None,
+) -> list[TrainingResult] | None:
+    """Simulate from the newest checkpoint to the end; see :func:`simulate_together`."""
+    saved = None if checkpoint is None else checkpoint.newest()
+    if checkpoint is not None and saved is None and (checkpoint.directory / JOURNAL).exists():
+        raise ValueError(f"{checkpoint.directory} has a run by train: choose another folder")
+    settings = _as_saved(choose(engine, *runs[0]), engine, saved)
+    engines = [make_engine(settings, *run) for run in runs]
+    group = Together(engines) if len(runs) > 1 else Alone(engines[0])
+    recorders = [
+        RunRecorder(lane, run.workload, run.trace.arrival, recording._replace(**silent))
+        for lane, run, silent in zip(
+            group.lanes, runs, [{}, *[{"callbacks": ()}] * (len(runs) - 1)], strict=True
         )
+    ]
+    saver = None
+    if checkpoint is not None:
+        saver = RunSaver(checkpoint, recorders, partial(_identity, runs, settings))
+    if saved is not None and saver is not None:
+        saver.restore(saved)
+    else:
+        for run in runs:
+            run.begin()
+    first = recorders[0]
+    first.start(runs[0].trace)
+    periods = () if checkpoint is None else (checkpoint.every,)
+    while not (first.stopped or first.step == recording.num_steps):
+        end = first.next_stop(*periods)
+        for recorder, rounds in zip(recorders, group.advance(end), strict=True):
+            recorder.applied_all(rounds, end)
+        if all(recorder.first_nonfinite >= 0 for recorder in recorders):
+            break
+        if saver is not None and saver.is_due():
+            saver.save()
+        if stop is not None and first.step < recording.num_steps and stop():
+            if saver is not None and not saver.is_due():
+                saver.save()
+            return None
+    results = (recorder.result(run.trace) for recorder, run in zip(recorders, runs, strict=True))
+    return [recorder.end(result) for recorder, result in zip(recorders, results, strict=True)]
 
 
-def _check_fit(method: Method, trace: ArrivalTrace, key: Any, evaluate_every: Any) -> None:
-    if method.synchronous != trace.synchronous:
+def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> Eager | Compiled:
+    """Return the settings with the checkpoint's batch of rounds, unless it was given.
+
+    The default depends on the length of the trace, which may have grown.
+    """
+    if saved is None or not isinstance(settings, Compiled) or settings.rounds == "loop":
+        return settings
+    if isinstance(wanted, Compiled) and wanted.max_batch is not None:
+        return settings
+    batch = saved.identity.get("max_batch")
+    return replace(settings, max_batch=batch) if isinstance(batch, int) else settings
+
+
+def _identity(runs: Sequence[_Run], settings: Eager | Compiled, step: int) -> dict[str, Any]:
+    """Return what runs that resume at a step must have in common with these, JSON-able.
+
+    Of their arrivals only those before the step count: later ones may still change.
+    """
+    (server, workload, trace), *others = runs
+    if trace.num_steps < step:
         raise ValueError(
-            f"`trace` must have synchronous={method.synchronous} for {method.name}, "
-            f"got synchronous={trace.synchronous}"
+            f"`trace` must have the {step} steps that the run to resume has made, got "
+            f"{trace.num_steps}"
         )
-    check_key(key)
-    if evaluate_every is not None:
-        check_count("evaluate_every", evaluate_every, 1)
+    identity = {"run by": "simulate", "together": len(runs)} | run_identity(server, workload)
+    for index, run in enumerate(others, 1):
+        own = run.server.rate_identity() | of_keys(*run.workload[2:])
+        identity |= {f"{name} of run {index}": value for name, value in own.items()}
+    identity |= {"engine": type(settings).__name__} | asdict(settings)
+    return identity | {"trace": [run.trace.digest(step) for run in runs]}

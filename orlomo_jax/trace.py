@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orlomo_jax.checks import check_count
-from orlomo_jax.order import Event, check_order, check_times, late_joiners
+from orlomo_jax.order import TraceEvent, check_order, check_times, late_joiners
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class ArrivalTrace:
     dispatched_at: NDArray[np.int32]
     times: NDArray[np.float64]
     synchronous: bool = False
-    events: tuple[Event, ...] = ()
+    events: tuple[TraceEvent, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field, and keep read-only copies of the arrays."""
@@ -109,6 +109,11 @@ class ArrivalTrace:
     def delays(self) -> NDArray[np.int32]:
         """τ_t = t − ite(t, k_t), the reports applied since the dispatch, int32[T]."""
         return np.arange(self.num_steps, dtype=np.int32) - self.dispatched_at
+
+    def arrival(self, step: int) -> tuple[float, int, int]:
+        """Return time, worker and delay of the arrival at step t."""
+        delay = step - int(self.dispatched_at[step])
+        return float(self.times[step]), int(self.workers[step]), delay
 
     @property
     def max_delay(self) -> int:

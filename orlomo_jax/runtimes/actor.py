@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from orlomo_jax.arrays import on_host
-from orlomo_jax.rounds import wire_dtype
+from orlomo_jax.narrow import wire_dtype
 from orlomo_jax.runtimes import settings
-from orlomo_jax.runtimes.workers import Work, answer
+from orlomo_jax.worker import RoundResult
+from orlomo_jax.workload import RoundInput, RoundMetrics, Workload
 
 
 class Known(NamedTuple):
@@ -27,25 +28,21 @@ class Known(NamedTuple):
         settings: Its JAX settings.
         gpu: Whether actors compute on GPUs.
         narrow: The dtype of reports on the wire, or None.
-        work: In a list, so that the reference is passed on as it is.
+        workload: In a list, so that the reference is passed on as it is.
     """
 
     versions: dict[str, str]
     settings: dict[str, Any]
     gpu: bool
     narrow: Any
-    work: list[Any]
+    workload: list[Any]
 
 
 class Answer(NamedTuple):
-    """What a round came to, as NumPy arrays."""
+    """The result of a round, as NumPy arrays, and how long it took."""
 
-    update: Any
-    model_state: Any
-    losses: Any
-    loss: float
-    metrics: Any
-    finite: bool
+    result: RoundResult
+    metrics: RoundMetrics
     seconds: float
 
 
@@ -105,36 +102,32 @@ class OrlomoWorker:
             os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
         else:
             jax.config.update("jax_platforms", "cpu")
-        round_fn, batch_fn, keys, impl = import_ray().get(known.work[0])
+        round_fn, batch_fn, keys, impl = import_ray().get(known.workload[0])
         batch_fn = jax.tree.map(jnp.asarray, batch_fn)
         keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
-        self._work = Work(round_fn, batch_fn, *keys)
+        self._workload = Workload(round_fn, batch_fn, *keys)
 
-    def answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> Answer | Raised:
-        """Run a task's round; return what it came to, or what it raised."""
+    def run(self, round: int, start: RoundInput) -> Answer | Raised:
+        """Run a task's round; return its result, or what it raised."""
         try:
             if self._error is not None:
                 raise self._error
-            return self._answer(round, start)
+            return self._run(round, start)
         except Exception as error:
             return Raised.of(error)
 
-    def _answer(self, round: int, start: tuple[Any, Any, Any, Any]) -> Answer:
+    def _run(self, round: int, start: RoundInput) -> Answer:
         begin = time.perf_counter()
-        result, (loss, metrics) = on_host(answer(self._work, self._worker, round, start))
-        update = result.update
+        result, metrics, _ = on_host(self._workload.run(self._worker, round, start))
         if self._narrow is not None:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
-            update = jax.tree.map(cast, update)
+            result = result._replace(update=jax.tree.map(cast, result.update))
         seconds = time.perf_counter() - begin
         if self._warm:  # the first round compiles
             time.sleep((self._slowdown - 1) * seconds)
             seconds *= self._slowdown
         self._warm = True
-        finite = bool(result.finite)
-        return Answer(
-            update, result.model_state, result.loss, float(loss), metrics, finite, seconds
-        )
+        return Answer(result._replace(metrics=None), metrics, seconds)
 
 
 def versions() -> dict[str, str]:

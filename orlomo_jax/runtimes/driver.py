@@ -1,4 +1,4 @@
-"""The loop that every real runtime shares: dispatch, wait, apply, note, look after the workers."""
+"""The loop of every real run: dispatch, wait, apply, record, look after the workers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from orlomo_jax.history import TrainingResult
+from orlomo_jax.audit import Audit
+from orlomo_jax.books import TaskId
 from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.journal import Arrival
-from orlomo_jax.order import Event
+from orlomo_jax.order import TraceEvent
+from orlomo_jax.plan import apply_event
+from orlomo_jax.recorder import RunRecorder
 from orlomo_jax.reports import Reason, Report, ReportRejected, Task
-from orlomo_jax.runtimes.metrics import as_row
-from orlomo_jax.runtimes.notes import Notes, Plan
-from orlomo_jax.runtimes.workers import Outcome, Work, Workers, answer
-from orlomo_jax.server import ParameterServer
+from orlomo_jax.runtimes.membership import Membership
+from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
+from orlomo_jax.runtimes.run_log import RunLog
+from orlomo_jax.saving import RunSaver
+from orlomo_jax.workload import Workload
 
 _POLL = 0.2
 """Seconds between two looks at clocks and memberships."""
@@ -25,7 +30,7 @@ _log = logging.getLogger("orlomo_jax")
 
 
 class WorkersGone(RuntimeError):
-    """No worker is left, or one that a synchronous method waits for; all before it is saved."""
+    """Raised when no worker is left, or a synchronous method lost one. Progress has been saved."""
 
 
 class Failure(NamedTuple):
@@ -36,93 +41,110 @@ class Failure(NamedTuple):
     exception: Exception | None = None
 
 
-class Driver:
-    """One run: a server, its workers, and what is noted of them."""
+class RunOptions(NamedTuple):
+    """The arguments of :func:`~orlomo_jax.train` that its loop needs, checked."""
 
-    def __init__(self, server: ParameterServer, workers: Workers, work: Work, plan: Plan) -> None:
-        """Take up the run; nothing is written yet."""
-        self.server, self.workers, self.work, self.plan = server, workers, work, plan
-        self.notes = Notes(server, work, plan)
-        self.present: set[int] = set()
+    membership: Membership
+    round_timeout: float
+    start_timeout: float
+    max_failures: int
+    fault_injector: Callable[[Report], Iterable[Report]] | None
+
+
+class Driver:
+    """Drives one run: dispatches, waits, applies, and looks after the workers."""
+
+    def __init__(
+        self,
+        workers: WorkerPool,
+        workload: Workload,
+        recorder: RunRecorder,
+        log: RunLog,
+        saver: RunSaver | None,
+        audit: Audit | None,
+        options: RunOptions,
+    ) -> None:
+        """Take over a run whose server is where its newest checkpoint left it."""
+        self.server, self.workers, self.workload = recorder.source.server, workers, workload
+        self.recorder, self.log, self.journal = recorder, log, log.journal
+        self.saver, self.audit, self.options = saver, audit, options
+        self.present = set(range(self.server.num_workers)) - set(self.journal.identity["absent"])
         self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
         self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
-        self.starting: set[int] = set()  # workers that were started and have not answered since
-        self.untried: set[int] = set()  # those from the beginning without a report so far
-        self.diverged = False
+        self.starting: set[int] = set()  # workers without an answer since they were started
+        self.untried: set[int] = set()  # workers from the beginning, without a report so far
+        self.unseen = 0  # the newest events of the journal, while its reports are repeated
 
-    def run(self) -> TrainingResult:
-        """Go on from what is saved, and train to the end."""
-        seen = self.notes.open()
-        self.journal = self.notes.journal
-        try:
-            self.present = set(range(self.server.num_workers))
-            self.present -= set(self.journal.identity["absent"])
-            if seen is None:
-                for worker in sorted(self.present):
-                    self.server.dispatch(worker)
-            for event in self.journal.events[: seen or 0]:
-                self._count_in(event)
-            self._repeat(seen or 0)
-            self.notes.rehearse(self.present)
-            self.notes.resume_clock()
-            if self.server.step < self.plan.num_steps and not self.notes.stopped:
-                self._train()
-            return self.notes.result(diverged=self.diverged, present=self.present)
-        finally:
-            self.journal.close()
+    def repeat(self, seen: int | None) -> None:
+        """Repeat what the journal has beyond the checkpoint: the same rounds, in its order.
 
-    def _train(self) -> None:
-        self._looked = time.monotonic()
-        self._health_due = self._looked + self.plan.health_every
-        self.workers.open(self.work)
-        try:
-            with put_off_interrupts(self.plan.checkpoint is not None) as interrupted:
-                self._begin()
-                while self._goes_on() and not self.diverged and not interrupted():
-                    self._turn()
-                if interrupted():
-                    self.notes.save()
-        finally:
-            self.workers.close()
-
-    def _goes_on(self) -> bool:
-        return self.server.step < self.plan.num_steps and not self.notes.stopped
-
-    def _repeat(self, seen: int) -> None:
-        """Repeat what the journal holds beyond the checkpoint: the same rounds, in its order."""
-        events: defaultdict[int, list[Event]] = defaultdict(list)
-        for event in self.journal.events[seen:]:
+        Args:
+            seen: How many of its events the checkpoint has seen; None without a checkpoint.
+        """
+        if seen is None:
+            for worker in sorted(self.present):
+                self.server.dispatch(worker)
+        for event in self.journal.events[: seen or 0]:
+            self._update_membership(event)
+        events: defaultdict[int, list[TraceEvent]] = defaultdict(list)
+        for event in self.journal.events[seen or 0 :]:
             events[event.step].append(event)
-            self.notes.unseen += 1
+            self.unseen += 1
         arrivals = self.journal.arrivals[self.server.step :]
         if arrivals:
             _log.info("repeating %d reports since the checkpoint", len(arrivals))
         for arrival in arrivals:
-            self._happen_again(events.pop(self.server.step, []))
-            task = self.server.held(arrival.worker)
-            if task is None or task[:3] != arrival[:3]:
+            self._replay_events(events.pop(self.server.step, []))
+            task, task_id = self.server.held(arrival.worker), TaskId(*arrival[:3])
+            if task is None or task.id != task_id:
                 raise ValueError(
                     f"{self.journal.path} must go with its checkpoint: at step {self.server.step} "
-                    f"it has {arrival}, but the worker holds {task and task[:3]}"
+                    f"it has {arrival}, but the worker holds {task and task.id}"
                 )
-            result, _ = answer(self.work, task.worker, task.round, task[3:])
+            result, *_ = self.workload.run(task.id.worker, task.id.round, task.start)
             report = task.report(result)
             for worker in self.server.receive(report):
                 self.server.dispatch(worker)
-            self.notes.after_step(report, arrival)
-        self._happen_again(events.pop(self.server.step, []))
+            self._record(report, arrival)
+        self._replay_events(events.pop(self.server.step, []))
 
-    def _happen_again(self, events: list[Event]) -> None:
-        self.notes.unseen -= len(events)
+    def train(self) -> None:
+        """Train to the end."""
+        self._looked = time.monotonic()
+        self.workers.open(self.workload)
+        try:
+            with put_off_interrupts(self.saver is not None) as interrupted:
+                self._begin()
+                while not self.recorder.ended and not interrupted():
+                    self._poll()
+                if interrupted():
+                    self._save()
+        finally:
+            self.workers.close()
+
+    def _record(self, report: Report, arrival: Arrival) -> None:
+        """Audit, record and save, after the server has applied a report."""
+        if self.audit is not None:
+            state = self.server.state
+            self.audit.applied(report, self.server.step - 1, state.params, state.rule_state)
+        self.log.applied(arrival)
+        if self.saver is not None and self.saver.is_due():
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint, after the journal up to it is on disk."""
+        assert self.saver is not None
+        self.journal.sync()
+        self.saver.save(events=len(self.journal.events) - self.unseen)
+
+    def _replay_events(self, events: list[TraceEvent]) -> None:
+        self.unseen -= len(events)
         for event in events:
-            if event.kind in ("lost", "left") and self.server.held(event.worker) is not None:
-                self.server.release(event.worker)
-            self._count_in(event)
-            if event.kind in ("redispatched", "joined"):
-                self.server.dispatch(event.worker)
+            apply_event(event, self.server)
+            self._update_membership(event)
 
-    def _count_in(self, event: Event) -> None:
+    def _update_membership(self, event: TraceEvent) -> None:
         if event.kind == "joined":
             self.present.add(event.worker)
         elif event.kind == "left":
@@ -133,7 +155,7 @@ class Driver:
         lost = set()  # and not sent anything since
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
-        wanted = set(range(self.server.num_workers)) - self.plan.membership.absent
+        wanted = set(range(self.server.num_workers)) - self.options.membership.absent
         for worker in sorted(wanted - self.present):
             self._join(worker)
         for worker in sorted(self.present - wanted):
@@ -146,21 +168,21 @@ class Driver:
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
 
-    def _turn(self) -> None:
+    def _poll(self) -> None:
         """Take an outcome, if one comes soon, and look after the workers now and then."""
         outcome = self.workers.wait(_POLL)
         ready = [] if outcome is None else [outcome]
         if time.monotonic() > self._looked + _POLL:
             while (outcome := self.workers.wait(0)) is not None:
                 ready.append(outcome)
-            self._look_after({outcome.worker for outcome in ready})
+            self._look_after({outcome.id.worker for outcome in ready})
             self._looked = time.monotonic()
         for outcome in ready:
-            self._take(outcome)
+            self._handle(outcome)
 
     def _look_after(self, reported: set[int]) -> None:
         now = time.monotonic()
-        joined, left = self.plan.membership.changes()
+        joined, left = self.options.membership.changes()
         for worker in joined:
             if worker not in self.present:
                 self._join(worker)
@@ -168,84 +190,77 @@ class Driver:
             if worker in self.present:
                 self._leave(worker, "it was asked to")
         for worker, sent_at in list(self.sent_at.items()):
-            limit, start = self.plan.round_timeout, ""
+            limit, start = self.options.round_timeout, ""
             if worker in self.starting:  # it starts and compiles first
-                limit, start = limit + self.plan.start_timeout, " of its start"
+                limit, start = limit + self.options.start_timeout, " of its start"
             if now - sent_at > limit and worker not in reported:
-                self._lose(worker, Failure(f"no report within {limit:g} s{start}"), restart=True)
-        if now >= self._health_due:
-            self._health_due = now + self.plan.health_every
-            health = self.notes.health(self.present)
-            _log.info("%s", health)
-            if self.plan.on_health is not None:
-                self.plan.on_health(health)
+                self._abandon_round(
+                    worker, Failure(f"no report within {limit:g} s{start}"), restart=True
+                )
+        self.log.report_health(self.present)
 
-    def _take(self, outcome: Outcome) -> None:
-        worker = outcome.worker
-        self.notes.meter.busy[worker] += outcome.seconds
-        self.notes.meter.received_bytes += outcome.received_bytes
+    def _handle(self, outcome: TaskOutcome) -> None:
+        worker = outcome.id.worker
+        self.log.received(outcome)
         task = self.server.held(worker)
-        if task is not None and task.round == outcome.round:
+        if task is not None and task.id.round == outcome.id.round:
             self.starting.discard(worker)
             if outcome.report is None:
                 self._fail(worker, outcome)
         if outcome.report is None:
             return
-        inject = self.plan.inject
+        inject = self.options.fault_injector
         for report in [outcome.report] if inject is None else inject(outcome.report):
-            if self._goes_on():
+            if not self.recorder.ended:
                 self._receive(report, outcome)
 
-    def _fail(self, worker: int, outcome: Outcome) -> None:
-        """Lose the round of a worker; if nothing of it ever succeeded, its error ends the run."""
+    def _fail(self, worker: int, outcome: TaskOutcome) -> None:
+        """Abandon the round of a worker; its error ends the run if it never succeeded."""
         error = outcome.exception
         if error is not None and worker in self.untried:
             error.add_note(f"worker {worker} raised this in its first round of the run")
             raise error
-        self._lose(worker, Failure(outcome.error, exception=error), restart=True)
+        self._abandon_round(worker, Failure(outcome.error, exception=error), restart=True)
 
-    def _receive(self, report: Report, outcome: Outcome) -> None:
+    def _receive(self, report: Report, outcome: TaskOutcome) -> None:
         try:
             waiting = self.server.receive(report)
         except ReportRejected as error:
-            self._refuse(report, error)
+            self._reject(report, error)
             return
-        worker, round, index = map(int, report[:3])
-        row = as_row(outcome.metrics)
-        arrival = Arrival(worker, round, index, self.notes.seconds(), outcome.loss, row)
+        worker = int(report.id.worker)
         self.untried.discard(worker)
         self.failures.pop(worker, None)
         self.sent_at.pop(worker, None)
         # Only what is in the journal may have consequences: a resumed run repeats all of it.
-        self.journal.arrived(arrival)
+        arrival = self.log.arrived(report, outcome.metrics)
         for other in waiting:
             task = self.server.dispatch(other)
-            if self.server.step < self.plan.num_steps:
+            if self.server.step < self.recorder.recording.num_steps:
                 self._submit(task)
-        self.notes.after_step(report, arrival)
+        self._record(report, arrival)
 
-    def _refuse(self, report: Any, error: ReportRejected) -> None:
-        """Note a rejected report; a worker whose own round it was has lost that round."""
-        self.notes.meter.rejected[error.reason] += 1
+    def _reject(self, report: Any, error: ReportRejected) -> None:
+        """Log a rejected report; the worker loses its round, if the report was of it."""
+        self.log.rejected(report, error)
         _log.warning("rejected a report, %s: %s", error.reason, error)
-        worker = getattr(report, "worker", None)
-        self.journal.refused(worker, error.reason, str(error), self.notes.seconds())
         if error.reason == "stale" or not isinstance(report, Report):
             return
         for task in filter(None, map(self.server.held, sorted(self.present))):
-            if tuple(task[:3]) == tuple(report[:3]):
-                self._lose(task.worker, Failure(str(error), error.reason), restart=False)
+            if task.id == report.id:
+                failure = Failure(str(error), error.reason)
+                self._abandon_round(task.id.worker, failure, restart=False)
 
-    def _lose(self, worker: int, failure: Failure, *, restart: bool) -> None:
+    def _abandon_round(self, worker: int, failure: Failure, *, restart: bool) -> None:
         """Give up the worker's round, and start it again unless it failed too often in a row."""
         why, _, error = failure
         self.server.release(worker)
         self.sent_at.pop(worker, None)
-        self.notes.meter.failed(worker, why)
+        self.log.meter.failed(worker, why)
         self.failures[worker].append(failure)
-        self.journal.happened("lost", worker, self.notes.seconds(), why)
+        self.log.happened("lost", worker, why)
         _log.warning("worker %s lost its round: %s", worker, why, exc_info=error)
-        if (count := len(self.failures[worker])) > self.plan.max_failures:
+        if (count := len(self.failures[worker])) > self.options.max_failures:
             self.given_up[worker] = failure
             self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
             return
@@ -269,21 +284,22 @@ class Driver:
         if not synchronous:  # whose traces know no leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
-            self.journal.happened("left", worker, self.notes.seconds(), why)
+            self.log.happened("left", worker, why)
             if self.present:
                 return
         reasons = {failure.reason for failure in self.given_up.values()}
-        self.diverged = reasons == {"not finite"}
-        if self.plan.checkpoint is not None:
-            with contextlib.suppress(OSError):  # the journal holds it all; say what happened
-                self.notes.save()
-        if not self.diverged:
+        if self.saver is not None:
+            with contextlib.suppress(OSError):  # the journal has it all; say what happened
+                self._save()
+        if reasons == {"not finite"}:
+            self.recorder.first_nonfinite = self.server.step
+        else:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
             cause = None if (last := self.given_up.get(worker)) is None else last.exception
             others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
             raise WorkersGone(
-                f"worker {worker} is gone at step {self.server.step} of {self.plan.num_steps} and "
-                f"{waits}: {why}{others}"
+                f"worker {worker} is gone at step {self.server.step} of "
+                f"{self.recorder.recording.num_steps} and {waits}: {why}{others}"
             ) from cause
 
     def _start(self, worker: int) -> None:
@@ -292,9 +308,9 @@ class Driver:
 
     def _dispatch(self, worker: int, kind: str) -> None:
         task = self.server.dispatch(worker)
-        self.journal.happened(kind, worker, self.notes.seconds())
+        self.log.happened(kind, worker)
         self._submit(task)
 
     def _submit(self, task: Task) -> None:
-        self.sent_at[task.worker] = time.monotonic()
-        self.notes.meter.sent_bytes += self.workers.submit(task)
+        self.sent_at[task.id.worker] = time.monotonic()
+        self.log.meter.sent_bytes += self.workers.submit(task)

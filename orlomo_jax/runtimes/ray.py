@@ -15,12 +15,14 @@ import jax
 import numpy as np
 
 from orlomo_jax.arrays import on_host
+from orlomo_jax.books import TaskId
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import settings
 from orlomo_jax.runtimes.actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
-from orlomo_jax.runtimes.workers import Outcome, Work, check_slowdowns
+from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
+from orlomo_jax.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0
 """Seconds in which a cluster must answer."""
@@ -49,7 +51,7 @@ class RayWorkers:
         actor_options: Ray's options of each actor, such as ``{"num_gpus": 1}``. The default is
             ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``. Without ``num_gpus`` actors
             compute on the CPU.
-        slowdowns: As of :class:`~orlomo_jax.Threads`.
+        slowdowns: As of :class:`~orlomo_jax.ThreadWorkers`.
 
     Raises:
         ImportError: If Ray is not installed; the message says which extra holds it.
@@ -77,7 +79,7 @@ class RayWorkers:
         never_again = {"max_restarts": 0, "max_task_retries": 0}
         self._options = defaults | dict(actor_options or {}) | never_again
         self._actors: dict[int, Any] = {}
-        self._pending: dict[Any, tuple[int, int, int]] = {}  # oldest first
+        self._pending: dict[Any, TaskId] = {}  # oldest first
         self._known: Any = None
         self._class: Any = None
         self._version: tuple[int, Any, int] | None = None
@@ -86,7 +88,7 @@ class RayWorkers:
         self._free = threading.Lock()
         self._initialised_here = False
 
-    def open(self, work: Work) -> None:
+    def open(self, workload: Workload) -> None:
         """Connect to Ray, and put what all actors know into its object store.
 
         Raises:
@@ -98,7 +100,7 @@ class RayWorkers:
             raise RuntimeError("these workers are in another run: make others, or wait for its end")
         try:
             self._connect()
-            self._publish(work)
+            self._publish(workload)
         except BaseException:
             self.close()
             raise
@@ -114,18 +116,18 @@ class RayWorkers:
                 self._ray.init(self._address)
         self._check_resources()
 
-    def _publish(self, work: Work) -> None:
+    def _publish(self, workload: Workload) -> None:
         """Put what all actors know into the object store, once."""
-        self._narrow = getattr(work.round_fn, "wire_dtype", None)
-        impl = str(jax.random.key_impl(work.data_key))
-        keys = [jax.random.key_data(key) for key in (work.data_key, work.noise_key)]
-        known = self._ray.put((work.round_fn, *jax.device_get((work.batch_fn, keys)), impl))
+        self._narrow = getattr(workload.round_fn, "wire_dtype", None)
+        impl = str(jax.random.key_impl(workload.data_key))
+        keys = [jax.random.key_data(key) for key in (workload.data_key, workload.noise_key)]
+        known = self._ray.put((workload.round_fn, *jax.device_get((workload.batch_fn, keys)), impl))
         self._known = Known(
             versions=versions(),
             settings=settings.portable(settings.capture()),
             gpu=bool(self._options.get("num_gpus")),
             narrow=self._narrow,
-            work=[known],
+            workload=[known],
         )
         self._class = self._ray.remote(**self._options)(OrlomoWorker)
         self._version = None
@@ -138,17 +140,17 @@ class RayWorkers:
 
     def submit(self, task: Task) -> int:
         """Send a task; tasks of one version share an object."""
-        if self._version is None or self._version[0] != task.dispatched_at:
-            start = on_host(task[3:])
+        worker, round, version = task.id
+        if self._version is None or self._version[0] != version:
+            start = RoundInput(*on_host(task.start))
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
-            self._version = (task.dispatched_at, self._ray.put(start), size)
-            self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(start[0])]
+            self._version = (version, self._ray.put(start), size)
+            self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(start.params)]
         _, start, size = self._version
-        ref = self._actors[task.worker].answer.remote(task.round, start)
-        self._pending[ref] = task[:3]
+        self._pending[self._actors[worker].run.remote(round, start)] = task.id
         return size
 
-    def wait(self, timeout: float) -> Outcome | None:
+    def wait(self, timeout: float) -> TaskOutcome | None:
         """Return the outcome of the task that is done first, of several the oldest."""
         if not self._pending:
             time.sleep(timeout)
@@ -156,24 +158,25 @@ class RayWorkers:
         ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
         if not ready:
             return None
-        worker, round, index = self._pending.pop(ready[0])
+        task_id = self._pending.pop(ready[0])
         try:
             payload: Answer | Raised = self._ray.get(ready[0])
         except self._ray.exceptions.RayError as error:
-            return Outcome(worker, round, None, error=_what_happened(error))
+            return TaskOutcome(task_id, None, error=_what_happened(error))
         if isinstance(payload, Raised):
-            error = payload.exception()
-            return Outcome(worker, round, None, error=payload.what, exception=error)
-        update, model_state, losses, loss, metrics, finite, seconds = payload
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves((update, model_state)))
-        report = Report(worker, round, index, self._widen(update), model_state, losses, finite)
-        return Outcome(worker, round, report, loss, "", seconds, size, metrics)
+            return TaskOutcome(task_id, None, error=payload.what, exception=payload.exception())
+        result, metrics, seconds = payload
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((result.update, result.model_state)))
+        update = self._widen(result.update)
+        report = Report(task_id, update, result.model_state, result.loss, bool(result.finite))
+        metrics = RoundMetrics(*metrics)
+        return TaskOutcome(task_id, report, metrics, seconds=seconds, received_bytes=size)
 
     def stop(self, worker: int) -> None:
         """Kill the worker's actor; what it was sent has no outcome then."""
         if (actor := self._actors.pop(worker, None)) is not None:
             self._ray.kill(actor)
-        self._pending = {ref: tag for ref, tag in self._pending.items() if tag[0] != worker}
+        self._pending = {ref: task for ref, task in self._pending.items() if task.worker != worker}
 
     def close(self) -> None:
         """Kill all actors; leave Ray running if it ran before."""

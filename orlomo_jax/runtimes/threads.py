@@ -15,7 +15,8 @@ from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
 from orlomo_jax.reports import Task
 from orlomo_jax.runtimes import settings
-from orlomo_jax.runtimes.workers import Outcome, Work, answer, check_slowdowns, prepare
+from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
+from orlomo_jax.workload import RoundMetrics, Workload
 
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for the rounds that its threads are in."""
@@ -23,7 +24,7 @@ _PATIENCE = 60.0
 _log = logging.getLogger("orlomo_jax")
 
 
-class Threads:
+class ThreadWorkers:
     """Workers that are threads of this process: several GPUs of one host, or a CPU.
 
     Workers compute under the JAX settings of the caller of ``train``, contexts such as
@@ -43,16 +44,13 @@ class Threads:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from orlomo_jax import Threads, make_method, train
-        >>> def loss_fn(params, model_state, batch, key):
-        ...     return jnp.mean((params - batch) ** 2), (model_state, {})
-        >>> method = make_method("orlomo", num_workers=2)
+        >>> from orlomo_jax import ThreadWorkers, from_loss, make_method, train
         >>> result = train(
-        ...     method,
-        ...     method.local_round(loss_fn, num_local_steps=4),
+        ...     make_method("orlomo", num_workers=2, num_local_steps=4),
+        ...     from_loss(lambda params, batch: jnp.mean((params - batch) ** 2)),
         ...     lambda key, worker, round: jnp.ones((4, 1)),
         ...     jnp.zeros(1),
-        ...     Threads(2),
+        ...     ThreadWorkers(2),
         ...     num_steps=30,
         ...     key=jax.random.key(0),
         ...     local_learning_rate=0.01,
@@ -75,13 +73,13 @@ class Threads:
         self._devices, self._free = devices, threading.Lock()
         self._threads: dict[int, _Thread] = {}
         self._ending: list[_Thread] = []
-        self._work: dict[Any, Work] = {}
+        self._workloads: dict[Any, Workload] = {}
         self._compiling: dict[Any, threading.Lock] = {}
         self._used: list[Any] = []
         self._settings: dict[str, Any] = {}
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[TaskOutcome] = queue.SimpleQueue()
 
-    def open(self, work: Work) -> None:
+    def open(self, workload: Workload) -> None:
         """Put the batches' arrays on every device."""
         if not self._free.acquire(blocking=False):
             raise RuntimeError("these workers are in another run: make others, or wait for its end")
@@ -89,11 +87,10 @@ class Threads:
         self._settings = settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
-        self._work = {
-            device: Work(work.round_fn, *jax.device_put(work[1:], device))
-            for device in dict.fromkeys(self._used)
+        self._workloads = {
+            device: _on_device(workload, device) for device in dict.fromkeys(self._used)
         }
-        self._compiling = {device: threading.Lock() for device in self._work}
+        self._compiling = {device: threading.Lock() for device in self._workloads}
 
     def start(self, worker: int) -> None:
         """Start a thread; one that hangs goes on by itself, and its report will be stale."""
@@ -101,7 +98,7 @@ class Threads:
         device = self._used[worker]
         self._threads[worker] = _Thread(
             worker,
-            self._work[device],
+            self._workloads[device],
             device,
             self._compiling[device],
             self.slowdowns[worker],
@@ -111,10 +108,10 @@ class Threads:
 
     def submit(self, task: Task) -> int:
         """Give the worker's thread a task; nothing goes over a wire."""
-        self._threads[task.worker].inbox.put(task)
+        self._threads[task.id.worker].inbox.put(task)
         return 0
 
-    def wait(self, timeout: float) -> Outcome | None:
+    def wait(self, timeout: float) -> TaskOutcome | None:
         """Return the next outcome, or None."""
         try:
             return self._outcomes.get(timeout=timeout) if timeout else self._outcomes.get_nowait()
@@ -148,15 +145,15 @@ class _Thread:
     def __init__(
         self,
         worker: int,
-        work: Work,
+        workload: Workload,
         device: Any,
         compiling: threading.Lock,
         slowdown: float,
         settings: dict[str, Any],
-        outcomes: queue.SimpleQueue[Outcome],
+        outcomes: queue.SimpleQueue[TaskOutcome],
     ) -> None:
         """Start it."""
-        self.worker, self._work, self._device = worker, work, device
+        self.worker, self._workload, self._device = worker, workload, device
         self._compiling, self._prepared = compiling, False
         self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -188,29 +185,36 @@ class _Thread:
                 outcome = self._carry_out(task)
             except Exception as error:  # The driver decides what a failed round means.
                 what = f"{type(error).__name__}: {error}"
-                outcome = Outcome(self.worker, task.round, None, error=what, exception=error)
+                outcome = TaskOutcome(task.id, None, error=what, exception=error)
             seconds = time.perf_counter() - begin
             self._ending.wait((slowdown - 1) * seconds)
             self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
             slowdown = self._slowdown
 
-    def _carry_out(self, task: Task) -> Outcome:
-        start = task[3:]
-        # What is merged is bound to a device. Were w_0 not, its rounds would need a program more.
+    def _carry_out(self, task: Task) -> TaskOutcome:
+        worker, round, _ = task.id
+        start = task.start
+        # Merged parameters are committed to a device; committing w_0 too saves a compilation.
         if any(
             leaf.devices() != {self._device} or not leaf.committed
             for leaf in jax.tree.leaves(start)
         ):
-            start = jax.device_put(start, self._device)  # 20 µs a leaf, even of what is there
+            start = jax.device_put(start, self._device)  # slow for many leaves, even if on it
         if not self._prepared:
             with self._compiling:  # or the threads of a device would each compile the same
-                prepare(self._work, task.worker, task.round, start)
+                self._workload.compile(worker, round, start)
             self._prepared = True
-        result, metrics = answer(self._work, task.worker, task.round, start)
-        jax.block_until_ready(result)  # else the order of arrivals would be that of the dispatches
-        finite, (loss, metrics) = on_host((result.finite, metrics))
+        result, metrics, _ = self._workload.run(worker, round, start)
+        jax.block_until_ready(result)  # or reports would arrive in the order of their dispatches
+        finite, metrics = on_host((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
-        return Outcome(task.worker, task.round, report, float(loss), metrics=metrics)
+        return TaskOutcome(task.id, report, RoundMetrics(*metrics))
+
+
+def _on_device(workload: Workload, device: Any) -> Workload:
+    """Return the workload with its arrays on a device."""
+    round_fn, *rest = workload
+    return Workload(round_fn, *jax.device_put(rest, device))
 
 
 def _default_devices() -> Sequence[Any]:

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
 
 from orlomo_jax.arrays import explicit_mesh, own, with_auto_axes
-from orlomo_jax.audit import check_auditable
+from orlomo_jax.audit import Audit, check_auditable
+from orlomo_jax.callbacks import AnyCallback
 from orlomo_jax.checkpoint import JOURNAL, Checkpoints
 from orlomo_jax.checks import check_count, check_number
-from orlomo_jax.health import Health
-from orlomo_jax.history import StepRecord, TrainingResult
-from orlomo_jax.methods import Method
+from orlomo_jax.history import TrainingResult
+from orlomo_jax.journal import Journal
+from orlomo_jax.methods import Method, round_of
 from orlomo_jax.pure import check_pure
+from orlomo_jax.recorder import Recording, RunRecorder, ServerSource
 from orlomo_jax.reports import Report
-from orlomo_jax.rounds import check_key
 from orlomo_jax.rules import contract
-from orlomo_jax.runtimes.driver import Driver
+from orlomo_jax.runtimes.driver import Driver, RunOptions
 from orlomo_jax.runtimes.membership import Membership
-from orlomo_jax.runtimes.notes import Plan
-from orlomo_jax.runtimes.workers import Work, Workers
+from orlomo_jax.runtimes.protocol import WorkerPool
+from orlomo_jax.runtimes.run_log import RunLog
+from orlomo_jax.saving import RunSaver, run_identity
 from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
+from orlomo_jax.workload import Workload, check_key
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, PyTree, Scalar
+    from jaxtyping import Array, ArrayLike, PyTree
 
-    Evaluate = Callable[[contract.Params, PyTree[Array]], dict[str, Scalar]]
+    from orlomo_jax.recorder import Evaluate
 
 
 def train(
     method: Method,
-    round_fn: Callable,
+    loss_fn: Callable | None,
     batch_fn: Callable,
     params: contract.Params,
-    workers: Workers,
+    workers: WorkerPool,
     *,
     num_steps: int,
     key: Array,
@@ -47,9 +50,7 @@ def train(
     local_learning_rate: float | optax.Schedule,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], bool | None] | None = None,
-    on_health: Callable[[Health], None] | None = None,
-    health_every: float = 10.0,
+    callbacks: Sequence[AnyCallback] = (),
     checkpoint: Checkpoints | None = None,
     journal: str | os.PathLike[str] | None = None,
     membership: Membership | None = None,
@@ -57,118 +58,97 @@ def train(
     start_timeout: float = 1800.0,
     max_failures: int = 3,
     audit: bool = False,
-    inject: Callable[[Report], Iterable[Report]] | None = None,
+    fault_injector: Callable[[Report], Iterable[Report]] | None = None,
+    round_fn: Callable | None = None,
 ) -> TrainingResult:
-    """Train on real workers, whose reports are applied in the order in which they come.
+    """Train on real workers; their reports are applied in the order in which they arrive.
 
-    The same server, rules and compiled rounds as in :func:`~orlomo_jax.simulate`, and the same
-    randomness: ``simulate`` with the same arguments and ``result.trace`` repeats the run.
+    Server, rules, compiled rounds and randomness are those of :func:`~orlomo_jax.simulate`:
+    ``simulate`` with the same arguments and ``trace=result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A rejected report loses its round too. What a worker raises in the
-    first round of a run is raised here at once.
+    sent the newest parameters. A rejected report loses its round too. If a worker raises in the
+    first round of a run, the exception is raised here at once.
 
-    With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals lies beside the checkpoints.
-    A run whose process was killed resumes from the newest checkpoint, repeats (here, one by one)
-    the rounds that the journal holds beyond it, and gives every worker the task that it had:
-    nothing that was applied is lost or applied twice. ``on_step`` sees the repeated steps too.
-    Ctrl-C saves a checkpoint first; a second one does not wait for it.
+    With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals is written next to the
+    checkpoints. A run whose process was killed resumes from the newest checkpoint, repeats (here,
+    one by one) the rounds that the journal has beyond it, and gives every worker its task back:
+    no applied report is lost or applied twice. Callbacks see the repeated steps too. Ctrl-C saves a
+    checkpoint first; a second one does not wait for it.
 
     Args:
-        method: A :class:`~orlomo_jax.Method`.
-        round_fn: ``method.local_round(loss_fn, num_local_steps)``.
+        method: A :class:`~orlomo_jax.Method`: the server rule, K and S.
+        loss_fn: As in :func:`~orlomo_jax.simulate`; None if ``round_fn`` is given.
         batch_fn: As in :func:`~orlomo_jax.simulate`.
         params: w_0.
-        workers: :class:`~orlomo_jax.Threads` or :class:`~orlomo_jax.RayWorkers`; K of them.
+        workers: The pool of K workers: :class:`~orlomo_jax.ThreadWorkers` or
+            :class:`~orlomo_jax.RayWorkers`.
         num_steps: T ≥ 1, the reports to apply.
         key: A ``jax.random.key``.
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
-        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers go
-            on meanwhile, but their reports wait. It is tried once before the first step.
-        evaluate_every: Steps between evaluations, ≥ 1; None is after the last step alone.
-        on_step: Called with a :class:`~orlomo_jax.StepRecord` after each step. If it returns True
-            or raises StopIteration, the run ends there, with the status "stopped"; a checkpoint is
-            saved first.
-        on_health: Called with a :class:`~orlomo_jax.Health` from time to time.
-        health_every: Seconds > 0 between two of them.
-        checkpoint: Where to save as the run goes, and to go on from; what must be the same is said
-            in :class:`~orlomo_jax.Checkpoints`. ``num_steps`` may have become larger.
-        journal: File of the arrivals; None is ``arrivals.jsonl`` beside the checkpoints, or none
-            without. A run goes on from the one that is there.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers
+            continue meanwhile, but their reports wait. It is tried once before the first step.
+        evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
+        callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
+            :class:`~orlomo_jax.StepRecord`. One can end the run.
+        checkpoint: Where to save, and to resume from; :class:`~orlomo_jax.Checkpoints` says what
+            must be the same. ``num_steps`` may have become larger.
+        journal: File of the arrivals; None is ``arrivals.jsonl`` next to the checkpoints, or no
+            file without checkpoints. If the file exists, its run is continued.
         membership: Who joins late or leaves; not for a synchronous method.
         round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
             never.
-        start_timeout: Seconds ≥ 0 that the first round of a worker has in addition, whenever it is
-            started: it starts and compiles then.
-        max_failures: Lost rounds in a row, ≥ 0, that are forgiven: with one more a worker is given
-            up.
-        audit: Whether to hold Lemmas 1 and 2 against the server at each step (OrLoMo alone); a few
-            passes over the parameters in float64.
-        inject: Fault injection: maps each report that comes to those that the server sees.
+        start_timeout: Seconds ≥ 0 that a worker has in addition in the first round after each of
+            its starts, in which it compiles.
+        max_failures: How many lost rounds in a row, ≥ 0, a worker may have; one more, and it is
+            given up.
+        audit: Whether to check Lemmas 1 and 2 on the server at each step (OrLoMo only); it takes a
+            few passes over the parameters in float64.
+        fault_injector: Maps each report that arrives to those that the server sees.
+        round_fn: The local round, if it is not ``method.local_round(loss_fn)``.
 
     Returns:
-        A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. It has
-        ``diverged`` where all workers were given up (of a synchronous method, one) since their
-        reports held a NaN or an Inf, or where the parameters do in the end.
+        A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. The run has
+        diverged if all workers (one, in a synchronous method) were given up because of a NaN or an
+        Inf in their reports, or if the final parameters have one.
 
     Raises:
-        WorkersGone: If no worker is left, or one that a synchronous method needs is given up.
-        AuditFailure: If ``audit`` finds the server at odds with a lemma.
+        WorkersGone: If no worker is left, or a synchronous method lost one.
+        AuditFailure: If ``audit`` finds that the server contradicts a lemma.
         ValueError: If an argument is out of range, or ``checkpoint`` or journal are of another run
-            or do not go together.
-        BlockingIOError: If another process is writing the journal, or another run has the folder
-            of ``checkpoint``.
-        TypeError: If ``key`` is no key, a leaf of params or model state is not floating, or
-            ``batch_fn`` gives another batch each time it is called.
+            or do not match.
+        BlockingIOError: If another process writes to the journal, or another run to the folder of
+            ``checkpoint``.
+        TypeError: If ``key`` is not a key, a leaf of params or model state is not floating, or
+            ``batch_fn`` returns another batch each time it is called.
 
     Example:
-        See :class:`~orlomo_jax.Threads`.
+        See :class:`~orlomo_jax.ThreadWorkers`.
     """
-    plan = Plan(
-        num_steps=check_count("num_steps", num_steps, 1),
-        evaluate=evaluate,
-        evaluate_every=(
-            num_steps
-            if evaluate_every is None
-            else check_count("evaluate_every", evaluate_every, 1)
-        ),
-        on_step=on_step,
-        on_health=on_health,
-        health_every=check_number("health_every", health_every, lambda x: x > 0, "> 0"),
-        checkpoint=checkpoint,
-        journal=journal if checkpoint is None or journal else checkpoint.directory / JOURNAL,
+    num_steps = check_count("num_steps", num_steps, 1)
+    recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
+    options = RunOptions(
         membership=Membership(workers.num_workers) if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
         start_timeout=check_number("start_timeout", start_timeout, lambda x: x >= 0, "≥ 0"),
         max_failures=check_count("max_failures", max_failures),
-        audit=audit,
-        inject=inject,
+        fault_injector=fault_injector,
     )
+    _check_workers(method, workers, options.membership)
     check_key(key)
     if audit:
         check_auditable(method)
-    if plan.membership.num_workers != workers.num_workers:
-        raise ValueError(
-            f"`membership` must be of the {workers.num_workers} workers, got one of "
-            f"{plan.membership.num_workers}"
-        )
-    if method.synchronous and plan.membership.absent:
-        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
     contract.check_floating("params", params)
     server = ParameterServer(
-        method,
-        _bound(params),
-        workers.num_workers,
-        model_state,
-        local_learning_rate=local_learning_rate,
+        method, _bound(params), model_state, local_learning_rate=local_learning_rate
     )
-    work = Work.of(round_fn, batch_fn, key)
-    check_pure(work.batch_fn, key)
-    check_schedules(method, server.schedule, plan.num_steps)
-    driver = Driver(server, workers, work, plan)
+    workload = Workload.of(round_of(method, loss_fn, round_fn), batch_fn, key)
+    check_pure(workload.batch_fn, key)
+    check_schedules(method, server.schedule, num_steps)
+    path = journal if checkpoint is None or journal else checkpoint.directory / JOURNAL
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
-        result = driver.run()
+        result = _train(server, workload, workers, recording, options, checkpoint, path, audit)
     return result._replace(
         params=jax.tree.map(
             lambda given, x: jax.device_put(x, given.sharding) if explicit_mesh(given) else x,
@@ -176,6 +156,81 @@ def train(
             result.params,
         )
     )
+
+
+def _train(
+    server: ParameterServer,
+    workload: Workload,
+    workers: WorkerPool,
+    recording: Recording,
+    options: RunOptions,
+    checkpoint: Checkpoints | None,
+    path: Any,
+    audit: bool,
+) -> TrainingResult:
+    """Train from the newest checkpoint and the journal to the end."""
+    method = server.method
+    absent = {"absent": sorted(options.membership.absent)}
+    identity = {"num_workers": method.num_workers, "synchronous": method.synchronous}
+    if checkpoint is not None or path is not None:
+        identity = {"run by": "train"} | run_identity(server, workload)
+    saved = None if checkpoint is None else checkpoint.newest_of(identity)
+    journal = Journal(identity | absent, path)
+    with contextlib.closing(journal):
+
+        def arrival(step: int) -> tuple[float, int, int]:
+            at = journal.arrivals[step]
+            return at.time, at.worker, step - at.dispatched_at
+
+        recorder = RunRecorder(ServerSource(server), workload, arrival, recording)
+        saver = seen = None
+        if checkpoint is not None:
+            saver = RunSaver(checkpoint, [recorder], lambda step: identity)
+        if saved is not None and saver is not None:
+            notes = saver.restore(saved)
+            with saved.reading():
+                seen = check_count("events", notes["events"])
+        _check_journal(journal, server.step, seen or 0, recording.num_steps)
+        state = server.state
+        auditor = Audit(method, state.params, state.rule_state) if audit else None
+        log = RunLog(journal, recorder)
+        driver = Driver(workers, workload, recorder, log, saver, auditor, options)
+        driver.repeat(seen)
+        recorder.start(journal.trace())
+        log.resume_clock()
+        log.health(driver.present)  # so that errors show before the first step
+        if not recorder.ended:
+            driver.train()
+        return recorder.end(recorder.result(journal.trace(), log.health(driver.present)))
+
+
+def _check_workers(method: Method, workers: WorkerPool, membership: Membership) -> None:
+    for name, given in (("workers", workers), ("membership", membership)):
+        if given.num_workers != method.num_workers:
+            raise ValueError(
+                f"`{name}` must be for the method's {method.num_workers} workers, got "
+                f"num_workers={given.num_workers}"
+            )
+    if method.synchronous and membership.absent:
+        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
+
+
+def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> None:
+    """Raise ValueError unless the journal goes with its checkpoint and with this run's length."""
+    for name, there, wanted in (
+        ("reports", len(journal.arrivals), step),
+        ("events", len(journal.events), events),
+    ):
+        if there < wanted:
+            raise ValueError(
+                f"{journal.path} must have the run up to its checkpoint, {wanted} {name}, "
+                f"but it has {there}"
+            )
+    if len(journal.arrivals) > num_steps:
+        raise ValueError(
+            f"`num_steps` must be ≥ {len(journal.arrivals)}, the reports that the run to "
+            f"resume has applied, got num_steps={num_steps}"
+        )
 
 
 def _bound(params: contract.Params) -> contract.Params:

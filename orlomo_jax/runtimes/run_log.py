@@ -1,0 +1,97 @@
+"""The log of a real run: its journal, its clock and the counts of its health."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import optax
+
+from orlomo_jax.books import TaskId
+from orlomo_jax.health import Health, Meter
+from orlomo_jax.journal import Arrival, Journal
+from orlomo_jax.recorder import RunRecorder
+from orlomo_jax.reports import Report, ReportRejected
+from orlomo_jax.runtimes import metrics
+from orlomo_jax.runtimes.protocol import TaskOutcome
+from orlomo_jax.state import start_momentum
+from orlomo_jax.workload import RoundMetrics
+
+_norm = jax.jit(optax.tree.norm)
+
+
+class RunLog:
+    """Writes down what happens in a real run, and counts it.
+
+    Attributes:
+        journal: The run's journal.
+        meter: The counts of its health.
+    """
+
+    def __init__(self, journal: Journal, recorder: RunRecorder) -> None:
+        """Start the clock."""
+        self.journal, self.recorder = journal, recorder
+        self.meter = Meter(recorder.source.server.num_workers)
+        self._began = time.monotonic()
+        self._health_at: dict[Any, float] = {}
+
+    def resume_clock(self) -> None:
+        """Continue from the time of the last arrival: time between processes does not count."""
+        if self.journal.arrivals:
+            self._began = time.monotonic() - self.journal.arrivals[-1].time
+
+    def seconds(self) -> float:
+        """Return the seconds since the run began, without those in which it was down."""
+        return time.monotonic() - self._began
+
+    def received(self, outcome: TaskOutcome) -> None:
+        """Count what came from a worker."""
+        self.meter.busy[outcome.id.worker] += outcome.seconds
+        self.meter.received_bytes += outcome.received_bytes
+
+    def arrived(self, report: Report, round_metrics: RoundMetrics | None) -> Arrival:
+        """Write down an applied report, before anything follows from it."""
+        loss, others = float("nan"), None
+        if round_metrics is not None:
+            loss, others = float(round_metrics.loss), round_metrics.metrics
+        task_id = TaskId(*map(int, report.id))
+        arrival = Arrival(*task_id, self.seconds(), loss, metrics.as_row(others))
+        self.journal.arrived(arrival)
+        return arrival
+
+    def applied(self, arrival: Arrival) -> None:
+        """Count an applied report, and tell the recorder."""
+        delay = self.recorder.step - arrival.dispatched_at
+        self.meter.applied(arrival.worker, delay)
+        stacked = metrics.stacked([arrival.metrics], self.recorder.like.metrics)
+        of_round = jax.tree.map(lambda x: x[0], stacked)
+        self.recorder.applied(RoundMetrics(arrival.loss, of_round))
+
+    def rejected(self, report: Any, error: ReportRejected) -> None:
+        """Write down a rejected report."""
+        self.meter.rejected[error.reason] += 1
+        worker = report.id[0] if isinstance(report, Report) and report.id else None
+        self.journal.refused(worker, error.reason, str(error), self.seconds())
+
+    def happened(self, kind: str, worker: int, why: str = "") -> None:
+        """Write down an event."""
+        self.journal.happened(kind, worker, self.seconds(), why)
+
+    def report_health(self, present: set[int]) -> None:
+        """Tell the callbacks whose time has come how the run fares."""
+        now = time.monotonic()
+        for callback in self.recorder.recording.callbacks:
+            if (every := callback.health_every) is None:
+                continue
+            if now >= self._health_at.setdefault(callback, now + every):
+                self._health_at[callback] = now + every
+                callback.on_health(self.health(present))
+
+    def health(self, present: set[int]) -> Health:
+        """Return a view of the run, in which these workers take part."""
+        server = self.recorder.source.server
+        momentum = start_momentum(server.view().rule_state)
+        norm = None if momentum is None else float(_norm(momentum))
+        there = tuple(worker in present for worker in range(server.num_workers))
+        return self.meter.view(server.step, there, norm)
