@@ -11,12 +11,13 @@ from orlomo_jax.arrivals import (
 )
 from orlomo_jax.audit import Audit, AuditFailure
 from orlomo_jax.books import TaskId
-from orlomo_jax.callbacks import Callback
+from orlomo_jax.callbacks import Callback, CSVLog, HealthLog, ProgressBar, TensorBoard
 from orlomo_jax.checkpoint import Checkpoints
 from orlomo_jax.engine import Compiled, Eager
 from orlomo_jax.fingerprint import with_fingerprint
 from orlomo_jax.health import Health
 from orlomo_jax.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.methods import METHOD_NAMES, Method, make_method, register_method
 from orlomo_jax.narrow import narrow_reports
@@ -58,6 +59,7 @@ __all__ = [
     "ArrivalTrace",
     "Audit",
     "AuditFailure",
+    "CSVLog",
     "Callback",
     "Checkpoints",
     "Compiled",
@@ -65,7 +67,9 @@ __all__ = [
     "Eager",
     "Evaluation",
     "Health",
+    "HealthLog",
     "History",
+    "HostBatches",
     "Journal",
     "LocalOrMoDAState",
     "LocalUpdate",
@@ -75,6 +79,7 @@ __all__ = [
     "OrLoMoState",
     "PRSGDmState",
     "ParameterServer",
+    "ProgressBar",
     "RayWorkers",
     "Report",
     "ReportRejected",
@@ -86,6 +91,7 @@ __all__ = [
     "Task",
     "TaskId",
     "TaskOutcome",
+    "TensorBoard",
     "ThreadWorkers",
     "TraceEvent",
     "TrainingResult",

@@ -11,6 +11,7 @@ import jax
 from orlomo_jax.checks import check_count
 from orlomo_jax.compiled import CompiledEngine
 from orlomo_jax.eager import EagerEngine
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.plan import group_starts
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.state import ServerState
@@ -100,6 +101,13 @@ def choose(
                 f"got engine={engine!r}"
             )
         engine = named[engine]
+    if isinstance(workload.batch_fn, HostBatches):
+        if isinstance(engine, Compiled):
+            raise ValueError(
+                '`engine` must be "eager" for HostBatches: a compiled segment cannot call Python. '
+                "Pass a batch_fn that JAX can trace to compile the run"
+            )
+        return Eager()
     start, cpu = server.to_send(), jax.default_backend() == "cpu"
     if engine is None:
         size = sum(leaf.size for leaf in jax.tree.leaves(start.params))

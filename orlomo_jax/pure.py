@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from orlomo_jax.host_batches import HostBatches
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 _ADVICE = (
     "`batch_fn` must be a function of its arguments alone: it is traced once, and that one batch "
-    "would come in every round. Index arrays by `worker` and `round`, or call Python in each round "
-    "by jax.pure_callback"
+    "would come in every round. Index arrays by `worker` and `round`, or pass Python code as "
+    "HostBatches"
 )
 
 
@@ -27,6 +29,8 @@ def check_pure(batch_fn: Callable, key: Array) -> None:
     Raises:
         TypeError: If they differ, as those of a data loader or of NumPy's random numbers do.
     """
+    if isinstance(batch_fn, HostBatches):
+        return
     first, second = _constants(batch_fn, key), _constants(batch_fn, key)
     same_number = len(first) == len(second)  # else it has kept what it computed at first
     if same_number and not all(map(_equal, first, second)):

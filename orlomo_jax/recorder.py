@@ -155,6 +155,11 @@ class RunRecorder:
             callback.on_end(result)
         return result
 
+    def close(self) -> None:
+        """Close the callbacks, after the end or an error."""
+        for callback in self.recording.callbacks:
+            callback.close()
+
     def applied_all(self, rounds: Iterable[RoundMetrics], end: int) -> None:
         """Record the reports of a segment until step ``end``, as an engine yields them."""
         for metrics in rounds:

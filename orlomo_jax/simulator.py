@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -272,11 +272,10 @@ def _simulate(
     settings = _as_saved(choose(engine, *runs[0]), engine, saved)
     engines = [make_engine(settings, *run) for run in runs]
     group = Together(engines) if len(runs) > 1 else Alone(engines[0])
+    recordings = [recording, *[recording._replace(callbacks=())] * (len(runs) - 1)]
     recorders = [
-        RunRecorder(lane, run.workload, run.trace.arrival, recording._replace(**silent))
-        for lane, run, silent in zip(
-            group.lanes, runs, [{}, *[{"callbacks": ()}] * (len(runs) - 1)], strict=True
-        )
+        RunRecorder(lane, run.workload, run.trace.arrival, mine)
+        for lane, run, mine in zip(group.lanes, runs, recordings, strict=True)
     ]
     saver = None
     if checkpoint is not None:
@@ -286,10 +285,22 @@ def _simulate(
     else:
         for run in runs:
             run.begin()
-    first = recorders[0]
+    with closing(recorders[0]):
+        return _run_segments(runs, group, recorders, saver, stop)
+
+
+def _run_segments(
+    runs: Sequence[_Run],
+    group: Alone | Together,
+    recorders: Sequence[RunRecorder],
+    saver: RunSaver | None,
+    stop: Callable[[], bool] | None,
+) -> list[TrainingResult] | None:
+    """Advance the runs segment by segment to the end, record them and save them."""
+    first, num_steps = recorders[0], recorders[0].recording.num_steps
     first.start(runs[0].trace)
-    periods = () if checkpoint is None else (checkpoint.every,)
-    while not (first.stopped or first.step == recording.num_steps):
+    periods = () if saver is None else (saver.checkpoint.every,)
+    while not (first.stopped or first.step == num_steps):
         end = first.next_stop(*periods)
         for recorder, rounds in zip(recorders, group.advance(end), strict=True):
             recorder.applied_all(rounds, end)
@@ -297,7 +308,7 @@ def _simulate(
             break
         if saver is not None and saver.is_due():
             saver.save()
-        if stop is not None and first.step < recording.num_steps and stop():
+        if stop is not None and first.step < num_steps and stop():
             if saver is not None and not saver.is_due():
                 saver.save()
             return None

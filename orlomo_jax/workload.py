@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.rules import contract
 from orlomo_jax.worker import RoundResult, convolves
 
@@ -74,7 +75,8 @@ class Workload(NamedTuple):
 
     Attributes:
         round_fn: The local round.
-        batch_fn: ``batch_fn(data_key, worker, round) -> batches``, a ``Partial``.
+        batch_fn: ``batch_fn(data_key, worker, round) -> batches``, a ``Partial``; or
+            :class:`~orlomo_jax.HostBatches`.
         data_key: A ``jax.random.key`` for the batches.
         noise_key: A ``jax.random.key`` for the rounds.
     """
@@ -87,7 +89,9 @@ class Workload(NamedTuple):
     @classmethod
     def of(cls, round_fn: Callable, batch_fn: Callable, key: Array) -> Workload:
         """Split the run's key, and make the batch function's arrays arguments of programs."""
-        return cls(round_fn, as_partial(batch_fn), *jax.random.split(key))
+        if not isinstance(batch_fn, HostBatches):
+            batch_fn = as_partial(batch_fn)
+        return cls(round_fn, batch_fn, *jax.random.split(key))
 
     def run(
         self,
@@ -123,7 +127,8 @@ class Workload(NamedTuple):
     def convolves(self, start: RoundInput) -> bool:
         """Return whether a round convolves; traced only once for each round function."""
         if self.round_fn not in _convolves:
-            batches = jax.eval_shape(self.batch_fn, self.data_key, np.int32(0), np.int32(0))
+            batch_fn, start, *_ = self._arguments(0, 0, start, 0, _NONE)
+            batches = jax.eval_shape(batch_fn, self.data_key, np.int32(0), np.int32(0))
             params, model_state, momentum, rate = start
             args = (params, model_state, batches, rate, self.noise_key)
             run = partial(self.round_fn, momentum=momentum)
@@ -135,8 +140,11 @@ class Workload(NamedTuple):
         return round_program(self.round_fn)
 
     def _arguments(self, worker, round, start, step, first_nonfinite) -> tuple:
+        batch_fn = self.batch_fn
+        if isinstance(batch_fn, HostBatches):
+            batch_fn = batch_fn.argument(worker, round)
         counts = (np.int32(worker), np.int32(round), np.int32(step))
-        return (self.batch_fn, start, self.data_key, self.noise_key, *counts, first_nonfinite)
+        return (batch_fn, start, self.data_key, self.noise_key, *counts, first_nonfinite)
 
 
 _convolves: WeakKeyDictionary[Callable, bool] = WeakKeyDictionary()

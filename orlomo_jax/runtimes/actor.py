@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from orlomo_jax.arrays import on_host
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.narrow import wire_dtype
 from orlomo_jax.runtimes import settings
 from orlomo_jax.worker import RoundResult
@@ -103,7 +104,8 @@ class OrlomoWorker:
         else:
             jax.config.update("jax_platforms", "cpu")
         round_fn, batch_fn, keys, impl = import_ray().get(known.workload[0])
-        batch_fn = jax.tree.map(jnp.asarray, batch_fn)
+        if not isinstance(batch_fn, HostBatches):
+            batch_fn = jax.tree.map(jnp.asarray, batch_fn)
         keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
         self._workload = Workload(round_fn, batch_fn, *keys)
 

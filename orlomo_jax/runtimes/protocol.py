@@ -47,7 +47,7 @@ class WorkerPool(Protocol):
     num_workers: int
 
     def open(self, workload: Workload) -> None:
-        """Prepare for a run; raise, and leave nothing open, if another one is under way."""
+        """Prepare for a run; raise RuntimeError if another one is under way."""
 
     def start(self, worker: int) -> None:
         """Start a worker; if it runs already, replace it by a new one."""
@@ -61,7 +61,7 @@ class WorkerPool(Protocol):
         ...
 
     def stop(self, worker: int) -> None:
-        """End a worker, whatever it does; its task has no outcome then."""
+        """End a worker, whatever it does; if its task has an outcome later, that is ignored."""
 
     def close(self) -> None:
         """End all of them; called once after :meth:`open`, also after an error."""

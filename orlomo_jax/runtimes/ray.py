@@ -17,6 +17,7 @@ import numpy as np
 from orlomo_jax.arrays import on_host
 from orlomo_jax.books import TaskId
 from orlomo_jax.checks import check_count
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.reports import Report, Task
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import settings
@@ -121,7 +122,10 @@ class RayWorkers:
         self._narrow = getattr(workload.round_fn, "wire_dtype", None)
         impl = str(jax.random.key_impl(workload.data_key))
         keys = [jax.random.key_data(key) for key in (workload.data_key, workload.noise_key)]
-        known = self._ray.put((workload.round_fn, *jax.device_get((workload.batch_fn, keys)), impl))
+        batch_fn, keys = workload.batch_fn, jax.device_get(keys)
+        if not isinstance(batch_fn, HostBatches):
+            batch_fn = jax.device_get(batch_fn)
+        known = self._ray.put((workload.round_fn, batch_fn, keys, impl))
         self._known = Known(
             versions=versions(),
             settings=settings.portable(settings.capture()),

@@ -13,6 +13,7 @@ import jax
 
 from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
+from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.reports import Task
 from orlomo_jax.runtimes import settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
@@ -213,8 +214,10 @@ class _Thread:
 
 def _on_device(workload: Workload, device: Any) -> Workload:
     """Return the workload with its arrays on a device."""
-    round_fn, *rest = workload
-    return Workload(round_fn, *jax.device_put(rest, device))
+    round_fn, batch_fn, *keys = workload
+    if not isinstance(batch_fn, HostBatches):
+        batch_fn = jax.device_put(batch_fn, device)
+    return Workload(round_fn, batch_fn, *jax.device_put(keys, device))
 
 
 def _default_devices() -> Sequence[Any]:

@@ -195,13 +195,14 @@ def _train(
         auditor = Audit(method, state.params, state.rule_state) if audit else None
         log = RunLog(journal, recorder)
         driver = Driver(workers, workload, recorder, log, saver, auditor, options)
-        driver.repeat(seen)
-        recorder.start(journal.trace())
-        log.resume_clock()
-        log.health(driver.present)  # so that errors show before the first step
-        if not recorder.ended:
-            driver.train()
-        return recorder.end(recorder.result(journal.trace(), log.health(driver.present)))
+        with contextlib.closing(recorder):
+            recorder.start(journal.trace())
+            log.health(driver.present)  # so that errors show before the first step
+            driver.repeat(seen)
+            log.resume_clock()
+            if not recorder.ended:
+                driver.train()
+            return recorder.end(recorder.result(journal.trace(), log.health(driver.present)))
 
 
 def _check_workers(method: Method, workers: WorkerPool, membership: Membership) -> None:

@@ -1,0 +1,136 @@
+"""Checks of a worker pool of one's own, for its test suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orlomo_jax.history import TrainingResult
+from orlomo_jax.host_batches import HostBatches
+from orlomo_jax.methods import METHOD_NAMES, make_method
+from orlomo_jax.runtimes import TaskOutcome, WorkerPool, train
+from orlomo_jax.simulator import simulate
+from orlomo_jax.workload import Workload
+
+_S = 2
+
+
+def check_worker_pool(pool: WorkerPool) -> None:
+    """Run a small problem on a worker pool, and check what ``train`` relies on.
+
+    - Runs of the paper's four methods, and one of :class:`~orlomo_jax.HostBatches`, end, and the
+      simulator repeats each of them bit for bit.
+    - A worker that is started in the place of a lost one takes the next task.
+    - An exception in a first round reaches the caller, and the pool can be used again.
+    - A pool that is in a run refuses another one.
+
+    Args:
+        pool: K ≥ 2 workers on devices of the kind that the simulator uses.
+
+    Raises:
+        AssertionError: If a check fails; the message says which.
+
+    Example:
+        >>> from orlomo_jax import ThreadWorkers
+        >>> check_worker_pool(ThreadWorkers(2))
+    """
+    assert pool.num_workers >= 2, "a pool must have at least 2 workers to be checked"
+    for name in METHOD_NAMES:
+        _check_replay(pool, name, _batches)
+    _check_replay(pool, "orlomo", HostBatches.of(_host_batches))
+    kinds = [event.kind for event in _check_replay(_Losing(pool), "orlomo", _batches).trace.events]
+    assert kinds == ["lost", "redispatched"], f"one round must be lost, got the events {kinds}"
+    _check_exception(pool)
+    _check_one_run_at_a_time(pool)
+    _check_replay(pool, "orlomo", _batches)  # after an error, too
+
+
+def _loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
+    error = jnp.tanh(noisy @ params["w"]) - 0.5
+    count, mean = model_state
+    return jnp.mean(error**2), ((count + 1, 0.9 * mean + 0.1 * noisy.mean()), {"error": error[0]})
+
+
+def _batches(key: Any, worker: Any, round: Any) -> Any:
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, worker), round), (_S, 4, 3))
+
+
+def _host_batches(worker: int, round: int) -> Any:
+    return np.random.default_rng([worker, round]).normal(size=(_S, 4, 3)).astype(np.float32)
+
+
+def _arguments(pool: WorkerPool, name: str, batch_fn: Any) -> tuple:
+    method = make_method(name, pool.num_workers, _S)
+    return method, _loss, batch_fn, {"w": jnp.ones((3,))}
+
+
+_OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float32(0))}
+
+
+def _train(pool: WorkerPool, *args: Any, **options: Any) -> TrainingResult:
+    return train(*args, pool, num_steps=6 * pool.num_workers, key=jax.random.key(0), **options)
+
+
+def _check_replay(pool: WorkerPool, name: str, batch_fn: Any) -> TrainingResult:
+    args = _arguments(pool, name, batch_fn)
+    real = _train(pool, *args, **_OPTIONS)
+    assert real.status == "finished", f"a run of {name} must finish, got {real.status!r}"
+    key = jax.random.key(0)
+    again = simulate(*args, trace=real.trace, key=key, engine="eager", **_OPTIONS)
+    for part in ("params", "model_state", "rule_state"):
+        leaves = (jax.tree.leaves(getattr(run, part)) for run in (real, again))
+        for one, other in zip(*leaves, strict=True):
+            same = np.array_equal(np.asarray(one), np.asarray(other))
+            assert same, f"the simulator must repeat a run of {name} bit for bit, not its {part}"
+    assert np.array_equal(real.history.loss, again.history.loss), f"losses of {name} must be equal"
+    return real
+
+
+class _Losing:
+    """A pool whose worker 0 loses its first round."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.num_workers, self._pool = pool.num_workers, pool
+        for name in ("open", "start", "submit", "stop", "close"):
+            setattr(self, name, getattr(pool, name))
+
+    def wait(self, timeout: float) -> TaskOutcome | None:
+        """Return the next outcome; that of worker 0's first round without its report."""
+        outcome = self._pool.wait(timeout)
+        if outcome is None or outcome.id[:2] != (0, 0):
+            return outcome
+        return TaskOutcome(outcome.id, None, error="lost by check_worker_pool")
+
+
+def _check_exception(pool: WorkerPool) -> None:
+    def batches(worker, round):
+        if worker == 1:
+            raise KeyError("check_worker_pool has no batch for worker 1")
+        return _host_batches(worker, round)
+
+    args = _arguments(pool, "prsgdm", HostBatches.of(batches))
+    try:
+        _train(pool, *args, **_OPTIONS)
+    except KeyError as error:
+        if "worker 1" not in str(error):
+            raise AssertionError("the exception must be the worker's own") from error
+        return
+    raise AssertionError("an exception in a worker's first round must reach the caller")
+
+
+def _check_one_run_at_a_time(pool: WorkerPool) -> None:
+    method, loss_fn, batch_fn, _ = _arguments(pool, "orlomo", _batches)
+    workload = Workload.of(method.local_round(loss_fn), batch_fn, jax.random.key(0))
+    pool.open(workload)
+    try:
+        try:
+            pool.open(workload)
+        except RuntimeError:
+            return
+        raise AssertionError("a pool that is open must refuse to be opened again (RuntimeError)")
+    finally:
+        pool.close()
