@@ -54,7 +54,7 @@ class Comparison:
         """Raise Difference unless the two values are equal."""
         self.count += 1
         if got != want:
-            self.fail(f"{what} is {got}, not {want}")
+            self.fail(f"{what}: got {got}, expected {want}")
 
     def close(self, what: str, got: Any, want: Any) -> None:
         """Raise Difference unless float64 arrays agree to rounding.
@@ -66,12 +66,13 @@ class Comparison:
             return self.same(what, got, want)
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape or got.dtype != np.float64:
-            self.fail(f"{what} is {got.dtype}{list(got.shape)}, not float64{list(want.shape)}")
+            expected = f"float64{list(want.shape)}"
+            self.fail(f"{what}: got {got.dtype}{list(got.shape)}, expected {expected}")
         size = self._largest.get(what, 2.0**-1000)
         size = self._largest[what] = max(size, float(np.abs(want).max()))
         difference = float(np.abs(got - want).max()) / size
         if not difference <= ALLOWED:
-            self.fail(f"{what} is {got}, not {want}")
+            self.fail(f"{what}: got {got}, expected {want}")
         self.worst = max(self.worst, difference)
 
 

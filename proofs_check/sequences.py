@@ -173,7 +173,7 @@ def in_flight_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the right-hand sides of Lemmas 1 and 2 as printed, for t = 0 … T−1, each [T, ..., d].
 
-    The sums run over the workers k ≠ k_t, whose reports have the index ite(t, k).
+    The sums run over the workers k ≠ k_t. Worker k's report has the index ite(t, k).
     """
     num_workers = of.num_workers
     sums_u, sums_w = [], []

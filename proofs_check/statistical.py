@@ -153,7 +153,7 @@ def sides(
     of_u, of_w = claims.identity(beta)
     dh = of_u * run.du + of_w * run.dw
     hats = sequences.auxiliary(of, beta, hat, run.du, run.dw, dh, start)
-    steps = np.arange(1, num_steps)  # t = 1 … T−1; x_t stands at [t−1]
+    steps = np.arange(1, num_steps)  # t = 1 … T−1; x_t is at [t−1]
     later = hat[num_workers - 1 + steps]  # η̂_{t,k_{t−1}}
     server = np.moveaxis(run.w, -2, 0)
 

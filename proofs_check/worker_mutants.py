@@ -65,7 +65,11 @@ def _round(
 
 
 def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of ``fused_round``: its key is ``own_key(noise_key, worker, round, step)``."""
+    """Return the change of ``fused_round`` that replaces the round's key.
+
+    Args:
+        own_key: Maps (noise_key, worker, round, the step of the fault) to the key.
+    """
 
     def change(original, step):
         @lru_cache(maxsize=8)
