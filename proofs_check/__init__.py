@@ -1,9 +1,15 @@
-"""The paper's lemmas and theorem, checked on the code that trains.
+"""Checks the paper's lemmas and theorem on the code that trains.
 
-Four strengths: symbolic proofs for all K, β and arrival orders; every order of small runs, exactly;
-random runs within rounding bounds; bounds measured where their constants are known. A check is a
-function registered in :mod:`proofs_check.registry`; the statements are fields of
-:class:`~proofs_check.claims.Claims`; what is checked is a :class:`~proofs_check.registry.Subject`.
+The checks have four strengths:
+
+- symbolic: a proof for all K, β and arrival orders;
+- exhaustive: every order of small runs, exactly;
+- property: random runs, within rounding bounds;
+- statistical: bounds measured on problems with known constants.
+
+A check is a function registered in :mod:`proofs_check.registry`. The paper's formulas are fields of
+:class:`~proofs_check.claims.Claims`. The functions under test are fields of
+:class:`~proofs_check.registry.Subject`.
 
 Example:
     >>> import proofs_check
@@ -19,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Importing a module registers its checks, in the order in which they run.
+# Importing a module registers its checks. They run in the order of these imports.
 from proofs_check import symbolic  # isort: skip
 from proofs_check import constants  # isort: skip
 from proofs_check import exhaustive  # isort: skip
@@ -61,22 +67,23 @@ def check(
     size: Size | None = None,
     statements: Iterable[str] | None = None,
 ) -> list[Outcome]:
-    """Put a server rule to the checks that speak of the rule alone: Lemmas 1, 2, 3, 9, the ledger.
+    """Run the checks that need only a server rule: Lemmas 1, 2, 3 and 9, and their ledger form.
 
     Args:
-        rule_factory: ``rule_factory(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, as
-            :func:`orlomo_jax.orlomo`. It returns an Optax transformation of a ``LocalUpdate`` whose
-            state has the fields ``step`` and ``momentum`` (u_t) and whose ``update`` takes
-            ``dispatched_at``. ``momentum`` may be a traced array, ``learning_rate`` is a function
-            of the step, ``delay_weight`` one of the delay; η_t is their product.
-        worker_momentum: Whether the workers run momentum SGD and report Δu. Without, Δw takes its
-            place in every lemma, which is what local OrMo-DA obeys.
-        size: How much is tried; None is the command's default.
-        statements: Keys of :data:`STATEMENTS` to keep; None is all.
+        rule_factory: ``rule_factory(num_workers, momentum=…, learning_rate=…, delay_weight=…)``,
+            like :func:`orlomo_jax.orlomo`. It returns an Optax transformation of a ``LocalUpdate``.
+            The state has the fields ``step`` and ``momentum`` (u_t), and ``update`` takes
+            ``dispatched_at``. ``momentum`` may be a traced array. ``learning_rate`` is a function
+            of the step and ``delay_weight`` a function of the delay; η_t is their product.
+        worker_momentum: Whether the workers run momentum SGD and report Δu. If False, Δw replaces
+            Δu in every lemma; local OrMo-DA obeys this form.
+        size: How many cases are tried; None is the command's default.
+        statements: Keys of :data:`STATEMENTS` to check; None is all.
 
     Returns:
-        Outcomes; ``outcome.passed`` is the verdict, ``outcome.counterexample`` the smallest failing
-        case, which ``python -m proofs_check --replay`` runs again.
+        One outcome for each check and statement. ``outcome.passed`` is the verdict.
+        ``outcome.counterexample`` is the smallest failing case, which
+        ``python -m proofs_check --replay`` runs again.
     """
     name = getattr(rule_factory, "__name__", "rule")
     subject = Subject(name, rule=rule_factory, worker_momentum=worker_momentum)

@@ -1,6 +1,7 @@
-"""``python -m proofs_check``: every check, a table, and an exit status.
+"""Implements ``python -m proofs_check``: runs the checks and prints a table.
 
-0: everything holds; 1: a statement failed; 2: wrong arguments, or a package is missing.
+Exit status 0: every statement holds. 1: a statement failed. 2: wrong arguments, or a package is
+missing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, Subject, ch
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command's arguments."""
+    """Return the command's argument parser."""
     size = Size()
     p = argparse.ArgumentParser(
         prog="python -m proofs_check",
@@ -42,14 +43,14 @@ def parser() -> argparse.ArgumentParser:
             f"{k}^{t}" for k, t in size.exhaustive),
     )  # fmt: skip
     p.add_argument(
-        "--seed", type=int, default=size.seed, help="of everything drawn (default: %(default)s)"
+        "--seed", type=int, default=size.seed, help="seed of all draws (default: %(default)s)"
     )
     p.add_argument("--json", metavar="FILE", help="write the table as JSON ('-': to stdout only)")
     p.add_argument("--plots", metavar="DIR", help="write the log-log plots of Remarks 4 and 5")
-    p.add_argument("--map", action="store_true", help="print what code and what checks hold what")
+    p.add_argument("--map", action="store_true", help="print each statement's code and checks")
     p.add_argument("--replay", metavar="FILE", help="run a counterexample again ('-': stdin)")
-    p.add_argument("--counterexample", metavar="FILE", help="write the first counterexample there")
-    p.add_argument("--rule", metavar="MODULE:FACTORY", help="put your own rule to the checks")
+    p.add_argument("--counterexample", metavar="FILE", help="write the first counterexample here")
+    p.add_argument("--rule", metavar="MODULE:FACTORY", help="check your own server rule")
     p.add_argument(
         "--no-worker-momentum", action="store_true", help="its workers report no local momentum"
     )
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may not know the symbols
+            stream.reconfigure(errors="replace")  # a terminal may lack the symbols
     p = parser()
     args = p.parse_args(arguments)
     try:
@@ -138,7 +139,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _printable(content: Any, indent: int | None = None) -> str:
-    """Return JSON text that the output can hold unchanged: escaped where it is not UTF-8."""
+    """Return JSON text for stdout; non-ASCII characters are escaped unless stdout is UTF-8."""
     escaped = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     return json.dumps(content, ensure_ascii=escaped, indent=indent)
 
@@ -158,7 +159,10 @@ def _run(subject: Subject, size: Size, checks: list[str], statements: Any) -> li
 
 
 def _progress(total: int) -> Callable[[str, int], None]:
-    """Return ``progress(name, steps)``: Rich's bar on a terminal, else nothing; −1 ends it."""
+    """Return ``progress(name, steps)``, which shows Rich's bar on a terminal; −1 closes it.
+
+    Without Rich it prints the names, also on a terminal only.
+    """
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -182,7 +186,7 @@ def _note(text: str) -> None:
 
 
 def _counterexamples(failed: list[Outcome], size: Size, rule: str | None) -> list[dict[str, Any]]:
-    """Return one counterexample a failed check: the one of the fewest arrivals."""
+    """Return one counterexample for each failed check: the one with the fewest arrivals."""
     by_check: dict[str, Outcome] = {}
     for outcome in failed:
         if outcome.check not in by_check or _arrivals(outcome) < _arrivals(by_check[outcome.check]):

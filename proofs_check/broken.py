@@ -1,7 +1,8 @@
-"""Rules broken on purpose, which the checks must catch (:mod:`proofs_check.controls` says which).
+"""Defines faulty server rules, rounds and servers: the mutants that the checks must catch.
 
-The broken rules are one small OrLoMo with faults. Without a fault it passes every check
-(:func:`intact`), so that what a check catches is the fault and nothing else.
+:mod:`proofs_check.controls` lists which check must catch which mutant. The faulty rules are one
+small OrLoMo with faults. Without a fault it passes every check (:func:`intact`), so a failing check
+has found the fault and nothing else.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ class FaultyState(NamedTuple):
 
 @dataclass(frozen=True)
 class Faults:
-    """What may be wrong with the rule; the defaults are right.
+    """The parts of the rule that can be made wrong; the defaults are correct.
 
     Attributes:
-        group: (index, K) to the group.
-        group_size: K to the size of a group.
+        group: Maps (index, K) to the group.
+        group_size: Maps K to the size of a group.
         late: Added to n.
-        opens: (t, K) to whether the step multiplies by β.
-        decay_momentum, decay_params: Whether β then acts on u; on w.
-        past: (β, n) to the weight of η_t Δu in w.
-        weight: (β, n) to the weight of η_t Δu in u.
-        rate_step: (t, i) to the step whose learning rate is used.
-        delay: (t, i) to the delay given to ``delay_weight``.
-        swap: Whether Δw stands where Δu should.
-        dtype: dtype of the coefficients; None is the widest.
+        opens: Maps (t, K) to whether the step multiplies by β.
+        decay_momentum, decay_params: Whether that step applies β to u, and to w.
+        past: Maps (β, n) to the weight of η_t Δu in w.
+        weight: Maps (β, n) to the weight of η_t Δu in u.
+        rate_step: Maps (t, i) to the step that the learning rate is taken from.
+        delay: Maps (t, i) to the delay given to ``delay_weight``.
+        swap: Whether Δw replaces Δu.
+        dtype: dtype of the coefficients; None is the widest one.
         rate_on_past: Whether η_t multiplies the past descent.
     """
 
@@ -66,7 +67,7 @@ class Faults:
 
 
 def past_descent(beta, late):
-    """Return Σ_{j=1..n} β^j: term by term, exact for dyadic β; for large n by expm1."""
+    """Return Σ_{j=1..n} β^j: term by term up to n = 64 (exact for dyadic β), then by expm1."""
     terms = jnp.arange(1, 65)
     summed = jnp.sum(jnp.where(terms <= late, beta ** terms.astype(beta.dtype), 0))
     closed = -beta * jnp.expm1(late * jnp.log1p(beta - 1)) / (1 - beta)
@@ -80,7 +81,7 @@ def faulty(faults: Faults) -> Callable[..., optax.GradientTransformationExtraArg
         weigh = delay_adaptive(num_workers) if delay_weight is None else delay_weight
         schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
         size = faults.group_size(num_workers)
-        without_momentum = isinstance(momentum, float) and momentum == 0  # Remark 1, to the bit
+        without_momentum = isinstance(momentum, float) and momentum == 0  # Remark 1, bit for bit
 
         def init(params):
             return FaultyState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -115,7 +116,7 @@ def faulty(faults: Faults) -> Callable[..., optax.GradientTransformationExtraArg
 
 
 def intact() -> Subject:
-    """Return the rule of this module without a fault: every check must pass it."""
+    """Return the rule of this module without a fault; it must pass every check."""
     return Subject("no fault", rule=faulty(Faults()))
 
 
@@ -124,7 +125,7 @@ def _floor(index, num_workers):
 
 
 def _closed(beta, late):
-    """Return (1−β^n)/(1−β): the leading β is missing."""
+    """Return (1−β^n)/(1−β), which lacks the leading β."""
     return 1 + past_descent(beta, late - 1) - jnp.where(late == 0, 1, 0)
 
 
@@ -154,7 +155,7 @@ RULES: dict[str, tuple[Faults, tuple[str, ...]]] = {
 
 
 def changed(rule: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Return the rule whose updates are passed through ``change``; its state is untouched."""
+    """Return the rule with ``change`` applied to its updates; its state stays the same."""
 
     def factory(*args, **options):
         inner = rule(*args, **options)
@@ -187,22 +188,22 @@ def with_defaults(rule: Callable[..., Any], **defaults: Any) -> Callable[..., An
 
 
 def rate_without_workers(num_workers, momentum=0.9, learning_rate=1.0, delay_weight=None):
-    """Return OrLoMo with η = ½ for every K unless it is told otherwise."""
+    """Return OrLoMo with η = ½ for every K, unless ``delay_weight`` is given."""
     weigh = (lambda delay: 0.5) if delay_weight is None else delay_weight
     return orlomo(num_workers, momentum, learning_rate, weigh)
 
 
 def round_with_squared_momentum(loss_fn, num_local_steps, momentum=0.9, **options):
-    """A round whose ũ is multiplied by β² for β."""
+    """Return a round that multiplies ũ by β² instead of β."""
     other = None if momentum is None else momentum**2
     return local_momentum_sgd(loss_fn, num_local_steps, other, **options)
 
 
 class ServerOneLate(ParameterServer):
-    """A server that writes down the step after the one it dispatches at."""
+    """A server that records a wrong index: one step before the true dispatch step."""
 
     def dispatch(self, worker):
-        """Return a task with a wrong index once the first report has come."""
+        """Return a task; its index is wrong from step 2 on."""
         task = super().dispatch(worker)
         if self.step > 1 and task.dispatched_at == self.step:
             task = task._replace(dispatched_at=task.dispatched_at - 1)
@@ -211,7 +212,7 @@ class ServerOneLate(ParameterServer):
 
 
 class ServerThatTakesAnything(ParameterServer):
-    """A server that applies what it should reject."""
+    """A server that applies reports it should reject."""
 
     def _check_report(self, report):
         if report.worker < self.num_workers and self.held(report.worker) is None:
@@ -220,5 +221,5 @@ class ServerThatTakesAnything(ParameterServer):
 
 
 def without_past_descent(num_workers: int, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """Return an OrLoMo that never makes up for a late report's past descent, to try ``--rule``."""
+    """Return an OrLoMo that omits a late report's past descent; use it to try ``--rule``."""
     return faulty(RULES["no past descent"][0])(num_workers, **options)

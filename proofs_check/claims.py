@@ -1,9 +1,9 @@
-"""What the paper states, as small formulas that NumPy, fractions and SymPy can all evaluate.
+"""Defines the paper's formulas once, so that NumPy, fractions and SymPy can all evaluate them.
 
-Every check compares something with a field of :class:`Claims`, and with nothing typed elsewhere: a
-wrong statement is ``PAPER._replace(lemma_2=…)`` and must fail the same checks. Two quantities recur
-and are handed in, so that each number type can compute them its own way: ``power`` = β^n and
-``past`` = β(1−β^n)/(1−β) = Σ_{j=1..n} β^j.
+The checks take every formula from a field of :class:`Claims`. So a wrong statement is easy to make,
+``PAPER._replace(lemma_2=…)``, and must fail the same checks. Two quantities are arguments, because
+each number type computes them in its own way: ``power`` = β^n and ``past`` = β(1−β^n)/(1−β) =
+Σ_{j=1..n} β^j.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _theorem_1(gamma, beta, local_steps, num_workers, num_steps, smoothness):
 
 
 def _remark_5(beta, local_steps, num_workers, num_steps, smoothness, sigma, gap):
-    """Return the three candidates for γ; None for a term that drops out (zero denominator)."""
+    """Return the three candidates for γ; None if a term's denominator is zero."""
     noise = drift = None
     if sigma != 0:
         noise = (gap / (smoothness * local_steps * num_steps)) ** 0.5
@@ -86,7 +86,7 @@ def _remark_5_order(local_steps, num_workers, num_steps, smoothness, sigma):
 
 
 def _in_flight_rate(num_workers, virtual_delay, index, num_steps):
-    """Return Eq. (6) at the virtual delay T − i, which keeps η̂·(T−1−i) ≤ 2."""
+    """Return Eq. (6) at the virtual delay T − i, so that η̂·(T−1−i) ≤ 2."""
     return 1 / virtual_delay if virtual_delay > 2 * num_workers else 1 / num_workers
 
 
@@ -95,26 +95,26 @@ def _delay_adaptive(num_workers, delay):
 
 
 class Claims(NamedTuple):
-    """The formulas of the paper.
+    """The formulas of the paper, as functions; "(a, b) → c" gives the arguments and the result.
 
     Attributes:
-        group: Index i and K to the group ⌈i/K⌉.
-        opens: Step t ≥ 1 and K to whether the step multiplies by β: K | (t−1).
-        delay_adaptive: K and a delay to Eq. (6), as (numerator, denominator).
-        algorithm_1, algorithm_2, algorithm_3: (β, opens, power, past, η) to a :class:`ServerStep`.
-        identity: β to the coefficients of (Δu, Δw) in Δh, from Δh/(1−β) = βΔu/(1−β) + Δw.
-        lemma_1: (power, past, η̂) to the weight of an in-flight Δu in û_{t+1} − u_{t+1}.
-        lemma_2: (power, past, η̂) to the weights of an in-flight (Δw, Δu) in ŵ_{t+1} − w_{t+1}.
-        lemma_3: β to the factor c of (1−β)(ŷ_t − ŵ_t) = c·û_t.
-        lemma_9: (t, K) to m = ⌊(t+K−2)/K⌋; index j weighs β^{m−⌈j/K⌉} in û_t.
-        lemma_4: (γ, β, S) to the factors of σ² and Σ_s E‖∇F(w̃_s)‖².
-        lemma_10, lemma_11: (γ, β, S, K) to the factors of σ²·H and G.
-        theorem_1: (γ, β, S, K, T, L) to the factors of F(w_0) − F* and σ².
-        delay_sum: (K, T) to Σ_k τ̂_{T,k} + Σ_t τ_t.
-        remark_5: (β, S, K, T, L, σ, F(w_0) − F*) to the three candidates for γ.
-        remark_5_order: (S, K, T, L, σ) to the three terms of its order.
-        remark_4_order: (γ, K, S) to the terms of the settled error, γ/K and γ²S.
-        in_flight_rate: (K, T − i, i, T) to the η̂ of a report that never arrives.
+        group: (index i, K) → the group ⌈i/K⌉.
+        opens: (step t ≥ 1, K) → whether the step multiplies by β: K | (t−1).
+        delay_adaptive: (K, delay) → Eq. (6), as (numerator, denominator).
+        algorithm_1, algorithm_2, algorithm_3: (β, opens, power, past, η) → a :class:`ServerStep`.
+        identity: β → the coefficients of (Δu, Δw) in Δh, from Δh/(1−β) = βΔu/(1−β) + Δw.
+        lemma_1: (power, past, η̂) → the weight of an in-flight Δu in û_{t+1} − u_{t+1}.
+        lemma_2: (power, past, η̂) → the weights of an in-flight (Δw, Δu) in ŵ_{t+1} − w_{t+1}.
+        lemma_3: β → the factor c of (1−β)(ŷ_t − ŵ_t) = c·û_t.
+        lemma_9: (t, K) → m = ⌊(t+K−2)/K⌋; index j has weight β^{m−⌈j/K⌉} in û_t.
+        lemma_4: (γ, β, S) → the factors of σ² and Σ_s E‖∇F(w̃_s)‖².
+        lemma_10, lemma_11: (γ, β, S, K) → the factors of σ²·H and G.
+        theorem_1: (γ, β, S, K, T, L) → the factors of F(w_0) − F* and σ².
+        delay_sum: (K, T) → Σ_k τ̂_{T,k} + Σ_t τ_t.
+        remark_5: (β, S, K, T, L, σ, F(w_0) − F*) → the three candidates for γ.
+        remark_5_order: (S, K, T, L, σ) → the three terms of its order.
+        remark_4_order: (γ, K, S) → the terms of the stationary error, γ/K and γ²S.
+        in_flight_rate: (K, T − i, i, T) → the η̂ of a report that never arrives.
     """
 
     group: Callable = lambda index, num_workers: -(-index // num_workers)

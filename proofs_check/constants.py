@@ -1,9 +1,9 @@
-"""The bounds' constants, derived again from the steps of their proofs by computer algebra.
+"""Derives the bounds' constants again, from the steps of their proofs, by computer algebra.
 
-"Left ≤ right" holds with room to spare in Lemmas 4, 10, 11 and Theorem 1, so it cannot tell a
-constant from its half. Here each right-hand side is rebuilt from the inequalities that its proof
-uses (each certified by SymPy, or named where it is Jensen's or Assumption 1), and the difference to
-what :class:`~proofs_check.claims.Claims` states must simplify to zero.
+"Left ≤ right" holds with a wide margin in Lemmas 4, 10, 11 and Theorem 1, so a measurement cannot
+tell a constant from its half. Here each right-hand side is rebuilt from the inequalities of its
+proof. SymPy certifies each inequality, except Jensen's and Assumption 1, which are named. The
+difference from the formula in :class:`~proofs_check.claims.Claims` must simplify to zero.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from proofs_check.registry import Outcome, Size, Subject, holds
 
 
 class Derivation:
-    """The symbols of the bounds, and the certificates that a derivation collects.
+    """Holds the symbols of the bounds, and certifies the inequalities of a derivation.
 
-    β = b/(1+b) with b ≥ 0 runs through [0, 1), and S = 1 + s, K = 1 + k through the integers ≥ 1:
-    an inequality is certified when the difference is a fraction of polynomials in b, s, k, … whose
-    coefficients are all ≥ 0.
+    β = b/(1+b) with b ≥ 0 covers [0, 1), and S = 1 + s, K = 1 + k cover the integers ≥ 1. An
+    inequality is certified if right − left is a fraction of polynomials in b, s, k, … with all
+    coefficients ≥ 0.
     """
 
     def __init__(self) -> None:
-        """Make the symbols."""
+        """Create the symbols."""
         sp = sympy()
         self.gamma, self.smoothness = sp.symbols("gamma L", positive=True)
         self.beta = sp.Symbol("beta", positive=True)
@@ -50,7 +50,7 @@ class Derivation:
         return right
 
     def outcome(self, statement: str, stated: tuple, derived: tuple) -> Outcome:
-        """Compare what is stated with what was derived."""
+        """Compare the stated constants with the derived ones."""
         sp = sympy()
         residuals = [sp.simplify(a - b) for a, b in zip(stated, derived, strict=True)]
         wrong = [f"stated/derived = {sp.simplify(a / b)}"
@@ -62,10 +62,13 @@ class Derivation:
 
 
 def lemma_4(claims: Any) -> tuple[Derivation, tuple, tuple]:
-    """Σ_s over 2γ²(Σ_{i<s} c_i²σ² + s Σ_{i<s} c_i²‖∇F_i‖²), c_i = (1−β^{s−i})/(1−β)."""
+    """Derive Lemma 4: Σ_s 2γ²(Σ_{i<s} c_i²σ² + s Σ_{i<s} c_i²‖∇F_i‖²), c_i = (1−β^{s−i})/(1−β).
+
+    This and the next three functions return (derivation, stated constants, derived constants).
+    """
     d, sp = Derivation(), sympy()
     n, x = sp.Symbol("n", integer=True, positive=True), sp.Symbol("x", nonnegative=True)
-    # c_i ≤ 1/(1−β), as (1 − β^n) ≤ 1: written with x = β^n ≥ 0.
+    # c_i ≤ 1/(1−β), because 1 − β^n ≤ 1; x stands for β^n ≥ 0.
     bound = d.at_most((1 - x) / (1 - d.beta), 1 / (1 - d.beta), "c_i ≤ 1/(1−β)")
     one = 2 * d.gamma**2 * n * bound**2  # ‖a + b‖² ≤ 2‖a‖² + 2‖b‖²; Assumption 1; Jensen
     total = sp.summation(one, (n, 0, d.s))
@@ -74,16 +77,16 @@ def lemma_4(claims: Any) -> tuple[Derivation, tuple, tuple]:
 
 
 def lemma_10(claims: Any) -> tuple[Derivation, tuple, tuple]:
-    """β²/((1−β)²K) ΣE‖û_t‖², with E‖û_t‖² split into noise and gradients."""
+    """Derive Lemma 10: β²/((1−β)²K) ΣE‖û_t‖², with E‖û_t‖² split into noise and gradients."""
     d = Derivation()
     factor = d.beta**2 / (1 - d.beta) ** 2 / d.num_workers  # Lemma 3, η̂ ≤ 1/K
     geometric = 1 / (1 - d.beta)  # Σ_n β^n
     squares = d.at_most(1 / (1 - d.beta**2), geometric, "Σ_n β^{2n} ≤ 1/(1−β)")
     # Noise of one report: E‖Δu − E Δu‖² = γ²σ² Σ_s β^{2(S−1−s)} ≤ γ²σ²/(1−β).
     noise = 2 * d.gamma**2 * squares
-    # Each report stands in û_t for K values of t per exponent: Σ_t β^{2n_t} ≤ K Σ_n β^{2n}.
+    # Each report has each exponent n in û_t for K values of t: Σ_t β^{2n_t} ≤ K Σ_n β^{2n}.
     noise = factor * noise * d.num_workers * squares / d.num_workers  # η̂² ≤ η̂/K
-    # Gradients: Jensen over reports, z_t ≤ KΣβ^n, and over the S local steps.
+    # Gradients: Jensen over the reports (z_t ≤ KΣβ^n) and over the S local steps.
     gradients = 2 * d.gamma**2 * d.num_workers * geometric * d.local_steps
     gradients = factor * gradients * d.num_workers * geometric / d.num_workers
     stated = claims.lemma_10(d.gamma, d.beta, d.local_steps, d.num_workers)
@@ -91,7 +94,7 @@ def lemma_10(claims: Any) -> tuple[Derivation, tuple, tuple]:
 
 
 def lemma_11(claims: Any) -> tuple[Derivation, tuple, tuple]:
-    """2γ²Σ over the K−1 in-flight reports, each in flight for η̂·(next − j) ≤ 2 steps."""
+    """Derive Lemma 11: 2γ²Σ over the K−1 in-flight reports, each with η̂·(next − j) ≤ 2."""
     d, sp = Derivation(), sympy()
     x = sp.Symbol("x", nonnegative=True)
     weight = d.at_most((1 - x) / (1 - d.beta), 1 / (1 - d.beta), "(1−β^n)/(1−β) ≤ 1/(1−β)")
@@ -108,7 +111,10 @@ def lemma_11(claims: Any) -> tuple[Derivation, tuple, tuple]:
 
 
 def theorem_1(claims: Any) -> tuple[Derivation, tuple, tuple]:
-    """The descent inequality with Lemmas 4, 10, 11 put in, divided by γSA/(2(1−β)), A = Ση̂."""
+    """Derive Theorem 1: put Lemmas 4, 10, 11 into the descent inequality.
+
+    The result is divided by γSA/(2(1−β)) with A = Ση̂.
+    """
     d, sp = Derivation(), sympy()
     g, L, S, K, beta = d.gamma, d.smoothness, d.local_steps, d.num_workers, d.beta
     theta = 1 / (1 + sp.Symbol("p", nonnegative=True))  # γ = θ(1−β)²/(16LS), θ ∈ (0, 1]
@@ -134,7 +140,7 @@ def theorem_1(claims: Any) -> tuple[Derivation, tuple, tuple]:
 
 
 def remark_5(claims: Any) -> Outcome:
-    """Each candidate γ of Remark 5 balances two terms of Theorem 1, or is its condition."""
+    """Check that each γ of Remark 5 balances two terms of Theorem 1 or is its condition on γ."""
     beta, S, K, T, L, sigma, gap = 0.75, 6, 5, 700, 3.0, 1.7, 2.5
     condition, noise, drift = claims.remark_5(beta, S, K, T, L, sigma, gap)
 
@@ -173,7 +179,7 @@ def remark_5(claims: Any) -> Outcome:
     needs=("sympy",),
 )
 def constants(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Derive every constant again and compare it with the one that is stated."""
+    """Derive every constant again and compare it with the stated one."""
     for statement, derive in (
         ("lemma-4", lemma_4),
         ("lemma-10", lemma_10),

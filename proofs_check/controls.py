@@ -1,4 +1,4 @@
-"""Negative controls: each broken rule and wrong statement, with the check that must catch it."""
+"""Lists the negative controls: each mutant or wrong statement, with the check that catches it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from proofs_check.registry import SMALL, Outcome, Size, Subject, run
 
 
 class Control(NamedTuple):
-    """A negative control.
+    """A negative control: a deliberate fault and the check that must catch it.
 
     Attributes:
-        subject: What is broken; its name says how.
+        subject: The faulty subject; its name describes the fault.
         caught_by: The check that must catch it.
-        statements: The statements which that check must find violated, at least.
-        mutant: What is wrong in the library itself, if it is.
+        statements: The statements that this check must find violated; it may find more.
+        mutant: A fault in the library itself, or None.
     """
 
     subject: Subject
@@ -44,13 +44,13 @@ class Control(NamedTuple):
     mutant: Mutant | None = None
 
     def outcomes(self, size: Size = SMALL, step: int = 257) -> list[Outcome]:
-        """Run the check that must catch it; a mutant of the bookkeeping errs at ``step``."""
+        """Run the check that must catch the fault; a bookkeeping mutant errs at ``step``."""
         with nullcontext() if self.mutant is None else self.mutant.applied(step):
             return list(run(self.subject, size, checks=[self.caught_by]))
 
 
 def _less(name: str, factor: float) -> Any:
-    """Return the claims with a bound's constants multiplied by a factor."""
+    """Return the claims with the constants of one bound multiplied by a factor."""
     bound = getattr(PAPER, name)
     return PAPER._replace(**{name: lambda *args: tuple(factor * x for x in bound(*args))})
 
@@ -159,7 +159,7 @@ MUTANTS = (
 
 
 def controls() -> dict[str, Control]:
-    """Return every negative control, by "name [check]"."""
+    """Return every negative control; the keys are "name [check]"."""
     rows: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = []
     for name, (faults, statements) in RULES.items():
         rows.append(("every-order", name, statements, {"rule": faulty(faults)}))

@@ -1,4 +1,4 @@
-"""The delay facts of Theorem 1, and the special cases: Remark 1, Remark 2 and Eq. (2)."""
+"""Checks the delay facts of Theorem 1 and the special cases Remark 1, Remark 2 and Eq. (2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from proofs_check.strategies import ORDERS, arrival_order
 
 @holds("delays", strength="exhaustive")
 def delay_facts(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Count delays: all small orders, and every kind of long one; integers and fractions only."""
+    """Check the delay facts on all small orders and each kind of long one, in exact numbers."""
     claims, cases, wrong, where = subject.claims, 0, 0, ""
     small = [(1, 5), (2, 8), (3, 6), (4, 4)]
     orders = [(k, np.array(list(itertools.product(range(k), repeat=steps)))) for k, steps in small]
@@ -65,7 +65,7 @@ def delay_facts(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def _same_trace(order, num_workers: int, of: sequences.Frame, row: int) -> bool:
-    """Return whether the library's bookkeeping of delays is that of the paper's definitions."""
+    """Return whether the library's trace and the paper's definitions give the same delays."""
     trace = ArrivalTrace.from_workers(order.tolist(), num_workers)
     return (
         np.array_equal(trace.dispatched_at, of.dispatched_at[row])
@@ -75,7 +75,7 @@ def _same_trace(order, num_workers: int, of: sequences.Frame, row: int) -> bool:
 
 
 def _apply(rule: Any, of: sequences.Frame, du, dw, start) -> tuple[np.ndarray, np.ndarray]:
-    """Put reports, by slot, through a rule; return w_{t+1} and u_{t+1}, [T, d]."""
+    """Apply reports, indexed by slot, with a rule; return w_{t+1} and u_{t+1}, [T, d] each."""
 
     @jax.jit
     def run(indices, slots, du, dw, start):
@@ -104,7 +104,7 @@ def _reports(of: sequences.Frame, dtype, seed: int) -> tuple[np.ndarray, np.ndar
 
 @holds("remark-1", strength="property")
 def without_momentum_is_al_sgd(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """With the Python constant β = 0, OrLoMo and local OrMo-DA are AL-SGD to the bit."""
+    """Check that OrLoMo and local OrMo-DA equal AL-SGD bit for bit at the Python constant β = 0."""
     cases = wrong = 0
     kinds = (("one slow", 3), ("heterogeneous", 8), ("reversed", 2))
     kinds = kinds if size.settings >= 5 else kinds[:1]
@@ -124,7 +124,7 @@ def without_momentum_is_al_sgd(subject: Subject, size: Size) -> Iterator[Outcome
 
 @holds("remark-2", "eq-2", strength="property")
 def one_local_step(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """With S = 1, Δu = Δw and OrLoMo is OrMo-DA; with K = 1 besides, both are momentum SGD."""
+    """Check that OrLoMo at S = 1 is OrMo-DA (Δu = Δw), and momentum SGD if also K = 1."""
     worst = {"remark-2": (0.0, 1.0), "eq-2": (0.0, 1.0)}
     cases = dict.fromkeys(worst, 0)
     gamma = np.float64(0.125)
@@ -151,7 +151,7 @@ def one_local_step(subject: Subject, size: Size) -> Iterator[Outcome]:
             for statement, left, right in pairs:
                 cases[statement] += 1
                 for a, b, bound in zip(left, right, reversed(allowed), strict=True):
-                    # Two rules, each within its bound; the round adds 4 roundings of the report.
+                    # Two rules, so twice the bound; each round adds 4 roundings of its report.
                     bound = 2 * bound + 8 * 2.0**-53 * (np.abs(a) + np.abs(b))
                     at = np.unravel_index(np.argmax(np.abs(a - b) / bound), a.shape)
                     pair = float(np.abs(a - b)[at]), float(bound[at])
@@ -163,7 +163,7 @@ def one_local_step(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def _one_step_round(subject: Subject, momentum, gradient, gamma) -> tuple[np.ndarray, np.ndarray]:
-    """Return (Δu, Δw) of the production round with S = 1 for given gradients [D, d]."""
+    """Return (Δu, Δw) of the library's round with S = 1 for given gradients [D, d]."""
     round_fn = subject.local_momentum_sgd(
         lambda p, s, batch, key: (jnp.sum(p * batch), (s, {})), 1, momentum=momentum
     )
@@ -179,7 +179,7 @@ def _one_step_round(subject: Subject, momentum, gradient, gamma) -> tuple[np.nda
 
 
 def _momentum_sgd(beta, gamma, gradient, start) -> tuple[np.ndarray, np.ndarray]:
-    """Return w_{t+1} and u_{t+1} of Eq. (2) by ``optax.sgd``, whose trace is u/γ."""
+    """Return w_{t+1} and u_{t+1} of Eq. (2), computed by ``optax.sgd`` (its trace is u/γ)."""
     optimizer = optax.sgd(gamma, momentum=beta)
     params, state = jnp.asarray(start), optimizer.init(jnp.asarray(start))
     update, ws, us = jax.jit(optimizer.update), [], []

@@ -1,4 +1,4 @@
-"""Details of the library's rules: defaults, dtypes, Eq. (6), PRSGDm, and the paper's Figure 1."""
+"""Checks details of the rules: defaults, dtypes, Eq. (6), PRSGDm, and the paper's Figure 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from proofs_check.registry import Outcome, Size, Subject, holds
 
 @holds("algorithm-1", "algorithm-2", "algorithm-3", "eq-6", strength="exhaustive")
 def defaults_and_dtypes(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """The defaults are β = 0.9 and Eq. (6); float32 and bfloat16 leaves keep their dtype."""
+    """Check the defaults (β = 0.9, Eq. (6)), and that float32 and bfloat16 leaves keep their dtype.
+
+    Eq. (6) itself is checked for many K and delays.
+    """
     claims, num_workers = subject.claims, 4
     at = places(num_workers, 12, 60, size.seed)
     fractions = [claims.delay_adaptive(num_workers, d) for d in (at.step - at.index).tolist()]
@@ -53,10 +56,11 @@ def defaults_and_dtypes(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def _in_dtype(rule, num_workers, dtype, options, at: Step, expected) -> float:
-    """Return the largest error of a step on leaves of a dtype, as a share of what is allowed.
+    """Return the largest error of a step on leaves of a dtype, divided by the allowed error.
 
-    Between two leaf roundings the arithmetic is in float32 or wider: a coefficient of u_{t+1} is
-    rounded to the leaf's dtype once, of w_{t+1} at most a few times. A wrong dtype is infinite.
+    The arithmetic between roundings to the leaf's dtype is in float32 or wider. A coefficient of
+    u_{t+1} is rounded to that dtype once, one of w_{t+1} at most a few times. A wrong dtype returns
+    infinity.
     """
     server = rule(num_workers, **options)
     kept = options.get("accumulator_dtype", dtype)
@@ -108,7 +112,10 @@ def _eq_6(subject: Subject) -> Outcome:
 
 @holds("prsgdm", strength="exhaustive")
 def synchronous_rounds(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """PRSGDm changes nothing before a round's K-th report, then averages w and u; exactly."""
+    """Check that PRSGDm changes nothing until a round's K-th report, then averages w and u.
+
+    The result must be exact.
+    """
     worst, cases = 0.0, 0
     with jax.enable_x64(True):
         for num_workers in (1, 2, 4, 8):

@@ -1,8 +1,9 @@
-"""Strength 2: every arrival order, through the production rule, with exactly zero residuals.
+"""Strength 2 (exhaustive): runs the library's rule on every arrival order of small runs, exactly.
 
 The reports are basis vectors: the Δu of slot s is e_s, its Δw is e_{D+s}, and w_0 is e_{2D}. So u
-and w hold the coefficient of each report in them, and a lemma that holds for these coefficients
-holds for any reports whatever. β and every η_t are dyadic, so float64 rounds nothing away.
+and w contain the coefficient of each report. A lemma that holds for these coefficients holds for
+any reports. β and every η_t are dyadic, so float64 arithmetic is exact and every residual must be
+zero.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from proofs_check.sequences import Frame
 
 DYADIC_BETAS = (0.0, 0.5, 0.25, 0.75)
 LEMMAS: tuple[str, ...] = ("lemma-1", "lemma-2", "lemma-3", "lemma-9")
-CONSTANT_BETA = (3, 4)  # the (K, T) that is run once more with β as a Python constant
+CONSTANT_BETA = (3, 4)  # this (K, T) is run again with β as a Python constant
 CHUNK = 4096
 
 
 class Rates(NamedTuple):
-    """η_t = by_step[t] · by_delay[τ_t mod P], all dyadic."""
+    """Holds the rates η_t = by_step[t] · by_delay[τ_t mod P], all dyadic."""
 
     name: str
     by_step: tuple[float, ...]
     by_delay: tuple[float, ...]
 
     def steps(self, num_steps: int) -> np.ndarray:
-        """Return the learning rate of steps 0 … T, and of one more for a rule that overruns."""
+        """Return the learning rate of steps 0 … T+1; a faulty rule may read ahead."""
         return np.resize(self.by_step, num_steps + 2)
 
     def values(self, of: Frame) -> np.ndarray:
@@ -59,13 +60,17 @@ def orders(num_workers: int, num_steps: int) -> Iterator[np.ndarray]:
 
 
 def momentum_of(state: Any) -> Any:
-    """Return u_t from the state of a rule, also where the rule stands in an ``optax.chain``."""
+    """Return u_t from the state of a rule, also if the rule is part of an ``optax.chain``.
+
+    Raises:
+        TypeError: If the state does not have a field ``momentum``.
+    """
     if hasattr(state, "momentum"):
         return state.momentum
     found = optax.tree.get(state, "momentum")
     if found is None:
         raise TypeError(
-            "the rule's state must have a field `momentum` (u_t), as OrLoMoState has; "
+            "the rule's state must have a field `momentum` (u_t), like OrLoMoState; "
             f"got {type(state).__name__}"
         )
     return found
@@ -81,11 +86,11 @@ def production_run(
         rule: The rule factory.
         num_workers: K.
         worker_momentum: Whether the reports carry Δu.
-        momentum: β as a Python constant; None takes it as a traced argument.
+        momentum: β as a Python constant; None makes it a traced argument.
 
     Returns:
-        ``run(indices[B, T], slots[B, T], used[D], beta, by_step, by_delay) -> (u, w)``, each
-        [B, T, d]: what the server holds after each step.
+        ``run(indices[B, T], slots[B, T], basis[d, d], beta, by_step, by_delay) -> (u, w)``: u and
+        w after each step, each [B, T, d].
     """
 
     def run_one(dispatched_at, slots, basis, beta, by_step, by_delay):
@@ -133,7 +138,7 @@ def basis(num_slots: int, beta: Any, subject: Subject) -> Basis:
 
 
 def in_flight_rates(num_slots: int) -> np.ndarray:
-    """Return arbitrary dyadic values for the η̂ of reports that never arrive."""
+    """Return dyadic values for the η̂ of reports that never arrive; any values will do."""
     return np.resize([3.0, -0.5, 1.25, 0.0, -2.0], num_slots)
 
 
@@ -142,11 +147,11 @@ def residuals(
 ) -> dict[str, np.ndarray]:
     """Return |left − right| of each lemma for every order and step, [T, B].
 
-    Lemmas 3 and 9 speak of auxiliary sequences alone. Each is checked as printed, and once more
-    with û and ŵ replaced by what Lemmas 1 and 2 make of the server's own u and w.
+    Lemmas 3 and 9 contain only auxiliary sequences. Each is checked as printed, and again with û
+    and ŵ computed from the server's u and w by Lemmas 1 and 2.
 
     Args:
-        subject: Whose claims are checked.
+        subject: Gives the claims to check.
         of: The frame of B orders.
         beta: β.
         rates: η.
@@ -180,7 +185,7 @@ def residuals(
 def run_orders(
     subject: Subject, workers: np.ndarray, num_workers: int, beta: float, rates: Rates, run=None
 ) -> dict[str, np.ndarray]:
-    """Return the residuals of a batch of orders int[B, T] put through the subject's rule."""
+    """Run the subject's rule on a batch of orders int[B, T] and return the residuals."""
     of = sequences.frame(workers, num_workers)
     num_slots = of.index.shape[0]
     padding = [(0, -len(workers) % CHUNK if len(workers) > CHUNK // 2 else 0), (0, 0)]
@@ -201,7 +206,7 @@ def run_orders(
 
 @holds(*LEMMAS, strength="exhaustive", rule_only=True)
 def every_order(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Run all K^T orders for every (K, T), every dyadic β and both η; residuals exactly zero."""
+    """Run all K^T orders for each (K, T), each dyadic β and both η; residuals must be zero."""
     worst: dict[str, float] = dict.fromkeys(LEMMAS, 0.0)
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(LEMMAS)
     cases = 0
@@ -232,7 +237,7 @@ def every_order(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`every_order` again: its residual and allowance (0)."""
+    """Run a counterexample of :func:`every_order` again; return its residual and allowance (0)."""
     rates = Rates("replayed", tuple(case["by_step"]), tuple(case["by_delay"]))
     workers = np.array(case["trace"]["workers"])[None]
     constant = case["beta"] if case["constant"] else None
@@ -245,7 +250,7 @@ def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[floa
 
 
 def case(workers, num_workers: int, beta: float, rates: Rates, constant: bool) -> dict[str, Any]:
-    """Return a case that :func:`replay` takes, as JSON can hold it."""
+    """Return a case for :func:`replay`, ready for JSON."""
     return {
         "trace": {
             "format": "orlomo_jax.ArrivalTrace",
@@ -260,14 +265,14 @@ def case(workers, num_workers: int, beta: float, rates: Rates, constant: bool) -
 
 
 def _first(workers, num_workers, beta, rates, residual) -> dict[str, Any]:
-    """Return the shortest failing order of a batch, cut off at its failing step."""
+    """Return the order of a batch that fails first, cut off at its failing step."""
     step = int(np.argmax(residual.max(1) > 0))
     order = int(np.argmax(residual[step] > 0))
     return case(workers[order, : step + 1], num_workers, beta, rates, False)
 
 
 def _minimal(subject: Subject, lemmas: set[str]) -> dict[str, dict[str, Any]]:
-    """Return each lemma's first failing case of the fewest steps, then constant η, then least K."""
+    """Return each lemma's smallest failing case: fewest steps, then constant η, then smallest K."""
     found: dict[str, dict[str, Any]] = {}
     with jax.enable_x64(True):
         runs = {k: production_run(subject.rule, k, subject.worker_momentum) for k in (1, 2, 3)}
@@ -279,7 +284,7 @@ def _minimal(subject: Subject, lemmas: set[str]) -> dict[str, dict[str, Any]]:
         batch = np.concatenate(list(orders(num_workers, num_steps)))
         try:
             by_lemma = run_orders(subject, batch, num_workers, beta, rates, runs[num_workers])
-        except Exception:  # a user's rule may refuse some K; what was found at another stands
+        except Exception:  # a user's rule may reject some K; keep the cases of the others
             continue
         for lemma in lemmas - found.keys():
             if (by_lemma[lemma] > 0).any():

@@ -1,4 +1,4 @@
-"""Packages beyond NumPy, JAX and Optax, imported where they are needed."""
+"""Imports the optional packages (beyond NumPy, JAX and Optax) when a check needs them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class MissingPackage(ModuleNotFoundError):
 
 
 def require(packages: Iterable[str]) -> None:
-    """Raise where one of these packages is not installed.
+    """Raise MissingPackage unless all these packages are installed.
 
     Raises:
-        MissingPackage: If a package is missing; the message names all that are, and the extra.
+        MissingPackage: If a package is missing; the message names every missing one and the extra.
     """
     missing = sorted(name for name in set(packages) if importlib.util.find_spec(name) is None)
     if missing:
@@ -27,15 +27,15 @@ def require(packages: Iterable[str]) -> None:
 
 
 def need(module: str) -> Any:
-    """Return an optional module, or say what to install.
+    """Import and return an optional module.
 
     Raises:
-        MissingPackage: If it is not installed; the message names the extra.
+        MissingPackage: If it is not installed; the message names the extra to install.
     """
     require([module.partition(".")[0]])
     return importlib.import_module(module)
 
 
 def sympy() -> Any:
-    """Return SymPy."""
+    """Import and return SymPy."""
     return need("sympy")

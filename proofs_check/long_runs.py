@@ -1,8 +1,8 @@
-"""Bookkeeping along thousands of steps, with every kind of event before every step.
+"""Checks the server's bookkeeping over thousands of steps, with every kind of event at each step.
 
-A fault that begins late in a run, or shows at one step alone, is met where it shows: the server is
-compared with :mod:`proofs_check.reference` after each call. The server is driven directly here,
-and by the simulator in :mod:`proofs_check.long_simulations`.
+The server is compared with :mod:`proofs_check.reference` after each call. So a fault is found at
+the step where it appears, even late in a run or at a single step. This module calls the server
+directly; :mod:`proofs_check.long_simulations` runs it through the simulator.
 """
 
 from __future__ import annotations
@@ -22,59 +22,63 @@ from proofs_check.reference import BETA, Sent, Timeline
 from proofs_check.registry import Outcome, Size, Subject, holds
 
 WORKERS = {"orlomo": 12, "local_ormo_da": 9, "al_sgd": 7, "prsgdm": 5}
-ALLOWED = 2.0**-32  # of a value's size: 2 048 steps of 72 roundings each, times 1/(1−β)
+ALLOWED = 2.0**-32  # relative error: 2 048 steps of 72 roundings each, times 1/(1−β)
 
 
 class Difference(Exception):
-    """The library and the reference differ."""
+    """Raised when the library and the reference differ."""
 
 
 class Comparison:
-    """Compares values, and keeps the largest difference.
+    """Compares values and keeps the largest difference.
 
     Attributes:
-        worst: The largest difference that is allowed, as a share of a value's size.
+        worst: The largest difference so far among those allowed, relative to a value's size.
         count: How many values were compared.
     """
 
     def __init__(self) -> None:
-        """Start with nothing compared."""
+        """Start without any comparison."""
         self.worst, self.count, self._step = 0.0, 0, 0
         self._largest: dict[str, float] = {}
 
     def at(self, step: int) -> None:
-        """Name the step of what follows."""
+        """Set the step of the next comparisons, for their messages."""
         self._step = step
 
     def fail(self, what: str) -> NoReturn:
-        """Raise the difference."""
+        """Raise Difference with the step and this message."""
         raise Difference(f"step {self._step}: {what}")
 
     def same(self, what: str, got: Any, want: Any) -> None:
-        """Compare exactly."""
+        """Raise Difference unless the two values are equal."""
         self.count += 1
         if got != want:
-            self.fail(f"{what} is {got}, not {want}")
+            self.fail(f"{what}: got {got}, expected {want}")
 
     def close(self, what: str, got: Any, want: Any) -> None:
-        """Compare numbers up to rounding; their size is the largest of this name so far."""
+        """Raise Difference unless float64 arrays agree to rounding.
+
+        The error is relative to the largest value seen so far under this name.
+        """
         self.count += 1
         if got is None or want is None:
             return self.same(what, got, want)
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape or got.dtype != np.float64:
-            self.fail(f"{what} is {got.dtype}{list(got.shape)}, not float64{list(want.shape)}")
+            expected = f"float64{list(want.shape)}"
+            self.fail(f"{what}: got {got.dtype}{list(got.shape)}, expected {expected}")
         size = self._largest.get(what, 2.0**-1000)
         size = self._largest[what] = max(size, float(np.abs(want).max()))
         difference = float(np.abs(got - want).max()) / size
         if not difference <= ALLOWED:
-            self.fail(f"{what} is {got}, not {want}")
+            self.fail(f"{what}: got {got}, expected {want}")
         self.worst = max(self.worst, difference)
 
 
 @lru_cache(maxsize=32)
 def long_method(make_method: Callable[..., Method], name: str, num_workers: int) -> Method:
-    """Return a method whose η changes with the step and the delay."""
+    """Return a method with an η that changes with the step and the delay."""
     rates = {} if name == "prsgdm" else {
         "learning_rate": reference.global_rate, "delay_weight": reference.delay_weight
     }  # fmt: skip
@@ -85,20 +89,20 @@ gamma = jax.tree_util.Partial(reference.gamma)
 
 
 class ServerRun:
-    """A ParameterServer and the reference, through the same calls.
+    """Makes the same calls on a ParameterServer and on the reference, and compares them.
 
     Args:
         subject: Gives the server and the method.
         name: The method.
-        timeline: What happens.
-        seed: For the reports.
-        resumes: Whether the server is saved and restored, lent and settled after every step.
+        timeline: The arrivals and events.
+        seed: Seed of the reports.
+        resumes: Whether to save and restore, then lend and settle, the server after every step.
     """
 
     def __init__(
         self, subject: Subject, name: str, timeline: Timeline, seed: int, resumes: bool
     ) -> None:
-        """Dispatch to everybody who is there."""
+        """Dispatch to every worker that is present at the start."""
         self.comparison, self._timeline, self._resumes = Comparison(), timeline, resumes
         self._draws = np.random.default_rng(seed)
         num_workers = timeline.num_workers
@@ -120,10 +124,10 @@ class ServerRun:
         self._compare_server()
 
     def run(self) -> None:
-        """Go through the timeline.
+        """Run the whole timeline.
 
         Raises:
-            Difference: At the first one.
+            Difference: At the first difference.
         """
         for step, worker in enumerate(self._timeline.workers):
             self.comparison.at(step)
@@ -136,21 +140,21 @@ class ServerRun:
             update, end = report.update, np.asarray(report.model_state)
             du = update.momentum if self._reports_momentum else update.delta
             wanted = self.want.receive(worker, np.asarray(du), np.asarray(update.delta), end)
-            self.comparison.same("who waits", waiting, wanted)
+            self.comparison.same("the workers that wait for a task", waiting, wanted)
             self._old = report
             self.comparison.at(step + 1)
             for other in wanted:
                 self._dispatch(other)
             if self._resumes:
                 self._must("a snapshot", self.server.restore, *self.server.snapshot())
-                self._must("what was lent", self.server.settle, self.server.lend())
+                self._must("the lent state", self.server.settle, self.server.lend())
             self._compare_server()
 
     def _must(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         try:
             return call(*args)
         except Exception as error:
-            self.comparison.fail(f"{what} is refused: {error}")
+            self.comparison.fail(f"{what} is rejected: {error}")
 
     def _dispatch(self, worker: int) -> None:
         task = self._must("a dispatch", self.server.dispatch, worker)
@@ -168,7 +172,7 @@ class ServerRun:
     def _report(self, worker: int) -> Report:
         task = self.server.held(worker)
         if task is None:
-            self.comparison.fail(f"worker {worker} holds nothing")
+            self.comparison.fail(f"worker {worker} does not hold a task")
         du, dw = self._draws.normal(size=(2, 2))
         update = LocalUpdate(dw, du if self._reports_momentum else None)
         at = task.worker, task.round, task.dispatched_at
@@ -183,7 +187,7 @@ class ServerRun:
         tasks = map(self.server.held, range(self._timeline.num_workers))
         held = {task[0]: tuple(task[:3]) for task in tasks if task is not None}
         wanted = {worker: tuple(sent[:3]) for worker, sent in self.want.held.items()}
-        self.comparison.same("what workers hold", held, wanted)
+        self.comparison.same("the workers' tasks", held, wanted)
 
     def _compare_server(self) -> None:
         self.comparison.same("the server's step", self.server.step, self.want.step)
@@ -194,7 +198,7 @@ class ServerRun:
         self._compare_held()
 
     def _reject_all(self, good: Report) -> None:
-        """Send what must be refused before a good report, and find that nothing has changed."""
+        """Send invalid calls before a good report; each must be rejected and change nothing."""
         worker, round, index = good[:3]
         nothing, momentum = np.full(2, np.nan), good.update.momentum
         delta = np.asarray(good.update.delta)
@@ -220,12 +224,12 @@ class ServerRun:
                     self.server.receive(report)
                 except ReportRejected as error:
                     found = error.reason
-                except Exception:  # whatever a faulty server raises
+                except Exception:  # a faulty server may raise anything
                     found = "another error"
-                self.comparison.same(f"the refusal of {what}", found, reason)
+                self.comparison.same(f"the reason to reject {what}", found, reason)
         self._must_refuse("a dispatch to a busy worker", self.server.dispatch, worker)
         for idle in [k for k in range(self._timeline.num_workers) if k not in self.want.held][:1]:
-            self._must_refuse("a release of nothing", self.server.release, idle)
+            self._must_refuse("a release of an idle worker", self.server.release, idle)
         for waiting in sorted(self.want.reported)[:1]:
             self._must_refuse("a dispatch within a round", self.server.dispatch, waiting)
         self._compare_server()
@@ -235,11 +239,11 @@ class ServerRun:
             call(worker)
         except ValueError:
             return
-        self.comparison.fail(f"{what} is not refused")
+        self.comparison.fail(f"{what} is not rejected")
 
 
 def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | None]:
-    """Run a case; return what was compared, and the first difference."""
+    """Run a case; return the comparison, and the first difference or None."""
     name, seed = case["method"], case["seed"]
     timeline = reference.timeline(
         WORKERS[name], case["num_steps"], seed, synchronous=name == "prsgdm",
@@ -257,7 +261,7 @@ def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | N
 
 @holds("bookkeeping", strength="property")
 def long_server_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Drive a ParameterServer through thousands of steps, and compare after each call."""
+    """Run a ParameterServer for thousands of steps, and compare it after each call."""
     worst, count, steps = 0.0, 0, 0
     runs = [(name, 1.0, False) for name in WORKERS]
     runs += [(name, 0.2, True) for name in ("orlomo", "prsgdm")]
@@ -276,6 +280,6 @@ def long_server_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`long_server_runs` again: its residual and allowance."""
+    """Run a counterexample of :func:`long_server_runs` again; return residual and allowance."""
     compared, difference = examine(subject, case)
     return compared.worst if difference is None else float("inf"), ALLOWED

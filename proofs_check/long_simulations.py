@@ -1,7 +1,7 @@
-"""The simulator's engines along thousands of steps, compared with :mod:`proofs_check.reference`.
+"""Compares the simulator's engines with :mod:`proofs_check.reference` over thousands of steps.
 
-Each round's loss, and w, u and the model state at the end, depend on every version that was sent,
-on batches and noise of every round, on weight decay, and on each step of the server.
+It compares each round's loss, and the final w, u and model state. These depend on every version
+that was sent, on the batches and noise of every round, on weight decay, and on each server step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def loss_fn(params, model_state, batch, key):
 
 
 def batch_fn(data_key, worker, round):
-    """Return batches [S, 2] that tell data key, worker and round apart."""
+    """Return batches [S, 2] that differ by data key, worker and round."""
     key = jax.random.fold_in(jax.random.fold_in(data_key, worker), round)
     return jax.random.normal(key, (LOCAL_STEPS, 2))
 
@@ -45,7 +45,7 @@ def batch_fn(data_key, worker, round):
 @jax.jit
 @partial(jax.vmap, in_axes=(None, None, 0, 0))
 def drawn(data_key, noise_key, worker, round):
-    """Return batch plus noise of rounds as the documentation states them, float[T, S, 2]."""
+    """Return the batch plus noise of each round, by the documented key scheme; float[T, S, 2]."""
     own = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
     steps = [jax.random.fold_in(own, step) for step in range(LOCAL_STEPS)]
     noise = jnp.stack([jax.random.normal(step, (2,)) for step in steps])
@@ -53,7 +53,7 @@ def drawn(data_key, noise_key, worker, round):
 
 
 def trace_of(timeline: Timeline, synchronous: bool) -> ArrivalTrace:
-    """Return the timeline as the library's trace."""
+    """Return the timeline as an ArrivalTrace."""
     events = [(t, *event) for t, events in enumerate(timeline.events) for event in events]
     return ArrivalTrace.from_workers(
         timeline.workers, timeline.num_workers, synchronous=synchronous, events=events
@@ -68,7 +68,7 @@ def expected(
     key: jax.Array,
     comparison: Comparison,
 ) -> tuple[reference.Server, np.ndarray, np.ndarray]:
-    """Run the reference; return it with the loss and the delay of each step."""  # fmt: skip
+    """Run the reference; return it, and the loss and delay of each step."""  # fmt: skip
     server = reference.Server(name, timeline.num_workers, subject.claims)
     beta = BETA if name in ("orlomo", "prsgdm") else None
     linear = np.asarray(drawn(*jax.random.split(key), trace.workers, trace.rounds))
@@ -131,7 +131,7 @@ def _compare(subject: Subject, case: dict[str, Any], comparison: Comparison) -> 
 
 
 def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | None]:
-    """Run a case; return what was compared, and the first difference."""
+    """Run a case; return the comparison, and the first difference or None."""
     comparison = Comparison()
     with jax.enable_x64(True):
         try:
@@ -143,7 +143,7 @@ def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | N
 
 @holds("bookkeeping", "noise-keys", "weight-decay", strength="property")
 def long_simulations(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Simulate thousands of steps by each engine, with and without Python between the steps."""
+    """Simulate thousands of steps with each engine, eager and compiled."""
     runs = [(name, engine, 1.0) for name in WORKERS for engine in list(ENGINES)[:2]]
     runs.append(("orlomo", list(ENGINES)[2], 0.1))
     worst, count, note, found = 0.0, 0, "", None
@@ -161,6 +161,6 @@ def long_simulations(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`long_simulations` again: its residual and allowance."""
+    """Run a counterexample of :func:`long_simulations` again; return residual and allowance."""
     compared, difference = examine(subject, case)
     return compared.worst if difference is None else float("inf"), ALLOWED

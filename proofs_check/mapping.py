@@ -1,7 +1,8 @@
-"""``--map``: which code implements each statement, which checks hold it, what they caught.
+"""Implements ``--map``: each statement's code, its checks, and the faults that they caught.
 
-Read off the sources: the library cites the statement in a docstring or comment; a check's function,
-and whatever of this package it calls, uses a field of the subject; the broken rules are run.
+The code is found by the citations in the library's docstrings and comments. The functions that a
+check uses are found by the subject's fields in its source and in the functions it calls. The
+negative controls are run.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from proofs_check.registry import CHECKS, STATEMENTS, Subject
 
 
 def citations(pattern: str, package: Any = orlomo_jax) -> list[str]:
-    """Return "file:line function" wherever a package's source matches, and the lines it cites.
+    """Return "file:line function" for each match in a package's source.
 
-    A function is named once, and once more for each line of an algorithm that it cites.
+    If the match cites lines of an algorithm, they follow. Each function is named once for each
+    range of lines that it cites.
 
     Example:
         >>> any("delay_adaptive" in place for place in citations(r"Eq[.] [(]6[)]"))
@@ -58,7 +60,7 @@ def location(function: Callable[..., Any]) -> str:
 
 @cache
 def used_by(name: str) -> list[str]:
-    """Return the public functions of the library that a check puts to the test.
+    """Return the names of the library's public functions that a check uses.
 
     Example:
         >>> used_by("worked-example")
@@ -85,10 +87,10 @@ def used_by(name: str) -> list[str]:
 
 
 def _exercised(statement: str) -> list[str]:
-    """Return the library's functions that a statement's checks run, for one that none cites."""
+    """Return the library's functions that a statement's checks run, if the source cites none."""
     names = {n for c in CHECKS.values() if statement in c.statements for n in used_by(c.name)}
     places = [f"{location(getattr(orlomo_jax, n))} {n}, run by its checks" for n in sorted(names)]
-    return places or ["none: it is about the mathematics alone"]
+    return places or ["none: the statement is only mathematics"]
 
 
 @lru_cache(maxsize=1)
@@ -130,7 +132,7 @@ def lines(on_control: Callable[[str], None] | None = None) -> Iterator[str]:
         for item in CHECKS.values():
             if key not in item.statements:
                 continue
-            uses = ", ".join(used_by(item.name)) or "the mathematics alone"
+            uses = ", ".join(used_by(item.name)) or "only mathematics"
             yield f"  check  {item.name} ({item.strength}), {location(item.function)}: {uses}"
             for broken in by_statement[key].get(item.name, []):
                 yield f"    caught  {broken}"

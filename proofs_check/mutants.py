@@ -1,4 +1,4 @@
-"""Faults of the bookkeeping, put into the library itself; each shows at one given step alone."""
+"""Defines mutants of the library's bookkeeping; each one errs only at one given step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from orlomo_jax import Report
 
 
 class Mutant(NamedTuple):
-    """A fault: a function of the library is replaced by one that is wrong.
+    """A fault: a wrong function that replaces one of the library.
 
     Attributes:
-        where: The function that is replaced, by dotted name.
-        change: (the function, the step of the fault) to what replaces it.
+        where: The function to replace, as "module:name".
+        change: Maps (the function, the step of the fault) to its replacement.
     """
 
     where: str
@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 
 
 def at_step(faulty: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of a method: ``faulty(method, self, *args)`` stands in at one step."""
+    """Return the change of a method: ``faulty(method, self, *args)`` replaces it at one step."""
 
     def change(method, step):
         def changed(self, *args):
@@ -46,7 +46,7 @@ def at_step(faulty: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
 
 def _ticket(**difference: int) -> Callable[..., Any]:
-    """Return a faulty ``Books.dispatch``, whose ticket is off."""
+    """Return a faulty ``Books.dispatch``: these differences are added to the ticket's fields."""
 
     def dispatch(method, books, worker):
         ticket = method(books, worker)
@@ -118,7 +118,7 @@ def _old_learning_rate(method, server, worker):
 
 
 def _takes(*kinds: str) -> Callable[..., Any]:
-    """Return a faulty ``_check_report``, which lets these kinds of report through."""
+    """Return a faulty ``_check_report`` that accepts these kinds of invalid report."""
 
     def check(method, server, report):
         try:
@@ -145,7 +145,7 @@ def _counts_refusals(method, server, report):
 
 
 def _numerics(fault: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of ``server_step``: ``fault(step_fn, *its arguments)`` at one step."""
+    """Return the change of ``server_step``: ``fault(step_fn, *args)`` replaces it at one step."""
 
     def change(factory, step):
         def changed(method, *_):

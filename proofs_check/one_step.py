@@ -1,9 +1,9 @@
-"""One server step, against Algorithms 1–3: the bridge from the proofs to the code.
+"""Compares one server step with Algorithms 1–3: the link from the proofs to the code.
 
-The symbolic proofs are about the step that the paper prints. Here the production rule's step is
-shown to be that step: the coefficients of u, w, Δu, Δw are read off with basis vectors, for many
-workers, far beyond the (K, T) that can be exhausted, at random t and i ≤ t, for dyadic β and η
-exactly (in fractions), and for any β and n up to a million to rounding (in 60-digit decimals).
+The symbolic proofs are about the step that the paper prints. These checks show that the library's
+step is that step. Basis vectors give its coefficients of u, w, Δu and Δw. K and t go far beyond
+the (K, T) of the exhaustive checks, with random t and i ≤ t. For dyadic β and η the comparison is
+exact (in fractions). For any β and n up to a million it is to rounding (in 60-digit decimals).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from proofs_check.registry import Outcome, Size, Subject, holds
 WORKERS = (4, 2, 1, 3, 7, 16, 64)
 BY_STEP = np.array([1.0, 0.5, 2.0, 0.25, 1.5, 0.75, 3.0])
 BY_DELAY = np.array([1.0, 0.25, 0.5, 1.25])
-ROUNDINGS = 64  # units in the last place granted to pow and the 31 doublings of the sum
+ROUNDINGS = 64  # units in the last place allowed for pow and the 31 doublings of the sum
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a step is tried: t, and the index i ≤ t of its report."""
+    """The tested places: each step t, and the index i ≤ t of its report."""
 
     step: np.ndarray
     index: np.ndarray
 
 
 def places(num_workers: int, largest_late: int, count: int, seed: int) -> Step:
-    """Return steps 1 ≤ t with 0 ≤ i ≤ t, ⌈t/K⌉ − ⌈i/K⌉ ≤ ``largest_late``, edges of groups first.
+    """Return steps t ≥ 1 with 0 ≤ i ≤ t and ⌈t/K⌉ − ⌈i/K⌉ ≤ ``largest_late``.
 
     Args:
         num_workers: K.
         largest_late: The largest n.
-        count: How many are drawn beside the edges.
-        seed: For the draws.
+        count: How many are drawn at random; the edges of groups precede them.
+        seed: Seed of the draws.
     """
     draws = np.random.default_rng([seed, num_workers, largest_late])
     pairs = [
@@ -55,7 +55,7 @@ def places(num_workers: int, largest_late: int, count: int, seed: int) -> Step:
         for i in {0, 1, num_workers, num_workers + 1, t - num_workers, t - 1, t}
         if 0 <= i <= t
     ]
-    widths = np.resize([2, 8, max(1, largest_late - 1)], count)  # in groups: near ones and far ones
+    widths = np.resize([2, 8, max(1, largest_late - 1)], count)  # in groups: short and long delays
     delay = draws.integers(0, np.minimum(widths, max(1, largest_late - 1)) * num_workers)
     step = delay + draws.integers(1, 2**30, count) * draws.integers(0, 2, count) + 1
     edges = np.array(pairs, int).reshape(-1, 2)
@@ -107,7 +107,11 @@ def stated(
     rates: np.ndarray,
     number: Callable[..., Any] = Fraction,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the algorithm states for the same, in exact numbers: object[B, 3] twice."""
+    """Return the algorithm's coefficients for the same places, in exact numbers.
+
+    Returns:
+        The coefficients of (u, Δu, Δw) in the new u and in the change of w, object[B, 3] each.
+    """
     group = subject.claims.group
     us, ws, beta = [], [], number(beta)
     for t, i, rate in zip(at.step.tolist(), at.index.tolist(), rates.tolist(), strict=True):
@@ -124,7 +128,7 @@ def stated(
 def compare(
     read: Callable[..., Any], at: Step, beta: float, expected, number: Callable[..., Any] = Fraction
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest absolute and relative differences of every step tried, float[B]."""
+    """Return the largest absolute and relative difference of each step, float[B] each."""
     u, w, advance = read(jnp.asarray(at.step), jnp.asarray(at.index), jnp.asarray(beta))
     got = np.concatenate([np.asarray(u), np.asarray(w)], axis=1)
     one = np.ones((len(got), 1), object)
@@ -132,7 +136,7 @@ def compare(
     exact = np.vectorize(number, otypes=[object])(np.where(np.isfinite(got), got, 1e300))
     want = np.where(want == 0, number(0), want)
     difference = np.abs(exact - want)
-    tiny = np.abs(want) < number(2.0**-900)  # flushed to zero, or about to be
+    tiny = np.abs(want) < number(2.0**-900)  # close to where floats flush to zero
     relative = np.where(tiny, difference, difference / np.where(tiny, number(1), np.abs(want)))
     wrong_advance = (np.asarray(advance) != 1).astype(float)
     return (
@@ -148,7 +152,7 @@ def _algorithm(subject: Subject, size: Size, statement: str, rule, claim, betas)
         for num_workers in WORKERS if size.settings >= 5 else WORKERS[:2]:
             traced = read_step(rule, num_workers)
             reads = [(beta, traced) for beta in betas]
-            if num_workers == 4:  # and with β as a Python constant, as a user writes it
+            if num_workers == 4:  # also with β as a Python constant, as users write it
                 constants = betas if size.settings >= 5 else betas[-1:]
                 reads += [(beta, read_step(rule, num_workers, beta)) for beta in constants]
             for beta, read in reads:
@@ -187,7 +191,7 @@ def _algorithm(subject: Subject, size: Size, statement: str, rule, claim, betas)
 
 @holds("algorithm-1", "algorithm-2", "algorithm-3", strength="exhaustive")
 def server_step(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Read one step of each asynchronous rule and compare it with the printed algorithm."""
+    """Compare one step of each asynchronous rule with the printed algorithm."""
     dyadic = (0.0, 0.5, 0.25, 0.75)
     claims = subject.claims
     yield from _algorithm(
@@ -200,12 +204,12 @@ def server_step(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def without_momentum(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the factory of a rule that takes no β, with the signature of one that does."""
+    """Return a rule factory that accepts and ignores β, for a rule without momentum."""
     return lambda num_workers, momentum=None, **options: rule(num_workers, **options)
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`server_step` again: its relative residual and allowance."""
+    """Run a counterexample of :func:`server_step` again; return relative residual and allowance."""
     rule, claim = {
         "algorithm-1": (without_momentum(subject.al_sgd), subject.claims.algorithm_1),
         "algorithm-2": (subject.rule, subject.claims.algorithm_2),

@@ -1,4 +1,4 @@
-"""Strength 3: the lemmas along whole training runs, under random and adversarial delays."""
+"""Strength 3 (property): checks the lemmas on training runs with random and adversarial delays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TREES: dict[str, tuple[Any, int]] = {  # params as shapes, and S
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
-    """Return a real loss of any tree: Σ x²/(1+x²) + batch·x, and (Σ x)²/20 to couple all of it."""
+    """Return Σ x²/(1+x²) + batch·x + (Σ x)²/20 of any tree; the last term couples all leaves."""
     x, noise = ravel_pytree(params)[0], ravel_pytree(batch)[0]
     return jnp.sum(x**2 / (1 + x**2) + noise * x) + jnp.sum(x) ** 2 / 20
 
@@ -40,7 +40,7 @@ def _run(subject: Subject, problem: str, num_workers: int) -> Callable[..., Any]
 
 @lru_cache(maxsize=16)
 def _tree(problem: str) -> tuple[int, Callable[[Any], Any]]:
-    """Return d, and the map of [..., d] to a tree of leaves [..., *shape]."""
+    """Return d, and the function from an array [..., d] to a tree of leaves [..., *shape]."""
     shapes, _ = TREES[problem]
     leaves, structure = jax.tree.flatten(shapes, is_leaf=_is_shape)
     sizes = [math.prod(shape) for shape in leaves]
@@ -58,7 +58,7 @@ def _is_shape(x):
 
 
 def examine(subject: Subject, case: Case) -> dict[str, tuple[float, float]]:
-    """Run a case; return each statement's residual and allowance where their ratio is worst."""
+    """Run a case; return each statement's residual and allowance at their largest ratio."""
     dtype = np.float64 if case.precision == 64 else np.float32
     draws = np.random.default_rng(case.seed)
     of = sequences.frame(np.array(case.workers), case.num_workers)
@@ -116,7 +116,7 @@ def _compare(
             if statement not in results or _ratio(found) > _ratio(results[statement]):
                 results[statement] = found
 
-    # The worker's round against its own gradients: ũ_S, Δw and the identity.
+    # The worker's round, compared with its own gradients: ũ_S, Δw and the identity.
     local_steps = gradient.shape[1]
     local_table = sequences.powers(beta, local_steps, wide)
     back = np.arange(local_steps - 1, -1, -1)
@@ -126,7 +126,7 @@ def _compare(
     pairs = [(dw - expected_w, error_w)]
     if subject.worker_momentum:
         pairs.append((du - gamma * (local_table.power[back][:, None] * gradient).sum(1), error_u))
-    else:  # plain SGD: Δw = γ Σ_s g_s, which stands for Δu and Δh too
+    else:  # plain SGD: Δw = γ Σ_s g_s, which replaces Δu and Δh too
         dw_error = rounding.worker_bounds(0.0, gamma, gradient, sizes, run.local, unit)[1]
         pairs = [(dw - dh, dw_error)]
         error_u = error_w = dw_error
@@ -169,7 +169,7 @@ def _ratio(pair: tuple[float, float]) -> float:
 
 @holds(*STATEMENTS, strength="property", rule_only=True, needs=("hypothesis",))
 def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Train under drawn delays, β, η and η̂, and hold every step to its rounding bound."""
+    """Train with random delays, β, η and η̂, and compare each step's error with its bound."""
     worst: dict[str, tuple[float, float]] = dict.fromkeys(STATEMENTS, (0.0, 1.0))
     failing: dict[str, Case] = {}
     tried = 0
@@ -183,7 +183,7 @@ def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
                 worst[statement] = pair
         violated = [s for s in STATEMENTS if _ratio(results[s]) > 1]
         for statement in violated:
-            failing[statement] = case  # Hypothesis ends on the smallest one
+            failing[statement] = case  # Hypothesis runs the smallest one last
         assert not violated
 
     run_property(property_, cases(), size)
@@ -195,12 +195,12 @@ def random_runs(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def run_property(property_: Callable[[Any], None], strategy: Any, size: Size) -> None:
-    """Run a Hypothesis property that keeps its own record of what failed.
+    """Run a Hypothesis property that records its failures itself.
 
     Args:
-        property_: Raises AssertionError on a violated case.
-        strategy: What it is given.
-        size: How many examples, the seed, and whether to shrink.
+        property_: Takes a case; raises AssertionError if the case violates the property.
+        strategy: Draws the cases.
+        size: Gives the number of examples, the seed, and whether to shrink.
     """
     hypothesis = need("hypothesis")
     phases = [hypothesis.Phase.generate]
@@ -222,5 +222,5 @@ def run_property(property_: Callable[[Any], None], strategy: Any, size: Size) ->
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`random_runs` again: its residual and allowance."""
+    """Run a counterexample of :func:`random_runs` again; return its residual and allowance."""
     return examine(subject, Case.from_json(case))[statement]

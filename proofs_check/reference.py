@@ -1,6 +1,7 @@
-"""A parameter server and its workers in NumPy, written from the paper, to compare long runs with.
+"""Implements a parameter server and its workers in NumPy, from the paper, as the reference.
 
-It shares nothing with the library but the formulas of :class:`~proofs_check.claims.Claims`.
+It does not use the library's code, only the formulas of :class:`~proofs_check.claims.Claims`. The
+long runs are compared with it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ START, START_STATE = np.array([1.0, -2.0]), np.array([0.5])
 
 
 def gamma(step):
-    """Return γ at a step: it differs from step to step, like any schedule."""
+    """Return γ at a step; it differs at each step."""
     return 0.01 / (1 + step * 2.0**-9)
 
 
 def global_rate(step):
-    """Return the global learning rate: no two steps in a row have the same."""
+    """Return the global learning rate; it differs between consecutive steps."""
     return 0.5 + (7 * step % 16) * 2.0**-5
 
 
 def delay_weight(delay):
-    """Return the factor by delay: no two delays have the same."""
+    """Return the factor for a delay; it differs for each delay."""
     return 1 / (1 + delay * 2.0**-3)
 
 
 class Sent(NamedTuple):
-    """What a task must hold; fields as of :class:`orlomo_jax.Task`."""
+    """The task that a worker must receive; it has the fields of :class:`orlomo_jax.Task`."""
 
     worker: int
     round: int
@@ -46,7 +47,7 @@ class Sent(NamedTuple):
 
 
 class Server:
-    """A parameter server of two parameters and a model state of one number.
+    """A parameter server for two parameters and a model state of one number.
 
     Args:
         name: One of :data:`orlomo_jax.METHOD_NAMES`.
@@ -59,7 +60,7 @@ class Server:
         params: w_t.
         momentum: u_t; 0 for AL-SGD.
         model_state: The merged model state.
-        held: What each busy worker holds.
+        held: The task of each busy worker.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class Server:
 
     @property
     def reported(self) -> set[int]:
-        """The workers that wait at the barrier."""
+        """The set of workers that wait at the barrier."""
         return {worker for worker, *_ in self._waiting}
 
     def dispatch(self, worker: int) -> Sent:
-        """Send the newest parameters; in a synchronous round, those of its start."""
+        """Send the newest parameters, or in a synchronous round those of the round's start."""
         version = self.step - len(self._waiting)
         momentum = self.momentum if self.synchronous else None
         self.held[worker] = Sent(
@@ -102,13 +103,13 @@ class Server:
         return self.held[worker]
 
     def release(self, worker: int) -> Sent:
-        """Give up what a worker holds."""
+        """Remove a worker's task and return it."""
         return self.held.pop(worker)
 
     def receive(
         self, worker: int, du: np.ndarray, dw: np.ndarray, end: np.ndarray
     ) -> tuple[int, ...]:
-        """Apply a report and return who waits for a task."""
+        """Apply a report and return the workers that wait for a task."""
         at = self.held.pop(worker).dispatched_at
         if self._algorithm is None:
             return self._receive_at_barrier(worker, du, dw, end)
@@ -138,7 +139,7 @@ class Server:
 
 
 class Round(NamedTuple):
-    """What a local round gives."""
+    """The result of a local round."""
 
     du: np.ndarray
     dw: np.ndarray
@@ -147,11 +148,11 @@ class Round(NamedTuple):
 
 
 def local_round(task: Sent, linear: np.ndarray, beta: float | None) -> Round:
-    """Run S steps on Σ (CURVATURE·w²/2 + linear_s·w), with weight decay: g + λw̃ for g.
+    """Run S steps on Σ (CURVATURE·w²/2 + linear_s·w); weight decay replaces g by g + λw̃.
 
     Args:
-        task: Where it starts.
-        linear: float[S, 2], batches and noise.
+        task: Gives the start.
+        linear: Batches plus noise, float[S, 2].
         beta: β; None is plain SGD.
     """
     w, state, losses = task.params, task.model_state, []
@@ -169,7 +170,10 @@ EVENTS = ("lost", "redispatched", "left", "joined")
 
 
 class Timeline(NamedTuple):
-    """Who reports at each step, and (kind, worker) of what happens before it."""
+    """The worker that reports at each step, and the (kind, worker) events before it.
+
+    ``absent`` are the workers that are absent at the start.
+    """
 
     num_workers: int
     workers: list[int]
@@ -180,15 +184,16 @@ class Timeline(NamedTuple):
 def timeline(
     num_workers: int, num_steps: int, seed: int, *, synchronous: bool = False, density: float = 1.0
 ) -> Timeline:
-    """Draw arrivals and events: with a density of 1 every kind of event before every step.
+    """Draw arrivals and events; density 1 gives every kind of event before every step.
 
-    Worker 0 reports about once in 200 steps and is never lost, so that there are long delays too.
+    Unless synchronous, worker 0 reports about once in 200 steps and is never lost. This gives long
+    delays.
 
     Args:
-        num_workers: K ≥ 6 where not synchronous.
+        num_workers: K; at least 6 unless synchronous.
         num_steps: T.
-        seed: For the draws.
-        synchronous: Whether there is a barrier; then nobody leaves or joins.
+        seed: Seed of the draws.
+        synchronous: Whether there is a barrier; if so, no worker leaves or joins.
         density: The probability of each kind of event at each step.
     """
     draws = np.random.default_rng(seed)
@@ -220,7 +225,7 @@ def timeline(
         kinds = EVENTS[:2] if synchronous else EVENTS
         kinds = [k for k in draws.permutation(kinds).tolist() if draws.random() < density]
         if step < 2 and not synchronous:
-            kinds.insert(0, "lost")  # two workers stay idle from then on
+            kinds.insert(0, "lost")  # from then on two workers are idle
         for kind in [kind for kind in kinds if not happen(kind)]:
             happen(kind)
         if not (busy if synchronous else busy - {0}):

@@ -1,4 +1,4 @@
-"""One registry: what is stated, what is checked, which check holds what, what came out."""
+"""Registers the statements and the checks, and runs the checks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from proofs_check.extras import MissingPackage, require
 
 
 class Statement(NamedTuple):
-    """A statement of the paper, or of what the library adds to it.
+    """A statement of the paper, or one that the library adds.
 
     Attributes:
-        title: As the paper names it, if it does.
-        says: What it says, in a line.
-        cited: Regular expression of how the library's source cites it; ``--map`` looks it up.
+        title: The paper's name for it, if it has one.
+        says: The statement in one line.
+        cited: Regular expression that matches its citations in the library's source, for ``--map``.
     """
 
     title: str
@@ -85,16 +85,16 @@ STATEMENTS: dict[str, Statement] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is put to the checks: the public functions of orlomo_jax, each replaceable.
+    """The functions under test: the public functions of orlomo_jax, or replacements.
 
     Attributes:
-        name: What the report calls it.
-        rule: ``rule(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, OrLoMo's place.
-        worker_momentum: Whether the workers report Δu; else Δw stands in for it in the lemmas.
+        name: The name in reports.
+        rule: ``rule(num_workers, momentum=…, learning_rate=…, delay_weight=…)``, tested as OrLoMo.
+        worker_momentum: Whether the workers report Δu. If False, Δw replaces Δu in the lemmas.
         al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd, parameter_server: The
-            library's others.
-        make_method, simulate: The library's front door.
-        claims: The formulas that they are held to.
+            functions and classes of the same names.
+        make_method, simulate: The library's main entry points.
+        claims: The formulas that the functions are compared with.
     """
 
     name: str = "orlomo_jax"
@@ -113,16 +113,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is tried.
+    """The number of cases to try.
 
     Attributes:
-        examples: Hypothesis examples a property.
-        exhaustive: (K, T) pairs whose K^T orders are all run.
-        replicates: Monte Carlo runs a setting.
-        settings: How many of the (K, S, T) settings the bounds are tried at.
-        long_steps: Steps of a run that compares the bookkeeping.
-        seed: Seed of everything drawn.
-        minimize: Whether a failure is followed by a search for the smallest one.
+        examples: Hypothesis examples for each property.
+        exhaustive: (K, T) pairs; all K^T orders of each are run.
+        replicates: Monte Carlo runs for each setting.
+        settings: How many of the (K, S, T) settings the bounds are measured at.
+        long_steps: Steps of each run that checks the bookkeeping.
+        seed: Seed of all draws.
+        minimize: Whether to search for the smallest counterexample after a failure.
         plots: Folder for the plots, or None.
     """
 
@@ -146,18 +146,18 @@ SMALL = Size(
 
 @dataclass
 class Outcome:
-    """What one check found about one statement.
+    """The result of one check for one statement.
 
     Attributes:
         statement: A key of :data:`STATEMENTS`.
         cases: How many cases were tried.
-        residual: The worst one's |left − right|, or left/right of an inequality.
-        allowance: What it may be at most: 0 is exact.
-        passed: The verdict.
-        note: Where, or how tight.
+        residual: The worst |left − right|, the left side of an inequality, or a count of failures.
+        allowance: The largest residual allowed, or the right side; 0 means exact.
+        passed: Whether the statement holds.
+        note: The size of the check, or where it failed or how tight it was.
         counterexample: A case that ``--replay`` runs again, or None.
-        check: The check's name, and
-        strength: its strength; both filled in by :func:`run`.
+        check: The check's name; :func:`run` fills it in.
+        strength: The check's strength; :func:`run` fills it in.
     """
 
     statement: str
@@ -180,7 +180,7 @@ class Check:
         strength: "symbolic", "exhaustive", "property" or "statistical".
         statements: Keys of :data:`STATEMENTS`.
         function: ``(subject, size) -> outcomes``.
-        rule_only: Whether it can be put to anybody's server rule.
+        rule_only: Whether it can check a user's server rule.
         needs: Optional packages that it imports.
     """
 
@@ -203,8 +203,8 @@ def holds(
     Args:
         *statements: Keys of :data:`STATEMENTS`.
         strength: "symbolic", "exhaustive", "property" or "statistical".
-        rule_only: Whether it can be put to anybody's server rule, and reads nothing of the
-            library's but what it needs for that.
+        rule_only: Whether it can check a user's server rule. If True, it uses the library's other
+            functions only where the rule's test needs them.
         needs: Optional packages that it imports.
     """
     unknown = set(statements) - STATEMENTS.keys()
@@ -222,7 +222,7 @@ def holds(
 def chosen(
     checks: Iterable[str] | None = None, statements: Iterable[str] | None = None
 ) -> list[Check]:
-    """Return the checks of these names that check one of these statements; None is all.
+    """Return the checks with these names that check any of these statements; None is all.
 
     Raises:
         MissingPackage: If one of them needs a package that is not installed.
@@ -242,19 +242,19 @@ def run(
     statements: Iterable[str] | None = None,
     on_check: Callable[[str, float], None] | None = None,
 ) -> Iterator[Outcome]:
-    """Run checks and yield what they find.
+    """Run checks and yield their outcomes.
+
+    A check that raises an error has failed: its outcomes have the error as their note.
 
     Args:
-        subject: What is put to them.
-        size: How much is tried.
+        subject: The functions under test.
+        size: The number of cases to try.
         checks: Names in :data:`CHECKS`; None is all.
-        statements: Keys of :data:`STATEMENTS` to keep; None is all.
+        statements: Keys of :data:`STATEMENTS` to check; None is all.
         on_check: Called with a check's name and its seconds when it is done.
 
-    A check that raises has failed: its statements come out with the error as a note.
-
     Raises:
-        MissingPackage: If a check needs a package that is not installed; none has run then.
+        MissingPackage: If a check needs a package that is not installed. Then no check has run.
     """
     wanted = set(STATEMENTS if statements is None else statements)
     for item in chosen(checks, wanted):

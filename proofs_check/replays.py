@@ -1,4 +1,4 @@
-"""Counterexamples as files: written when a check fails, run again by ``--replay``."""
+"""Writes counterexamples as JSON, and runs them again for ``--replay``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from proofs_check.registry import CHECKS, Outcome, Size, Subject, run
 
 
 def as_json(outcome: Outcome, size: Size, rule: str | None) -> dict[str, Any]:
-    """Return a failed outcome as a file that :func:`replay` reads.
+    """Return a failed outcome as a JSON object for :func:`replay`.
 
-    A check without a single smallest case is deterministic: its file holds the size to rerun.
+    If the outcome does not have a single failing case, the object contains the size instead. The
+    check is deterministic, so it can run again at that size.
 
     Args:
-        outcome: What failed.
-        size: How much was tried.
+        outcome: The failed outcome.
+        size: The size at which the check ran.
         rule: "module:factory" of a user's rule, or None.
     """
     case = outcome.counterexample or {"size": asdict(size)}
@@ -33,7 +34,7 @@ def replay(subject: Subject, content: dict[str, Any]) -> tuple[float, float]:
     """Run a counterexample again; return its residual and its allowance.
 
     Raises:
-        ValueError: If ``content`` is no counterexample.
+        ValueError: If ``content`` is not a counterexample.
     """
     if content.get("format") != "proofs_check.counterexample" or content["check"] not in CHECKS:
         raise ValueError(

@@ -1,16 +1,16 @@
-"""How far a correct implementation may be off: running error bounds, element by element.
+"""Computes running bounds on the rounding errors of a correct implementation, per element.
 
-With unit roundoff υ of the parameters' dtype and c = 72υ (64υ for a coefficient: pow and the
-doublings of a geometric sum; the rest for the products and sums that use it), one server step adds
-c times the magnitudes that it touches to the error that it carries over:
+Let υ be the unit roundoff of the parameters' dtype and c = 72υ: 64υ for a coefficient (pow and the
+doublings of a geometric sum), the rest for the products and sums that use it. One server step keeps
+the error so far and adds c times the magnitudes that it uses:
 
 - e^u_{t+1} = (1+c) β^o e^u_t + c (β^o|u_t| + β^n|η_t Δu|),
 - e^w_{t+1} = e^w_t + o(e^u_t + e^u_{t+1}) + 4υ(|w_t| + |w_{t+1}|)
   + c (o|u_t| + o|u_{t+1}| + |η_t Δw| + (β^n + Σβ^j)|η_t Δu|),
 
-whether the step is stated through the old or the new u. The auxiliary sequences are computed in
-longdouble from the very reports and rates; each of their terms passes at most 4(t+8) roundings, so
-4(t+8)ε times the same sums over absolute values bounds their error.
+whether the step is written with the old or the new u. The auxiliary sequences are computed in
+longdouble from the recorded reports and rates. Each of their terms is rounded at most 4(t+8+K)
+times, so 4(t+8+K)ε times the same sums over absolute values bounds their error.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def reference_bounds(
     dh: np.ndarray,
     start: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return bounds on the error of û ± its sum, ŵ ± its sum and (1−β)ŷ, each [T, d]."""
+    """Return bounds on the errors of û, ŵ (each with its lemma's sum) and (1−β)ŷ, [T, d] each."""
     hat = np.abs(hat)
-    sizes = sequences.auxiliary(  # −|Δ| makes every term of ŵ and ŷ add up
+    sizes = sequences.auxiliary(  # −|Δ| makes the terms of ŵ and ŷ positive, so none cancel
         of, beta, hat, -np.abs(du), -np.abs(dw), -np.abs(dh), np.abs(start)
     )
     sum_u, sum_w = sequences.in_flight_sums(of, table, hat, np.abs(du), np.abs(dw))
@@ -106,15 +106,15 @@ def worker_bounds(
     local: np.ndarray,
     unit: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return bounds on the errors of Δu and Δw of a round against its own gradients, [D, d] twice.
+    """Return bounds on the errors of a round's Δu and Δw, given its gradients; [D, d] each.
 
     Args:
         beta: β.
         gamma: γ.
         gradients: g_s by slot, [D, S, d].
-        sizes: What a gradient is a sum of, in absolute values, [D, S, d]: recomputed in another
-            program it may differ by 32υ of that.
-        local: w̃_s, [D, S, d].
+        sizes: The sum of the absolute values of each gradient's terms, [D, S, d]. A gradient that
+            another program computes may differ by 32υ times this.
+        local: w̃_s by slot, [D, S, d].
         unit: υ.
     """
     local_steps = gradients.shape[1]

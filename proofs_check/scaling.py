@@ -1,10 +1,10 @@
-"""Remarks 4 and 5: how the error scales in T, S, K and γ, measured against the stated order.
+"""Checks Remarks 4 and 5: measures how the error scales in T, S, K and γ.
 
-The problem is F(w) = ½‖w‖² (L = 1) in many independent coordinates: each one is a replicate of a
-scalar run, so one run gives E‖∇F(w_t)‖² with a small error. A slope is a least-squares fit of
-log error over log T (or S, K, γ). The order is an upper bound, so the measured slope may not exceed
-that of the whole order; and the noise is so large that its first term rules what is measured, so
-the measured slope must be near that term's from both sides.
+The problem is F(w) = ½‖w‖² (L = 1) with many independent coordinates. Each coordinate is a
+replicate of a scalar run, so one run gives E‖∇F(w_t)‖² with a small error. A slope is a
+least-squares fit of log error over log T (or S, K, γ). The stated order is an upper bound, so the
+measured slope must not exceed the slope of the whole order. The noise is large, so the first term
+of the order dominates, and the measured slope must also be close to the slope of that term.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from proofs_check.extras import need
 from proofs_check.registry import Outcome, Size, Subject, holds
 from proofs_check.strategies import arrival_order
 
-SLACK = 0.15  # on a fitted slope
+SLACK = 0.15  # allowed error of a fitted slope
 BETA, SIGMA, COORDINATES = 0.5, 8.0, 512
 
 
 class Curve(NamedTuple):
-    """A measured error along one variable, the stated order, and the term of it that rules."""
+    """The measured error over one variable, the stated order, and the order's dominant term."""
 
     variable: str
     values: np.ndarray
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
     ruling: np.ndarray
 
     def slopes(self) -> tuple[float, float, float]:
-        """Return the fitted slopes of the measured error, the whole order and the ruling term."""
+        """Return the fitted slopes of the measured error, the whole order and its dominant term."""
         logs = np.log(self.values)
         measured, stated, ruling = (
             float(np.polyfit(logs, np.log(y), 1)[0])
@@ -46,12 +46,12 @@ class Curve(NamedTuple):
 
 
 def loss_fn(params: Any, model_state: Any, noise: jax.Array, key: Any):
-    """Return ½‖w‖² + noise·w: the gradient is w + noise."""
+    """Return ½‖w‖² + noise·w, which has the gradient w + noise."""
     return jnp.sum(params**2) / 2 + jnp.sum(noise * params), (model_state, {})
 
 
 def batch_fn(local_steps: int, sigma: float):
-    """Return Gaussian noise of variance σ² a coordinate, by worker and round alone."""
+    """Return a batch function: Gaussian noise by worker and round, variance σ² per coordinate."""
 
     def batches(key, worker, round):
         key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
@@ -61,7 +61,7 @@ def batch_fn(local_steps: int, sigma: float):
 
 
 def error(method: Method, round_fn, trace: ArrivalTrace, gamma, local_steps, seed, skip) -> float:
-    """Return the average of E‖∇F(w_t)‖² a coordinate over steps t ≥ ``skip`` of a run."""
+    """Return E‖∇F(w_t)‖² per coordinate, averaged over the steps t ≥ ``skip`` of a run."""
     every = max(1, trace.num_steps // 100)
     result = simulate(
         method, round_fn, batch_fn(local_steps, SIGMA), jnp.ones(COORDINATES), trace,
@@ -88,7 +88,7 @@ def _trace(num_workers: int, num_steps: int, seed: int) -> ArrivalTrace:
 
 @holds("remark-5", strength="statistical")
 def convergence_rate(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Run OrLoMo at the γ of Remark 5 over T, S and K, and compare slopes with the stated order."""
+    """Run OrLoMo at Remark 5's γ over T, S and K, and compare the slopes with the stated order."""
     thorough = size.settings >= 5
     longest = 4096 if thorough else 1024
     grids = {
@@ -100,7 +100,7 @@ def convergence_rate(subject: Subject, size: Size) -> Iterator[Outcome]:
         grids = {variable: grid[-3::2] for variable, grid in grids.items()}
     rounds = {
         s: subject.local_momentum_sgd(loss_fn, s, momentum=BETA) for s in (1, 2, 4)
-    }  # hoisted: one compiled round for all
+    }  # one compiled round for all grids
     known: dict[tuple[int, int, int], tuple[float, float, float]] = {}
     curves = []
     for variable, grid in grids.items():
@@ -117,7 +117,7 @@ def convergence_rate(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 def _point(subject: Subject, rounds, num_workers, local_steps, num_steps, seed):
     """Return the measured error and the stated order at one (K, S, T)."""
-    # E over a coordinate: σ² and F(w_0) − F* are per coordinate too, as ½‖w‖² separates.
+    # The error is per coordinate, so σ² and F(w_0) − F* are too: ½‖w‖² is a sum of coordinates.
     candidates = subject.claims.remark_5(BETA, local_steps, num_workers, num_steps, 1.0, SIGMA, 0.5)
     gamma = min(x for x in candidates if x is not None)
     trace = _trace(num_workers, num_steps, seed)
@@ -130,7 +130,7 @@ def _point(subject: Subject, rounds, num_workers, local_steps, num_steps, seed):
 
 @holds("remark-4", strength="statistical")
 def stationary_error(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Both OrLoMo and PRSGDm settle at an error that scales as γ/K (S = 1)."""
+    """Check that the stationary error of OrLoMo and PRSGDm scales as γ/K (S = 1)."""
     steps = 1600 if size.settings >= 5 else 400
     round_fn = subject.local_momentum_sgd(loss_fn, 1, momentum=BETA)
     curves = []
@@ -179,7 +179,7 @@ def _judge(statement: str, curves: list[Curve], cases: int) -> Outcome:
 
 
 def plot(curves: list[Curve], path: Path) -> None:
-    """Draw measured error and stated order on log-log axes, one panel a variable."""
+    """Plot the measured error and the stated order on log-log axes, one panel per variable."""
     need("matplotlib").use("Agg")
     pyplot = need("matplotlib.pyplot")
     figure, axes = pyplot.subplots(

@@ -1,12 +1,12 @@
-"""The auxiliary sequences û, ŵ, ŷ, straight from their definitions, and the sums of the lemmas.
+"""Computes the auxiliary sequences û, ŵ, ŷ from their definitions, and the sums of the lemmas.
 
-NumPy only, and no server rule in sight. Every function works for any arrival order, any rates η_t
-and any value of the η̂ of reports still in flight, over any leading batch axes of orders, and in any
-number type that NumPy can hold: float64, longdouble, or Fractions (dtype object) for exactness.
+This module uses NumPy only and does not call any server rule. Every function works for any arrival
+order, any rates η_t and any η̂ of the reports in flight. Orders may have leading batch axes. The
+numbers may be float64, longdouble, or Fractions (dtype object), which are exact.
 
-Reports are numbered by *slots*: slot k < K is worker k's report of index 0, slot K−1+j the one of
-index j ≥ 1, up to index T−1. ŷ enters as (1−β)ŷ throughout, which needs no division and is
-therefore exact for dyadic β.
+Reports are numbered by *slots*: slot k < K is worker k's report of index 0, and slot K−1+j is the
+report of index j ≥ 1, up to index T−1. ŷ is always computed as (1−β)ŷ. This avoids a division, so
+it is exact for dyadic β.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from proofs_check.claims import PAPER, Claims
 
 @dataclass(frozen=True)
 class Frame:
-    """Who reports when: T steps, K workers, D = K+T−1 reports; leading axes are batches of orders.
+    """An arrival order with T steps, K workers and D = K+T−1 reports.
+
+    Leading axes are batches of orders.
 
     Attributes:
         num_workers: K.
@@ -29,7 +31,7 @@ class Frame:
         sent: ite(t, k), int[..., T+1, K].
         used: The slot used at step t, int[..., T].
         index: The index of each slot, int[D].
-        arrival: The step at which each slot is used, int[..., D]; T where it is still in flight.
+        arrival: The step at which each slot is used, int[..., D]; T if it is still in flight.
     """
 
     num_workers: int
@@ -41,7 +43,7 @@ class Frame:
 
     @property
     def num_steps(self) -> int:
-        """T."""
+        """The number of steps T."""
         return self.workers.shape[-1]
 
     @property
@@ -56,7 +58,7 @@ class Frame:
 
 
 class Auxiliary(NamedTuple):
-    """û_{t+1}, ŵ_{t+1} and (1−β)ŷ_{t+1} for t = 0 … T−1, each [T, ..., d]."""
+    """The sequences û_{t+1}, ŵ_{t+1} and (1−β)ŷ_{t+1} for t = 0 … T−1, each [T, ..., d]."""
 
     u: np.ndarray
     w: np.ndarray
@@ -64,14 +66,14 @@ class Auxiliary(NamedTuple):
 
 
 class Powers(NamedTuple):
-    """β^n and Σ_{j=1..n} β^j for n = 0, 1, …, by repeated multiplication and addition."""
+    """The values β^n and Σ_{j=1..n} β^j, indexed by n."""
 
     power: np.ndarray
     past: np.ndarray
 
 
 def frame(workers: Any, num_workers: int) -> Frame:
-    """Return the frame of an arrival order: after step t, worker k_t alone is sent w_{t+1}.
+    """Return the frame of an arrival order; after step t only worker k_t is sent w_{t+1}.
 
     Args:
         workers: k_t, int[..., T].
@@ -100,7 +102,7 @@ def frame(workers: Any, num_workers: int) -> Frame:
 
 
 def hat_rates(of: Frame, rates: np.ndarray, in_flight: np.ndarray) -> np.ndarray:
-    """Return η̂ of every slot: η at its arrival, else the value given for it; [..., D]."""
+    """Return η̂ of every slot, [..., D]: η at its arrival, or ``in_flight`` if it never arrives."""
     arrived = of.arrival < of.num_steps
     at_arrival = np.take_along_axis(
         np.broadcast_to(rates, of.workers.shape), np.minimum(of.arrival, of.num_steps - 1), -1
@@ -109,7 +111,7 @@ def hat_rates(of: Frame, rates: np.ndarray, in_flight: np.ndarray) -> np.ndarray
 
 
 def powers(beta: Any, largest: int, dtype: Any = float) -> Powers:
-    """Return β^n and Σ_{j=1..n} β^j for n = 0 … largest; β⁰ = 1 also for β = 0.
+    """Return β^n and Σ_{j=1..n} β^j for n = 0 … largest, by repeated products; β⁰ = 1 at β = 0.
 
     Example:
         >>> powers(0.5, 3).past
@@ -171,7 +173,7 @@ def in_flight_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the right-hand sides of Lemmas 1 and 2 as printed, for t = 0 … T−1, each [T, ..., d].
 
-    The sums run over the workers k ≠ k_t, whose reports have the index ite(t, k).
+    The sums run over the workers k ≠ k_t. Worker k's report has the index ite(t, k).
     """
     num_workers = of.num_workers
     sums_u, sums_w = [], []
@@ -224,27 +226,27 @@ def ledger_residuals(
     start: np.ndarray,
     num_steps: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    r"""Return what Lemmas 1 and 2 in ledger form say that u_{t+1} and w_{t+1} are, each [T, d].
+    r"""Return u_{t+1} and w_{t+1} as Lemmas 1 and 2 give them in ledger form, each [T, d].
 
-    **Ledger form.** Let any number of dispatches be made at each index, to whomever: first ones,
-    late joins, re-dispatches after a loss. With D_j the dispatches of index j,
+    **Ledger form.** Each index may have any number of dispatches, to any workers: first ones, late
+    joins, re-dispatches after a loss. With D_j the dispatches of index j,
 
     - û_1 = Σ_{d∈D_0} η̂_d Δu_d; û_{t+1} = β^{[K | (t−1)]} û_t + Σ_{d∈D_t} η̂_d Δu_d,
     - ŵ_1 = w_0 − Σ_{d∈D_0} η̂_d Δw_d; ŵ_{t+1} = ŵ_t − [K | (t−1)] βû_t − Σ_{d∈D_t} η̂_d Δw_d,
 
-    and after step t, with Q_t the dispatches of index ≤ t that have not arrived, lost ones
-    included, each with any η̂, n_d = ⌈t/K⌉ − ⌈i_d/K⌉:
+    Let Q_t be the dispatches of index ≤ t that have not arrived by the end of step t. They include
+    the lost ones, and each may have any η̂. With n_d = ⌈t/K⌉ − ⌈i_d/K⌉, after step t
 
     - û_{t+1} − u_{t+1} = Σ_{d∈Q_t} β^{n_d} η̂_d Δu_d,
     - ŵ_{t+1} − w_{t+1} = −Σ_{d∈Q_t} [η̂_d Δw_d + β(1−β^{n_d})/(1−β) η̂_d Δu_d].
 
-    Without failures D_t = {k_{t−1}} and Q_t = {k ≠ k_t}: the printed lemmas. Theorem 1 and the
-    delay facts are not claimed here: they count exactly K dispatches in flight.
+    Without failures D_t = {k_{t−1}} and Q_t = {k ≠ k_t}, which gives the printed lemmas. Theorem 1
+    and the delay facts do not have a ledger form: they assume exactly K dispatches in flight.
 
     Args:
-        num_workers: K, the size of a group (however many workers there are at a time).
+        num_workers: K, the size of a group. The number of workers may change during the run.
         index: The index of each dispatch, int[D].
-        arrival: The step at which it is used, int[D]; T or more where it never arrives.
+        arrival: The step at which it is used, int[D]; T or more if it never arrives.
         table: From :func:`powers`.
         beta: β.
         rates: η̂ of each dispatch, [D].

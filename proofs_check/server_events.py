@@ -1,8 +1,9 @@
-"""A state machine over ParameterServer: arrivals, losses, joins, re-dispatches, rejected reports.
+"""Checks ParameterServer under random arrivals, losses, joins, re-dispatches and bad reports.
 
-After every event the lemmas must hold in ledger form (see
-:func:`~proofs_check.sequences.ledger_residuals`), with any η̂ for what has not arrived; without
-failures that is the printed form. A rejected report must leave everything as it was, to the bit.
+A Hypothesis state machine draws the events. After every event the lemmas must hold in ledger form
+(see :func:`~proofs_check.sequences.ledger_residuals`), with any η̂ for the reports that have not
+arrived. Without failures this is the printed form. A rejected report must leave u, w and the step
+as they were, bit for bit.
 """
 
 from __future__ import annotations
@@ -58,17 +59,17 @@ def _round(momentum: float | None) -> Callable[..., Any]:
 
 
 class Ledger:
-    """A server, its workers, and the ledger of every dispatch ever made.
+    """Runs a server and its workers, and records every dispatch in a ledger.
 
     Args:
         subject: Gives the server and the rule.
         num_workers: K.
         beta: β.
-        absent: Workers who are not there at the start.
+        absent: The workers that are absent at the start.
     """
 
     def __init__(self, subject: Subject, num_workers: int, beta: float, absent: set[int]) -> None:
-        """Dispatch w_0 to everybody who is there."""
+        """Dispatch w_0 to every worker that is present."""
         self.subject, self.num_workers, self.beta = subject, num_workers, beta
         self.method = _method(subject, num_workers, beta)
         self.params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
@@ -106,7 +107,7 @@ class Ledger:
         self.arrival.append(-1)
 
     def receive(self, worker: int) -> None:
-        """Worker's report arrives, and it is sent the new parameters."""
+        """Receive the worker's report and send it the new parameters."""
         entry = self.held.pop(worker)
         self.log["workers"].append(worker)
         self.old = self.reports[entry]
@@ -117,7 +118,7 @@ class Ledger:
         self._dispatch(worker)
 
     def event(self, kind: str, worker: int) -> None:
-        """Apply "lost", "left", "redispatched" or "joined", as an ArrivalTrace has them."""
+        """Apply a worker event of an ArrivalTrace: "lost", "left", "redispatched" or "joined"."""
         self.log["events"].append([len(self.used), kind, worker])
         if kind in ("lost", "left") and worker in self.held:
             self.server.release(worker)
@@ -130,7 +131,7 @@ class Ledger:
             self._dispatch(worker)
 
     def reject(self, kind: str, worker: int) -> bool:
-        """Send a report that must be rejected; return whether it was, and nothing changed."""
+        """Send a bad report; return whether the server rejected it and did not change."""
         self.log["events"].append([len(self.used), kind, worker])
         if kind == "duplicate":
             bad = self.old
@@ -162,7 +163,7 @@ class Ledger:
         return np.asarray(ravel_pytree(u)[0]), np.asarray(ravel_pytree(self.server.params)[0])
 
     def residual(self) -> tuple[float, float]:
-        """Return Lemmas 1–2's worst residual in ledger form, and its allowance."""
+        """Return the worst residual of Lemmas 1 and 2 in ledger form, and its allowance."""
         if not self.used:
             return 0.0, 1.0
         wide, num_steps = np.longdouble, len(self.used)
@@ -201,7 +202,7 @@ class Ledger:
         return worst
 
     def as_json(self) -> dict[str, Any]:
-        """Return what happened as a trace, and the settings."""
+        """Return the run so far as a trace and its settings."""
         rejected = [event for event in self.log["events"] if event[1] in REJECTED]
         events = [event for event in self.log["events"] if event[1] not in REJECTED]
         trace = {"num_workers": self.num_workers, "workers": self.log["workers"], "events": events}
@@ -214,7 +215,7 @@ class Ledger:
 
 
 def _machine(subject: Subject, on_event: Callable[[Ledger, float, float], None]) -> Any:
-    """Return a Hypothesis state machine; ``on_event`` gets residual and allowance."""
+    """Return a Hypothesis state machine; it calls ``on_event`` with residual and allowance."""
     stateful, st = need("hypothesis.stateful"), need("hypothesis.strategies")
 
     class Events(stateful.RuleBasedStateMachine):
@@ -270,7 +271,7 @@ def _machine(subject: Subject, on_event: Callable[[Ledger, float, float], None])
 
 @holds("ledger", "lemma-1", "lemma-2", strength="property", rule_only=True, needs=("hypothesis",))
 def server_events(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Drive a ParameterServer through any events; the ledger form holds after each one."""
+    """Send random events to a ParameterServer and check the ledger form after each one."""
     hypothesis = need("hypothesis")
     stateful = need("hypothesis.stateful")
     worst, found, events = (0.0, 1.0), None, 0
@@ -282,7 +283,7 @@ def server_events(subject: Subject, size: Size) -> Iterator[Outcome]:
             if residual * worst[1] > worst[0] * allowance or residual > allowance:
                 worst = residual, allowance
         if residual > allowance:
-            found = ledger.as_json()  # Hypothesis ends on the smallest one
+            found = ledger.as_json()  # Hypothesis runs the smallest one last
 
     phases = [hypothesis.Phase.generate]
     phases += [hypothesis.Phase.shrink] if size.minimize else []
@@ -305,7 +306,7 @@ def server_events(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def replay(subject: Subject, statement: str, case: dict[str, Any]) -> tuple[float, float]:
-    """Run a counterexample of :func:`server_events` again: its residual and allowance."""
+    """Run a counterexample of :func:`server_events` again; return its residual and allowance."""
     trace = case["trace"]
     with jax.enable_x64(True):
         ledger = Ledger(subject, trace["num_workers"], case["beta"], set(case["absent"]))

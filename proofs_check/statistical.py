@@ -1,13 +1,13 @@
-"""Strength 4: the bounds, on problems whose L, σ² and F* are known in closed form.
+"""Strength 4 (statistical): measures the bounds on problems with known L, σ² and F*.
 
-**Exact second moments.** On F(w) = Σ_j ½λ_j w_j² with additive noise, everything that the workers
-and the server compute is affine in the noises. So the run is made with a coefficient vector in the
-place of each w_j: column 0 is the mean, column c the coefficient of the c-th unit noise. The
-production code sees plain parameters of shape [J, 1+N], and E‖x‖² is the sum of squares: no
-sampling, no error bar.
+**Exact second moments.** On F(w) = Σ_j ½λ_j w_j² with additive noise, all values that the workers
+and the server compute are affine in the noise. So each w_j is replaced by a vector of coefficients:
+column 0 is the mean, and column c is the coefficient of the c-th unit noise. The library runs on
+ordinary parameters of shape [J, 1+N], and E‖x‖² is the sum of squares. There is no sampling, so
+there is no statistical error.
 
-**Monte Carlo** on F(w) = Σ_j w_j²/(1+w_j²) (L = 2, F* = 0) with Gaussian noise: left/right with its
-99.9 % confidence limit.
+**Monte Carlo.** On F(w) = Σ_j w_j²/(1+w_j²) (L = 2, F* = 0) with Gaussian noise, left/right is
+estimated with a 99.9 % confidence limit.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NORMAL_999 = 3.2905  # two-sided 99.9 %
 
 
 class Sides(NamedTuple):
-    """Left and right of a bound; arrays over replicates, or of length 1 where they are exact."""
+    """Both sides of a bound: arrays over replicates, or single values if they are exact."""
 
     left: np.ndarray
     right: np.ndarray
 
     def ratio(self) -> tuple[float, float]:
-        """Return left/right and its upper confidence limit (delta method); 0 where both are 0."""
+        """Return left/right and its upper confidence limit (delta method); 0 if left is 0."""
         left, right = np.mean(self.left), np.mean(self.right)
         if left == 0:
             return 0.0, 0.0
@@ -51,7 +51,7 @@ class Sides(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """Where a bound was tightest: both sides, their ratio, its confidence limit, the setting."""
+    """The tightest case of a bound: both sides, their ratio, its confidence limit, the setting."""
 
     left: float
     right: float
@@ -61,13 +61,13 @@ class Worst(NamedTuple):
 
 
 def quadratic(params: Any, batch: Any) -> jax.Array:
-    """Return Σ_j ½λ_j‖w_j‖² + a_j w_{j,c}: the gradient is λ_j w_j plus a_j times unit noise c."""
+    """Return Σ_j ½λ_j‖w_j‖² + a_j w_{j,c}; its gradient is λ_j w_j plus a_j times unit noise c."""
     curvature, amplitude, column = batch
     return jnp.sum(curvature * jnp.sum(params**2, -1)) / 2 + jnp.sum(amplitude * params[:, column])
 
 
 def bounded(params: Any, noise: Any) -> jax.Array:
-    """Return Σ_j w_j²/(1+w_j²) + noise·w; F'' is in [−½, 2], so L = 2, and F* = 0."""
+    """Return Σ_j w_j²/(1+w_j²) + noise·w; F'' is in [−½, 2], so L = 2; F* = 0."""
     return jnp.sum(params**2 / (1 + params**2) + noise * params)
 
 
@@ -97,7 +97,7 @@ def _eq_6(num_steps: int) -> tuple[Any, ...]:
 def exact_run(
     subject: Subject, of: Frame, local_steps: int, beta, gamma, curvature, amplitude, start
 ) -> Recorded:
-    """Return a run of the quadratic under Eq. (6), on coefficient vectors; arrays end in [J·(1+N)].
+    """Run the quadratic under Eq. (6) on coefficient vectors; the last axis has size J·(1+N).
 
     Args:
         subject: Gives rule and round.
@@ -106,7 +106,7 @@ def exact_run(
         beta: β.
         gamma: γ.
         curvature: λ, [J].
-        amplitude: Standard deviation of the noise of each coordinate, [J].
+        amplitude: Standard deviation of each coordinate's noise, [J].
         start: w_0, [J].
     """
     num_steps, num_slots = of.num_steps, of.index.shape[0]
@@ -135,7 +135,7 @@ def sides(
     Args:
         claims: The bounds.
         of: The frame.
-        run: What was recorded; leading axes are replicates.
+        run: The recorded run; leading axes are replicates.
         beta: β.
         gamma: γ.
         sigma: σ.
@@ -153,7 +153,7 @@ def sides(
     of_u, of_w = claims.identity(beta)
     dh = of_u * run.du + of_w * run.dw
     hats = sequences.auxiliary(of, beta, hat, run.du, run.dw, dh, start)
-    steps = np.arange(1, num_steps)  # t = 1 … T−1; x_t stands at [t−1]
+    steps = np.arange(1, num_steps)  # t = 1 … T−1; x_t is at [t−1]
     later = hat[num_workers - 1 + steps]  # η̂_{t,k_{t−1}}
     server = np.moveaxis(run.w, -2, 0)
 
@@ -194,13 +194,13 @@ def _mean(x: np.ndarray) -> np.ndarray:
 
 
 def learning_rate(beta: float, smoothness: float, local_steps: int, share: float) -> float:
-    """Return γ at a share of Theorem 1's condition, 16LSγ ≤ (1−β)²."""
+    """Return ``share`` times the largest γ that satisfies Theorem 1's 16LSγ ≤ (1−β)²."""
     return share * (1 - beta) ** 2 / (16 * smoothness * local_steps)
 
 
 @holds(*BOUNDS, strength="statistical")
 def quadratic_moments(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Compare left and right by exact second moments, over K, S, T, β, γ and delays."""
+    """Compare both sides by exact second moments, for several K, S, T, β, γ and delays."""
     worst: dict[str, Worst] = {}
     cases = 0
     curvature, start = np.array([1.0, 0.1]), np.array([1.0, -2.0])
@@ -233,7 +233,7 @@ def quadratic_moments(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 @holds(*BOUNDS, strength="statistical")
 def nonconvex_monte_carlo(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Compare left and right by Monte Carlo on a non-convex problem, with confidence limits."""
+    """Compare both sides by Monte Carlo on a non-convex problem, with confidence limits."""
     worst: dict[str, Worst] = {}
     cases, dimension, sigma, smoothness = 0, 3, 1.0, 2.0
     for index, (num_workers, local_steps, num_steps) in enumerate(SETTINGS[: size.settings]):
@@ -267,7 +267,7 @@ def nonconvex_monte_carlo(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 @holds("lemma-11", strength="statistical")
 def silent_worker(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Lemma 11 where a worker stays silent for 8000 steps: what the η̂ in flight must not be."""
+    """Check Lemma 11 when a worker is silent for 8000 steps; a wrong in-flight η̂ violates it."""
     num_workers, local_steps, num_steps, beta = 4, 2, 8000, 0.9
     order = 1 + np.arange(num_steps) % (num_workers - 1)
     of = sequences.frame(order, num_workers)
@@ -284,7 +284,7 @@ def silent_worker(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def _keep(worst: dict[str, Worst], statement: str, both: Sides, where: str) -> None:
-    """Keep the setting of the largest ratio, by its confidence limit."""
+    """Keep the setting with the largest confidence limit of the ratio."""
     ratio, upper = both.ratio()
     if statement not in worst or not upper <= worst[statement].upper:
         left, right = float(np.mean(both.left)), float(np.mean(both.right))
@@ -292,7 +292,7 @@ def _keep(worst: dict[str, Worst], statement: str, both: Sides, where: str) -> N
 
 
 def _verdicts(worst: dict[str, Worst], cases: int, how: str) -> Iterator[Outcome]:
-    """Yield left against right where they are closest."""
+    """Yield the outcome of each bound at its tightest setting."""
     for statement, it in worst.items():
         limit = f", at most {it.upper:.3f}" if it.upper > it.ratio else ""
         note = f"left/right = {it.ratio:.3f}{limit} ({how}), tightest at {it.where}"

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for runs with random and adversarial delays."""
+"""Defines Hypothesis strategies for runs with random and adversarial delays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ORDERS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One run, as JSON can hold it.
+    """The settings of one run; JSON can store them.
 
     Attributes:
         problem: One of :data:`PROBLEMS`.
@@ -36,7 +36,7 @@ class Case:
         workers: k_t.
         beta: β.
         rates: "constant", "adaptive" or "arbitrary" η_t.
-        in_flight: Scale of the η̂ of in-flight reports, any real values; 0 is none.
+        in_flight: Scale of the random η̂ of in-flight reports; 0 makes them zero.
         gamma: γ.
         seed: Seed of batches, w_0, η and η̂.
     """
@@ -60,14 +60,17 @@ class Case:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Case:
-        """Read what :meth:`as_json` wrote."""
+        """Return the case that :meth:`as_json` wrote."""
         values = dict(values)
         trace = values.pop("trace")
         return Case(workers=tuple(trace["workers"]), num_workers=trace["num_workers"], **values)
 
 
 def arrival_order(kind: str, num_workers: int, num_steps: int, seed: int) -> np.ndarray:
-    """Return an arrival order int[T] of one of the kinds of :data:`ORDERS` but "any".
+    """Return an arrival order int[T] of a kind in :data:`ORDERS`, except "any".
+
+    Raises:
+        ValueError: If the kind is unknown.
 
     Example:
         >>> arrival_order("reversed", 3, 6, 0).tolist()
@@ -83,7 +86,7 @@ def arrival_order(kind: str, num_workers: int, num_steps: int, seed: int) -> np.
     }
     if kind in models:
         return simulate_arrivals(models[kind], num_workers, num_steps, 1, seed).workers
-    if kind == "silent":  # worker 0 is not heard of again, or only at the very end
+    if kind == "silent":  # worker 0 reports never or only at the last step
         order = draws.integers(min(1, num_workers - 1), num_workers, num_steps)
         order[-1] *= seed % 2
         return order
@@ -91,14 +94,14 @@ def arrival_order(kind: str, num_workers: int, num_steps: int, seed: int) -> np.
         return np.repeat(draws.integers(0, num_workers, num_steps), 7)[:num_steps]
     if kind == "round robin":
         return steps % num_workers
-    if kind == "reversed":  # every group in the reverse order of the one before it
+    if kind == "reversed":  # each group reverses the order of the previous one
         there = steps % num_workers
         return np.where(steps // num_workers % 2, num_workers - 1 - there, there)
     raise ValueError(f"`kind` must be one of {ORDERS[:-1]}, got kind={kind!r}")
 
 
 def cases() -> Any:
-    """Return a strategy of :class:`Case`."""
+    """Return a strategy that draws instances of :class:`Case`."""
     st = need("hypothesis.strategies")
 
     @st.composite

@@ -1,13 +1,13 @@
-"""Strength 1: the inductive steps of the lemmas by computer algebra, for all K, β and orders.
+"""Strength 1 (symbolic): proves the lemmas' inductive steps for all K, β and orders, with SymPy.
 
-A step is proved when its residual simplifies to zero in every case: K | (t−1) or not (``opens``),
-k_t = k_{t−1} or not. The sum over the other workers is one opaque term. Each of its summands obeys
-one exponent relation, ⌈t/K⌉ − ⌈i/K⌉ = ⌈(t−1)/K⌉ − ⌈i/K⌉ + [K | (t−1)], and the residual is linear
-in them, so a single summand with a symbolic exponent n ≥ 0 stands for all. (β is a positive symbol;
-the residuals are polynomials in β, so β = 0 follows.)
+A step is proved if its residual simplifies to zero in every case: K | (t−1) or not (``opens``),
+and k_t = k_{t−1} or not. All summands over the other workers obey the same exponent relation,
+⌈t/K⌉ − ⌈i/K⌉ = ⌈(t−1)/K⌉ − ⌈i/K⌉ + [K | (t−1)], and the residual is linear in them. So one summand
+with a symbolic exponent n ≥ 0 represents them all. β is a positive symbol; the residuals are
+polynomials in β, so β = 0 follows.
 
-The server's step is :class:`~proofs_check.claims.Claims`'s Algorithm 2;
-:mod:`proofs_check.one_step` shows that the production rule's step is the same.
+The server's step is Algorithm 2 of :class:`~proofs_check.claims.Claims`.
+:mod:`proofs_check.one_step` shows that the library's step is the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _scalars() -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
 
 
 def in_flight(claims, report: Report, late) -> tuple[Any, Any]:
-    """Return what one in-flight report adds to û − u (Lemma 1) and to ŵ − w (Lemma 2)."""
+    """Return the terms of one in-flight report in û − u (Lemma 1) and in ŵ − w (Lemma 2)."""
     _, power, past = _scalars()
     weight = claims.lemma_1(power(late), past(late), report.rate)
     of_w, of_u = claims.lemma_2(power(late), past(late), report.rate)
@@ -51,23 +51,23 @@ def in_flight(claims, report: Report, late) -> tuple[Any, Any]:
 def lemma_1_and_2_step(claims, opens: int, arrives_new: bool, stays: bool) -> tuple[Any, Any]:
     """Return the residuals of the inductive step from t−1 to t ≥ 1.
 
-    In the printed frame the report dispatched at index t is k_{t−1}'s: k_t = k_{t−1} means that it
-    arrives at once (``arrives_new``) and nothing else of index t is left; otherwise it stays and an
-    older one arrives, with the exponent m at t−1. In ledger form any set of reports may be
-    dispatched at index t beside the one that arrives (``stays``), or none.
+    In the printed lemmas the only report of index t is from k_{t−1}. If k_t = k_{t−1}, it arrives
+    at once (``arrives_new``). Otherwise it stays in flight and an older report arrives, with the
+    exponent m at t−1. In ledger form any number of reports may have index t, and those that do not
+    arrive stay in flight (``stays``).
 
     Args:
-        claims: Whose Lemmas 1 and 2, and Algorithm 2.
+        claims: Gives Lemmas 1 and 2 and Algorithm 2.
         opens: [K | (t−1)].
         arrives_new: Whether the report that arrives at t has index t.
-        stays: Whether (another) report of index t stays in flight.
+        stays: Whether a (further) report of index t stays in flight.
     """
     beta, power, past = _scalars()
     n, m = sympy().symbols("n m", integer=True, nonnegative=True)
     u, w = sympy().symbols("u w")
     other, new, arriving = _report("other"), _report("new"), _report("arriving")
     late = 0 if arrives_new else m + opens
-    # The hypothesis at t−1.
+    # The induction hypothesis at t−1.
     was_u, was_w = in_flight(claims, other, n)
     if not arrives_new:
         more_u, more_w = in_flight(claims, arriving, m)
@@ -77,7 +77,7 @@ def lemma_1_and_2_step(claims, opens: int, arrives_new: bool, stays: bool) -> tu
     dispatched = [r for r, there in ((arriving, arrives_new), (new, stays)) if there]
     hat_w = hat_w - opens * beta * hat_u - sum(r.rate * r.dw for r in dispatched)
     hat_u = beta**opens * hat_u + sum(r.rate * r.du for r in dispatched)
-    # The server's step with the report that arrives, whose η̂ is η_t.
+    # The server's step with the report that arrives; its η̂ is η_t.
     step = claims.algorithm_2(beta, opens, power(late), past(late), arriving.rate)
     given = (u, arriving.du, arriving.dw)
     u, w = (
@@ -99,7 +99,7 @@ def base_case(claims) -> tuple[Any, Any]:
     arriving, other = _report("arriving"), _report("other")
     hat_u = arriving.rate * arriving.du + other.rate * other.du
     hat_w = w - arriving.rate * arriving.dw - other.rate * other.dw
-    opens = sympy().Symbol("opens")  # whatever the branch does at t = 0, it does to u_0 = 0
+    opens = sympy().Symbol("opens")  # its value does not matter: it multiplies u_0 = 0
     step = claims.algorithm_2(beta, opens, power(0), past(0), arriving.rate)
     given = (0, arriving.du, arriving.dw)
     u_1 = sum(c * x for c, x in zip(step.u, given, strict=True))
@@ -129,7 +129,7 @@ def lemma_3_base(claims) -> Any:
 
 
 def identity_step(claims) -> Any:
-    """Return the residual of the identity after one more local step, and before the first."""
+    """Return the residual of the identity after one more local step; before the first all is 0."""
     beta, *_ = _scalars()
     du, dw, change = sympy().symbols("du dw gamma_g")  # change = γ g_s
     of_u, of_w = claims.identity(beta)
@@ -144,11 +144,11 @@ def _dh(claims, report: Report) -> Any:
 
 
 def whole(expression: Any) -> Any:
-    """Return an expression with every floor in it replaced by the integer that it provably is.
+    """Return an expression with each floor replaced by an integer expression that SymPy proves.
 
-    With t−1 = qK + r, 0 ≤ r < K, a floor ⌊x⌋ is the c with 0 ≤ x − c < 1; candidates c are ±q and
-    neighbours, and SymPy proves the inequalities from the signs of its symbols. A floor for which
-    none is provable stays, and no residual that contains it can be zero.
+    With t−1 = qK + r, 0 ≤ r < K, a floor ⌊x⌋ is the c with 0 ≤ x − c < 1. The candidates c are ±q
+    and their neighbours. SymPy proves the inequalities from the signs of its symbols. If it proves
+    none of them, the floor stays, and the residual cannot simplify to zero.
     """
     q = sympy().Symbol("q", integer=True, nonnegative=True)
     expression = sympy().sympify(expression)
@@ -165,9 +165,9 @@ def whole(expression: Any) -> Any:
 
 
 def group_facts(claims) -> Iterator[tuple[str, Any]]:
-    """Yield what must be zero for groups: ⌈t/K⌉ = ⌈(t−1)/K⌉ + [K | (t−1)], and Lemma 9's m."""
+    """Yield named residuals for ⌈t/K⌉ = ⌈(t−1)/K⌉ + [K | (t−1)] and for Lemma 9's m."""
     q, s, d = sympy().symbols("q s d", integer=True, nonnegative=True)
-    # t − 1 = qK with any K ≥ 1; t − 1 = qK + r with r = 1 + s, K = r + 1 + d.
+    # Either t − 1 = qK with any K ≥ 1, or t − 1 = qK + r with r = 1 + s and K = r + 1 + d.
     for opens, r, size in ((1, 0, 1 + d), (0, 1 + s, 2 + s + d)):
         t = q * size + r + 1
         now, before = whole(claims.group(t, size)), whole(claims.group(t - 1, size))

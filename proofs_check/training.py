@@ -1,8 +1,8 @@
-"""K delayed workers with the production round and the production rule, as one compiled loop.
+"""Runs K delayed workers with the library's round and rule, as one compiled loop.
 
-The loop's bookkeeping is a table: it says which worker reports at t and which slot that is (see
-:mod:`proofs_check.sequences`); what a round and a server step do is the library's alone. Everything
-is recorded: w_t, u_t, every report, and the iterates w̃_s of every local round.
+Tables give the worker that reports at each step t and its slot (see :mod:`proofs_check.sequences`).
+Each round and server step is the library's own code. The run records w_t, u_t, every report, and
+the iterates w̃_s of every local round.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from proofs_check.sequences import Frame
 
 
 class Recorded(NamedTuple):
-    """A run; d is the number of parameters, D the number of slots, in [T, d] order.
+    """A recorded run with d parameters and D slots.
 
     Attributes:
         w: w_{t+1} for t < T, [T, d].
         u: u_{t+1} for t < T, [T, d].
-        du: Δu by slot, [D, d] (Δw where the workers report no momentum).
+        du: Δu by slot, [D, d]; Δw if the workers do not report momentum.
         dw: Δw by slot, [D, d].
         local: w̃_s by slot, [D, S, d].
     """
@@ -44,7 +44,7 @@ LossFn = Callable[[Any, Any], jax.Array]
 
 
 def recording(loss: LossFn) -> Callable[..., Any]:
-    """Return the worker's loss_fn of ``loss(params, batch)``, with w̃_s as its metrics."""
+    """Return the library's loss_fn for ``loss(params, batch)``, with w̃_s as its metrics."""
 
     def loss_fn(params, model_state, batch, key):
         return loss(params, batch), (model_state, params)
@@ -55,7 +55,7 @@ def recording(loss: LossFn) -> Callable[..., Any]:
 def training_run(
     subject: Subject, loss: LossFn, num_workers: int, local_steps: int, max_steps: int
 ) -> Callable[..., Any]:
-    """Return a jitted run of up to ``max_steps`` steps.
+    """Return a jitted function that runs up to ``max_steps`` steps.
 
     Args:
         subject: Gives the rule and the round.
@@ -66,9 +66,9 @@ def training_run(
 
     Returns:
         ``run(params, num_steps, workers, dispatched_at, used, batches, gamma, beta, by_step,
-        by_delay, adaptive)`` with ``batches`` by slot, leaves [D, S, …], and η_t =
-        by_step[t] · by_delay[τ_t], by_delay replaced by the library's Eq. (6) where ``adaptive``.
-        It returns (w, u, du, dw, local) with leading axes max_steps, or K+max_steps for slots.
+        by_delay, adaptive)``. ``batches`` are by slot, with leaves [D, S, …]. η_t is
+        by_step[t] · by_delay[τ_t]; if ``adaptive``, the library's Eq. (6) replaces by_delay. It
+        returns (w, u, du, dw, local); the leading axis is max_steps, or K+max_steps for slots.
     """
     max_slots = num_workers + max_steps
 
@@ -120,7 +120,7 @@ def training_run(
         carry = (params, server.init(params), held, record)
         _, _, held, record = jax.lax.fori_loop(0, num_steps, step, carry)
 
-        def finish(worker, record):  # what is still in flight at the end
+        def finish(worker, record):  # run the rounds that are in flight at the end
             last = jnp.max(jnp.where((workers == worker) & within, jnp.arange(max_steps) + 1, 0))
             slot = jnp.where(last == 0, worker, num_workers - 1 + last)
             slot = jnp.where(last < num_steps, slot, max_slots - 1)  # w_T's round is not needed
@@ -139,7 +139,7 @@ def training_run(
 
 
 def recorded(output: Any, of: Frame) -> Recorded:
-    """Cut a run's output to its T steps and D slots."""
+    """Return a run's output, cut to its T steps and D slots."""
     num_steps, num_slots = of.num_steps, of.index.shape[0]
     w, u, du, dw, local = (np.asarray(x) for x in output)
     return Recorded(w[:num_steps], u[:num_steps], du[:num_slots], dw[:num_slots], local[:num_slots])
@@ -147,7 +147,7 @@ def recorded(output: Any, of: Frame) -> Recorded:
 
 @cache
 def gradients(loss: LossFn, unravel: Callable[[jax.Array], Any]) -> Callable[..., jax.Array]:
-    """Return the jitted gradients ∇f(w̃_s; ξ), [D, S, d], of iterates [D, S, d] and batches."""
+    """Return a jitted function from iterates [D, S, d] and batches to ∇f(w̃_s; ξ), [D, S, d]."""
 
     def gradient(flat, batch):
         return ravel_pytree(jax.grad(loss)(unravel(flat), batch))[0]

@@ -1,4 +1,4 @@
-"""A worker's round: the key of each local step, and weight decay."""
+"""Checks a worker's round: the key of each local step, and weight decay."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from proofs_check.long_simulations import ENGINES
 from proofs_check.reference import BETA
 from proofs_check.registry import Outcome, Size, Subject, holds
 
-WEIGHTS = np.array([1.0, 2.0, 4.0])  # of the local steps' noise in the loss: their order shows
+WEIGHTS = np.array([1.0, 2.0, 4.0])  # distinct, so the loss depends on the order of local steps
 
 
 def draw_loss(params, model_state, batch, key):
-    """Return the draw of this step's key, and the key as a metric."""
+    """Return a loss drawn from this step's key, and the key as a metric."""
     loss = batch * jax.random.uniform(key) + 0 * params.sum()
     return loss, (model_state, jax.random.key_data(key))
 
@@ -31,7 +31,7 @@ def weights(data_key, worker, round):
 
 
 def _wrong_step_keys(subject: Subject, name: str, round_keys: jax.Array) -> int:
-    """Return how many local steps of rounds have another key than fold_in(key, step)."""
+    """Return how many local steps have a key other than fold_in(key, step), or a repeated key."""
     method = subject.make_method(name, 2)
     for local_steps in (1, 2, 5):
         round_fn = method.local_round(draw_loss, local_steps)
@@ -51,8 +51,8 @@ def _wrong_step_keys(subject: Subject, name: str, round_keys: jax.Array) -> int:
 
 
 def _simulated_draws(subject: Subject, engine: str, num_steps: int, seed: int) -> tuple[str, float]:
-    """Return where a simulation's draws differ from the documented scheme, and how much."""
-    # Worker 0 has almost all rounds, so that its round counter passes most of the steps.
+    """Return where a simulation's draws first differ from the documented scheme, and how much."""
+    # Worker 0 runs almost all rounds, so its round counter reaches almost the number of steps.
     workers = np.where(np.arange(num_steps) % 32 == 31, 1 + np.arange(num_steps) // 32 % 3, 0)
     trace, key = ArrivalTrace.from_workers(workers, 4), jax.random.key(seed)
     method = subject.make_method("orlomo", 4)
@@ -82,7 +82,7 @@ def _simulated_draws(subject: Subject, engine: str, num_steps: int, seed: int) -
 
 @holds("noise-keys", strength="property")
 def worker_noise(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Each local step, round and worker draws by its own key, in local rounds and simulations."""
+    """Check that each local step of each round and worker has its own key, also in simulations."""
     wrong, allowed, note, cases = 0.0, 2.0**-48, "", 0
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(size.seed), 100)
@@ -102,7 +102,7 @@ def worker_noise(subject: Subject, size: Size) -> Iterator[Outcome]:
 
 
 def _quadratic(params, model_state, batch, key):
-    """Return Σ (w²/2 + c·w) over both leaves, whose gradient is w + c."""
+    """Return Σ (w²/2 + c·w) over both leaves; its gradient is w + c."""
     parts = jax.tree.map(lambda w, c: jnp.sum(w**2 / 2 + c * w), params, batch)
     return sum(jax.tree.leaves(parts)), (model_state, {})
 
@@ -130,7 +130,7 @@ def _decayed_round(
 
 @holds("weight-decay", strength="property")
 def worker_weight_decay(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Compare local rounds with weight decay with NumPy: every S, β, γ, λ and start of ũ."""
+    """Compare rounds with weight decay with NumPy, for several S, β, γ, λ and starts of ũ."""
     draws, worst, cases, note = np.random.default_rng(size.seed), 0.0, 0, ""
     allowed, gammas = 2.0**-44, (0.0, 0.125, 0.01)
     with jax.enable_x64(True):

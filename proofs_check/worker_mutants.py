@@ -1,4 +1,4 @@
-"""Faults of a worker's round, put into the library itself: its noise keys and its weight decay."""
+"""Defines mutants of the library's worker round: wrong noise keys and wrong weight decay."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _round(
     """Return the change of ``local_momentum_sgd`` to a plain loop with a fault.
 
     Args:
-        step_key: (the round's key, s) to the key of a local step.
-        decay: (γ, λ, w̃, whether this is the last step) to what is added to ũ, and what is taken
-            from w̃ alone.
+        step_key: Maps (the round's key, s) to the key of a local step.
+        decay: Maps (γ, λ, w̃, whether this is the last step) to the term added to ũ and the term
+            subtracted from w̃ only.
     """
 
     def factory(
@@ -65,7 +65,11 @@ def _round(
 
 
 def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of ``fused_round``: ``own_key(noise_key, worker, round, step)``."""
+    """Return the change of ``fused_round`` that replaces the round's key.
+
+    Args:
+        own_key: Maps (noise_key, worker, round, the step of the fault) to the key.
+    """
 
     def change(original, step):
         @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""The checks pass the library, report what they find, and can be replayed."""
+"""Tests that the library passes the checks, and that failures are reported and can be replayed."""
 
 import itertools
 import json

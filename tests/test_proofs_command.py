@@ -1,4 +1,4 @@
-"""``python -m proofs_check``: what it writes, what it refuses, and how it ends."""
+"""Tests ``python -m proofs_check``: its output, its error messages and its exit status."""
 
 import importlib.util
 import io
@@ -78,7 +78,7 @@ def test_checks_that_do_not_need_a_missing_package_run():
 
 
 def narrow(monkeypatch, name: str, content: bytes = b"") -> io.BytesIO:
-    """Replace a standard stream by one of an encoding that lacks the paper's symbols."""
+    """Replace a standard stream by one with an encoding that lacks the paper's symbols."""
     buffer = io.BytesIO(content)
     monkeypatch.setattr(sys, name, io.TextIOWrapper(buffer, encoding="ascii", write_through=True))
     return buffer

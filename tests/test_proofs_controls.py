@@ -1,4 +1,4 @@
-"""Negative controls: every rule broken on purpose, and every wrong statement, is caught."""
+"""Tests that the checks catch every negative control: mutants and wrong statements."""
 
 import pytest
 

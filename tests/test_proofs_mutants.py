@@ -1,4 +1,4 @@
-"""Faults that show at one step of a long run, or in a worker's round, are caught."""
+"""Tests that the checks catch faults at one step of a long run and in a worker's round."""
 
 from contextlib import ExitStack
 
