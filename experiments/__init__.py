@@ -1,1 +1,1 @@
-"""The paper's tables and figures, each one a command."""
+"""Commands that reproduce the paper's tables and figures."""

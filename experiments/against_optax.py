@@ -1,13 +1,15 @@
-"""One worker with one local step against a plain optax loop: the same batches, keys and schedule.
+"""Compare one worker with one local step to a plain optax loop.
 
 ``python -m experiments.against_optax --data-dir DIR`` trains ResNet20 for an epoch of CIFAR10 both
-ways, in an hour on one core, and prints both accuracies and how far the parameters are apart.
+ways, with the same batches, keys and schedule. It prints both accuracies and the distance of the
+parameters. It takes long on a CPU.
 
-Two programs round differently, and training at a high learning rate lets that grow until two runs
-are as far apart as those of two seeds: the default is a fifth of the paper's. Controls measure how
-far rounding alone goes: the optax loop again, from parameters that are some roundings apart.
-The exit status is 1 if the last accuracy is further from the mean of all optax loops than three of
-their standard deviations, and than ``--tolerance``.
+Two programs round differently. At a high learning rate these differences grow until two runs differ
+as much as runs of two seeds. So the default learning rate is a fifth of the paper's. Controls
+measure the effect of rounding alone: they repeat the optax loop from slightly different parameters.
+
+The exit status is 1 if the last accuracy differs from the mean of all optax loops by more than
+three of their standard deviations and by more than ``--tolerance``.
 """
 
 from __future__ import annotations
@@ -42,18 +44,18 @@ class AgainstOptax:
             workers=1, local_iterations=1, epochs=1, learning_rate=0.02
         )
     )
-    """What to train."""
+    """The run to train."""
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     evaluations: int = 4
-    """How often to evaluate, the last time after the last step."""
+    """Number of evaluations; the last one is after the last step."""
     controls: int = 4
-    """How many more optax loops tell what rounding alone does."""
+    """Number of further optax loops, which measure the effect of rounding alone."""
     tolerance: float = 0.2
-    """By how many points the last accuracy may differ in any case."""
+    """Difference of the last accuracy, in percentage points, that is always allowed."""
 
     def __post_init__(self) -> None:
-        """Refuse what plain optax has no counterpart of."""
+        """Raise ValueError for settings that plain optax cannot reproduce."""
         if (self.run.workers, self.run.local_iterations) != (1, 1):
             raise ValueError(
                 "`workers` and `local_iterations` must be 1, got "
@@ -69,8 +71,9 @@ class Comparison(NamedTuple):
     Attributes:
         simulated: {step: metrics} of this library's run.
         plain: {step: metrics} of the optax loop.
-        controls: The same from parameters that are some roundings apart.
-        distance: Of the last parameters from each other, over the way from the first parameters.
+        controls: The same for each control.
+        distance: Distance between both last parameters, over the distance that the optax loop
+            moved its parameters.
     """
 
     simulated: dict[int, dict[str, float]]
@@ -79,7 +82,7 @@ class Comparison(NamedTuple):
     distance: float
 
     def rounding(self, step: int) -> tuple[float, float]:
-        """Return mean and sample standard deviation of the accuracies of all optax loops."""
+        """Return mean and sample standard deviation of all optax loops' accuracies."""
         accuracies = [side[step]["test_accuracy"] for side in (self.plain, *self.controls)]
         return statistics.mean(accuracies), statistics.stdev(accuracies)
 
@@ -91,7 +94,7 @@ def compare(
     controls: int = 1,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Train as every run is, and by optax, with a bar for each."""
+    """Train by this library and by optax loops, with a progress bar for each."""
     progress = Progress(disable=True) if progress is None else progress
     parts = execution.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
@@ -135,8 +138,8 @@ def plain_optax(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield parameters and model state after each step of momentum SGD with weight decay.
 
-    The learning rate is within the momentum, u ← βu + γg, as in the paper's local steps; it is
-    ``optax.sgd`` where γ is constant.
+    The learning rate is inside the momentum, u ← βu + γg, as in the paper's local steps. For a
+    constant γ this equals ``optax.sgd``.
 
     Batches and keys are those that :func:`orlomo_jax.simulate` gives to its only worker.
     """
@@ -192,9 +195,11 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{len(comparison.controls) + 1} optax loops, difference {difference:+.2f}; training "
             f"loss {ours['train_loss']:.4f}, {plain['train_loss']:.4f}"
         )
-    print(f"parameters apart by {comparison.distance:.2g} of the way that they have gone")
+    print(f"distance of the parameters: {comparison.distance:.2g} of the way from the start")
     if not abs(difference) <= allowed:
-        raise SystemExit(f"the accuracy differs by {difference:+.2f}, more than {allowed:.2f}")
+        raise SystemExit(
+            f"the accuracy differs by {difference:+.2f} points, more than {allowed:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cells of the paper's tables and figures, and the scales at which they are run."""
+"""Defines the cells of the paper's tables and figures, and the scales to run them at."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ METHODS = {
     "local OrMo-DA": "local_ormo_da",
     "OrLoMo": "orlomo",
 }
-"""The paper's names of the methods, in the order of its columns, and ours."""
+"""Maps the paper's names of the methods, in the order of its columns, to ours."""
 
 SOURCES = {1: 1, 2: 2, 3: 3, 4: 2, 5: 1, 6: 6}
-"""Whose runs a table shows: Tables 4 and 5 are the training losses of Tables 2 and 1."""
+"""The table that defines each table's runs; Tables 4 and 5 are training losses of 2 and 1."""
 
 FIGURES = {
     2: (1, ("test_accuracy",)),
@@ -31,7 +31,7 @@ FIGURES = {
     5: (1, ("train_loss",)),
     6: (6, ("test_accuracy", "train_loss")),
 }
-"""Whose runs (K = S = 16) a figure shows, and which metrics."""
+"""For each figure: the table that defines its runs (K = S = 16), and its metrics."""
 
 
 class Number(NamedTuple):
@@ -71,7 +71,7 @@ def _number(row: dict[str, str]) -> Number:
 
 
 def forms(number: Number) -> tuple[Run, ...]:
-    """Return the runs that a number stands for: of Table 3 both the ratio's and the delay's."""
+    """Return the runs of a number: in Table 3 one with the speed ratio and one with the delay."""
     run = number.run
     if run.scenario != "one_slow":
         return (run,)
@@ -82,7 +82,7 @@ def forms(number: Number) -> tuple[Run, ...]:
 
 
 def table_runs(table: int) -> tuple[Run, ...]:
-    """Return the runs of a table at the paper's scale, each once.
+    """Return the distinct runs of a table at the paper's scale.
 
     Example:
         >>> len(table_runs(1)), table_runs(4) == table_runs(2), len(table_runs(3))
@@ -95,10 +95,10 @@ def table_runs(table: int) -> tuple[Run, ...]:
 
 
 def importance(run: Run) -> tuple:
-    """Return what sorts the runs of Tables 1 and 2, the most important first.
+    """Return a sort key for the runs of Tables 1 and 2, most important first.
 
-    ResNet20 on CIFAR10 with K = 16, S = 32 and unequal workers comes first; then equal workers,
-    S = 16 and 8, SqueezeNet, CIFAR100, K = 8.
+    ResNet20 on CIFAR10 with K = 16, S = 32 and unequal workers is first. Equal workers, S = 16 and
+    8, SqueezeNet, CIFAR100 and K = 8 follow in this order.
     """
     return (
         run.workers != 16,
@@ -126,23 +126,23 @@ def _in_figures(run: Run) -> bool:
 
 
 def curve_points(run: Run) -> int:
-    """Return how often a run is evaluated: less where no figure shows its curve.
+    """Return the number of evaluations of a run: fewer if no figure shows its curve.
 
-    On slim models twenty evaluations take up to two fifths of a run.
+    On slim models, evaluations take a large share of the time.
     """
     return 20 if _in_figures(run) else 4
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How the paper's runs are made to fit a machine.
+    """A way to shrink the paper's runs so that they fit a machine.
 
     Attributes:
-        name: Of the command line and of the records' file.
+        name: Its name on the command line, and the stem of its file of records.
         about: One line for the reports.
-        shrink: From the paper's run to the one that is carried out.
-        learning_rates: The one grid that every method searches, with seed 0.
-        seeds: Runs at the chosen rate.
+        shrink: Maps a run of the paper to the run that is carried out.
+        learning_rates: The grid that every method searches, with seed 0.
+        seeds: Number of seeds at the chosen rate.
         checkpoint_every: Global iterations between checkpoints; 0 for none.
         form: How the rounds are computed.
     """
@@ -163,8 +163,8 @@ def _on_digits(run: Run, epochs: float, batch_size: int) -> Run:
 
 
 def _small(run: Run) -> Run:
-    """For a CPU: batches of 16 are four times the reports of the paper's 64."""
-    if run.model == "squeezenet":  # three poolings would leave one pixel of 8×8
+    """Shrink a run for a CPU. Batches of 16 give four times the reports of the paper's 64."""
+    if run.model == "squeezenet":  # its three poolings would reduce 8×8 images to one pixel
         run = replace(run, width=0.125, pool=2, epochs=4)
     else:
         pool = 8 if run.dataset == "tiny-imagenet" else 4
@@ -190,7 +190,7 @@ SCALES = {
             _small,
             (0.004, 0.02, 0.1, 0.5, 2.5),
             seeds=2,
-            # On one thread, slim networks gain a quarter to a half by it.
+            # Faster for slim networks on one thread.
             form=Form("vmap", compute_batch=4),
         ),
         Scale(
@@ -202,14 +202,14 @@ SCALES = {
         ),
         Scale(
             "smoke",
-            "an MLP on scikit-learn's digits, 6 epochs: shows that the commands run, no more",
+            "an MLP on scikit-learn's digits, 6 epochs: only shows that the commands run",
             lambda run: _on_digits(run, epochs=6, batch_size=8),
             (0.1,),
             seeds=1,
         ),
         Scale(
             "rehearsal",
-            "ResNet8 of a quarter of the width on 4×4 pixels: rehearses the scale paper, no more",
+            "ResNet8 of a quarter of the width on 4×4 pixels: only rehearses the scale paper",
             lambda run: replace(
                 run,
                 model="resnet8",
@@ -230,7 +230,7 @@ def select(runs: tuple[Run, ...], only: str) -> tuple[Run, ...]:
     """Return the runs that match ``only``, such as ``workers=16,method=orlomo|prsgdm``.
 
     Raises:
-        ValueError: If a field is unknown or nothing matches; the message lists what there is.
+        ValueError: If a field is unknown or nothing matches; the message lists valid values.
 
     Example:
         >>> len(select(table_runs(2), "workers=16,local_iterations=32,method=orlomo|al_sgd"))

@@ -1,16 +1,17 @@
-"""A run that is shot at from all sides must end as a calm one.
+"""Kill processes and poison reports during a run, and compare its end with a calm run.
 
-``python -m experiments.chaos --kills 50`` trains on digits with Ray workers, and meanwhile kills
+``python -m experiments.chaos --kills 50`` trains on digits with Ray workers. Meanwhile it kills
 workers and the driver at random moments (``kill -9``) and poisons reports: NaN, wrong shapes,
-duplicates, replays of old ones. A killed driver is started again and resumes. In the end
+duplicates, replays of old reports. A killed driver is started again and resumes. At the end it
+checks that
 
-- the journal is replayed in the simulator, which must arrive at the same parameters to the bit:
-  nothing that was applied was lost, and what was rejected changed nothing,
-- every (worker, round) was applied at most once, by a journal that notes them,
-- every poisoned report stands in the journal as rejected, and why,
+- a replay of the journal in the simulator gives the same parameters, bit for bit: no applied report
+  was lost, and rejected reports changed nothing,
+- every (worker, round) in the journal was applied at most once,
+- the journal lists every poisoned report as rejected, with the reason,
 - the accuracy is that of a calm run.
 
-Five minutes on two cores, with Ray (the extra ``ray``).
+It needs Ray (the extra ``ray``).
 """
 
 from __future__ import annotations
@@ -43,31 +44,31 @@ POISONS = {
     "duplicate": "stale",
     "replay": "stale",
 }
-"""Kinds of poison, and the reason for which each must be rejected."""
+"""Maps each kind of poison to the reason for its rejection."""
 
 
 @dataclass(frozen=True)
 class Chaos:
-    """How much of it."""
+    """How much to disturb the run."""
 
     kills: int = 50
-    """Processes to kill, of workers and of the driver."""
+    """Number of kills of worker and driver processes."""
     driver_share: float = 0.15
     """Share of the kills that hit the driver."""
     poison_share: float = 0.05
     """Share of the reports that are poisoned."""
     workers: int = 4
-    """K."""
+    """K, the number of workers."""
     epochs: float = 600
     """Passes over the digits."""
     seed: int = 0
-    """Seeds the run, the kills and the poison."""
+    """Seed of the run, the kills and the poison."""
     tolerance: float = 1.5
-    """Percentage points by which the accuracy may differ from the calm run's."""
+    """Largest allowed difference from the calm run's accuracy, in percentage points."""
     folder: Path | None = None
-    """Where checkpoints and journal go; by default a temporary folder."""
+    """Folder of checkpoints and journal; by default a temporary folder."""
     victim: bool = False
-    """Be the process that is shot at (used by the command itself)."""
+    """Run as the driver that is killed (used by the command itself)."""
 
     def run(self) -> runs.Run:
         """Return the job: OrLoMo and an MLP on digits."""
@@ -87,18 +88,18 @@ class Chaos:
 
 
 class Poison:
-    """Turns some reports into bad ones, and adds duplicates and replays of old ones.
+    """Damages some reports, and adds duplicates and replays of old reports.
 
-    Each is noted in ``log`` before the server sees it.
+    It writes each kind of poison to ``log`` before the server receives the report.
     """
 
     def __init__(self, share: float, seed: int, log: Path) -> None:
-        """Draw from a stream of its own."""
+        """Poison a share of the reports, chosen by a random stream of its own."""
         self._share, self._random, self._log = share, random.Random(seed), log
         self._old: list[Report] = []
 
     def __call__(self, report: Report) -> list[Report]:
-        """Return what the server sees in the place of this report."""
+        """Return the reports that the server receives instead of this one."""
         self._old = [*self._old[-20:], report]
         if self._random.random() >= self._share:
             return [report]
@@ -119,7 +120,7 @@ class Poison:
 
 
 def be_the_victim(settings: Chaos, folder: Path) -> None:
-    """Train on Ray with poisoned reports, from wherever the last one of us was killed."""
+    """Train on Ray with poisoned reports; resume if an earlier driver was killed."""
     attempt = len(list(folder.glob("attempt*")))
     (folder / f"attempt{attempt}").touch()
     row, _ = execution.execute(
@@ -133,7 +134,7 @@ def be_the_victim(settings: Chaos, folder: Path) -> None:
 
 
 def shoot(settings: Chaos, folder: Path, num_steps: int) -> Iterator[str]:
-    """Start the victim, kill processes of it at random moments, and yield what was killed."""
+    """Start the driver, kill it or its workers at random moments, and yield which."""
     rng = random.Random(settings.seed)
     moments = sorted(rng.randrange(int(0.95 * num_steps)) for _ in range(settings.kills))
     process = _start(settings, folder)
@@ -143,7 +144,7 @@ def shoot(settings: Chaos, folder: Path, num_steps: int) -> Iterator[str]:
                 time.sleep(0.02)
             _check(process, folder)
             if process.poll() == 0:
-                return  # it was done before the kill
+                return  # the run ended before the kill
             if rng.random() < settings.driver_share:
                 process.kill()
                 process.wait()
@@ -177,15 +178,15 @@ def _start(settings: Chaos, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _check(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Raise SystemExit if the victim ended, and not for want of anything to do."""
+    """Raise SystemExit if the driver failed by itself."""
     if process.poll() not in (None, 0):
-        log = folder / "log.txt"  # which may go with a temporary folder
+        log = folder / "log.txt"  # quoted in the error, as a temporary folder is removed
         last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
         raise SystemExit(f"the driver failed by itself: see {log}, which ends with\n{last}")
 
 
 def _progress(folder: Path) -> int:
-    """Return how many reports stand in the journal."""
+    """Return the number of reports in the journal."""
     path = folder / "arrivals.jsonl"
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
@@ -194,14 +195,14 @@ def _actors(pid: int) -> list[psutil.Process]:
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # of one that has just ended
+            with contextlib.suppress(psutil.Error):  # the process may have just ended
                 if "OrlomoWorker" in " ".join(process.cmdline()):
                     found.append(process)
     return found
 
 
 def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield what must hold: its name, what was found, whether it holds."""
+    """Yield each requirement, the finding, and whether it holds."""
     row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
     journal = Journal.load(folder / "arrivals.jsonl")
     trace, simulated = journal.trace(), replace(settings.run(), runtime="simulated")
@@ -215,7 +216,7 @@ def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
     rejected = Counter(text.split(":")[0] for _, text in journal.rejected)
     poison = (folder / "poison.txt").read_text(encoding="utf-8").splitlines()
     expected = Counter(POISONS[kind] for kind in poison)
-    # What a driver was doing when it was killed, and what came after the last step, is not there.
+    # The journal may lack the report that a killed driver worked on, or one after the last step.
     missing = {why: expected[why] - rejected[why] for why in expected}
     slack = len(list(folder.glob("attempt*")))
     found = ", ".join(f"{rejected[why]} of {n} {why}" for why, n in sorted(expected.items()))
@@ -229,7 +230,7 @@ def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Shoot, then judge."""
+    """Disturb the run, then check its end."""
     accept_any_terminal()
     settings = tyro.cli(Chaos, prog="python -m experiments.chaos", args=args, description=__doc__)
     if settings.victim:
@@ -238,7 +239,7 @@ def main(args: Sequence[str] | None = None) -> None:
         be_the_victim(settings, settings.folder)
         return
     try:
-        RayWorkers(settings.workers)  # says so where Ray is not installed
+        RayWorkers(settings.workers)  # raises ImportError if Ray is not installed
     except (ImportError, ValueError) as error:
         raise SystemExit(str(error)) from None
     console = Console()

@@ -1,4 +1,4 @@
-"""The check of a setting, whose error names the setting and its value."""
+"""Checks a setting; the error names the setting and its value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
-    """Raise ValueError unless ``value`` is a number, no boolean, that is ``valid``.
+    """Raise ValueError unless ``value`` is a number, not a boolean, and ``valid``.
 
     Example:
         >>> check("momentum", 1.2, lambda x: 0 <= x < 1, "in [0, 1)")

@@ -1,4 +1,4 @@
-"""Which way of sharing a device is the fastest, measured on the spot."""
+"""Measures which way of sharing a device is the fastest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.together import Way
 from orlomo_jax.simulator import simulate_together
 
 SEGMENT = 32
-"""Global iterations of a timed segment: a second or so of a ResNet20 on a large GPU."""
+"""Global iterations of a timed segment."""
 
 
 def candidates(count: int) -> list[Way]:
@@ -27,7 +27,7 @@ def candidates(count: int) -> list[Way]:
     return [
         Way("alone", 1, "xla"),
         Way("alone", 1, "matmul"),
-        Way("vmap", count, "matmul"),  # XLA's convolutions would be grouped ones, which are slow
+        Way("vmap", count, "matmul"),  # vmap makes XLA's convolutions grouped, which is slow
         Way("processes", count, "xla"),
     ]
 
@@ -42,19 +42,19 @@ def choose(
     segment: int = SEGMENT,
     log: Callable[[str], None] = print,
 ) -> Way:
-    """Return the way with the most local steps a second, measured once for a device.
+    """Return the way with the most local steps per second; measure once per device.
 
-    The choice and all rates are kept in the file: results differ by rounding between the ways, so
-    that later calls go on in the same one.
+    The file keeps the choice and all rates. Results of the ways differ by rounding, so later calls
+    must use the same way.
 
     Args:
-        path: Where the choice is kept.
+        path: The file that keeps the choice.
         run: The run to measure with; its program is compiled once for measurement and use.
-        ways: What to compare. All but the processes compile side by side, then run in turn.
+        ways: The ways to compare. All but the processes compile in parallel, then run in turn.
         data_dir: The TFDS data_dir.
         seconds: How long each way is timed.
-        segment: Global iterations between looks at the clock.
-        log: Told of each rate.
+        segment: Global iterations between readings of the clock.
+        log: Called with a line of text for each rate.
     """
     device = jax.devices()[0].device_kind
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -80,7 +80,7 @@ def measure(
     seconds: float = 3.0,
     segment: int = SEGMENT,
 ) -> list[float | str]:
-    """Return the local steps a second of all runs of each way, or the error of one that fails."""
+    """Return each way's local steps per second, summed over its runs, or its error message."""
     short: dict[str, Any] = {"data_dir": data_dir, "segment": segment}
 
     def compile_one(way: Way) -> str | None:
@@ -90,7 +90,7 @@ def measure(
             return f"{type(error).__name__}: {error}"
 
     inside = [way for way in ways if way.how != "processes"]
-    with ThreadPoolExecutor(len(inside) or 1) as pool:  # XLA compiles on several processors
+    with ThreadPoolExecutor(len(inside) or 1) as pool:  # XLA compiles in parallel
         errors = dict(zip(inside, pool.map(compile_one, inside), strict=True))
     rates: list[float | str] = []
     for way in ways:
@@ -102,7 +102,7 @@ def measure(
 
 
 def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: float) -> float:
-    """Return the local steps a second of runs in this process, after the first segment."""
+    """Return the local steps per second of runs in this process, after the first segment."""
     parts = execution.assemble(run, data_dir, way.convolution)
     num_steps = run.num_steps(len(parts.train.labels))
     count = way.count if way.how == "vmap" else 1
@@ -128,7 +128,7 @@ def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: f
 
 
 def _rate_of_processes(run: Run, way: Way, **options: Any) -> float | str:
-    """Return the local steps a second of all processes, which start their clocks together."""
+    """Return the local steps per second of all processes; their clocks start together."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(way.count)
     runs = [replace(run, seed=run.seed + index) for index in range(way.count)]

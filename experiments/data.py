@@ -1,4 +1,4 @@
-"""Data sets as device arrays, what a model sees of them, and the order in which a worker reads."""
+"""Loads data sets as device arrays, preprocesses and augments images, and shuffles batches."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set on the device, as it is stored: a model sees ``preprocess(images)``.
+    """A data set on the device, as it is stored; the input of a model is ``preprocess(images)``.
 
     Attributes:
         name: One of ``NAMES``.
         train: The training split.
-        test: The test split; Tiny-ImageNet's validation split, whose labels are public.
-        num_classes: Labels are below it.
-        mean: Of the training images in each channel, on the scale of [0, 1]; None for digits, which
-            are features and go in as they are.
-        std: Likewise.
-        padding: By how many pixels a training image is shifted at most; 0 is no augmentation.
+        test: The test split. For Tiny-ImageNet it is the validation split, which has public labels.
+        num_classes: The number of classes; labels start at 0.
+        mean: Mean of the training images in each channel, on the scale of [0, 1]; None for digits,
+            which need no preprocessing.
+        std: Standard deviation, likewise.
+        padding: The largest random shift of a training image, in pixels; 0 is no augmentation.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Dataset(NamedTuple):
         return self.train.images.shape[1:]
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """Return the images with mean 0 and standard deviation 1, float32; jit-able."""
+        """Return the images with mean 0 and standard deviation 1, as float32."""
         if self.mean is None or self.std is None:
             return images
         return (images / jnp.float32(255) - jnp.array(self.mean)) / jnp.array(self.std)
 
     def training_loss(self, loss_fn: Callable) -> Callable:
-        """Return a ``loss_fn`` of stored images, which it augments and preprocesses.
+        """Return a ``loss_fn`` that augments and preprocesses stored images.
 
-        The augmentation draws from the ``key`` of each step, and the loss from another.
+        The ``key`` of each step is split: one key for the augmentation, one for the loss.
         """
 
         def augmented_loss_fn(params, model_state, batch, key):
@@ -86,14 +86,14 @@ def load(
     Args:
         name: One of ``NAMES``.
         data_dir: The TFDS data_dir; None is TFDS_DATA_DIR, or else ``~/tensorflow_datasets``.
-        cache_dir: Where decoded images are kept; None is ``orlomo_jax`` under XDG_CACHE_HOME, or
-            else under ``~/.cache``.
-        pool: Averages windows of pool × pool pixels, for smaller images.
+        cache_dir: The cache of decoded images; None is ``orlomo_jax`` under XDG_CACHE_HOME, or else
+            under ``~/.cache``.
+        pool: Side of the windows over which images are averaged.
         augmented: Whether training images are cropped at random, with padding 4 (divided by
             ``pool``), and flipped.
 
     Raises:
-        DataError: If the data is missing or damaged, or what reads it is not installed.
+        DataError: If the data is missing or damaged, or a package that reads it is not installed.
         ValueError: If there is no such data set, or ``pool`` does not divide its images.
 
     Example:
@@ -115,7 +115,7 @@ def load(
 
 
 def digits(test_size: int = 360) -> tuple[Split, Split]:
-    """Return training and test split of scikit-learn's bundled digits (8×8, 10 classes, 1 797).
+    """Return training and test split of scikit-learn's 1 797 digits (8×8 pixels, 10 classes).
 
     The split is fixed. Pixels are scaled to [0, 1] and flattened to 64 features.
 
@@ -153,12 +153,12 @@ def average_pool(images: jax.Array, size: int) -> jax.Array:
 
 
 def augment(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Return each image cropped at random from itself padded with zeros, and flipped half the time.
+    """Pad each image with zeros, crop it at random to its old size, and flip it half the time.
 
     Args:
         key: A ``jax.random.key``.
         images: [batch, height, width, channels].
-        padding: On each side, in pixels.
+        padding: Number of pixels on each side.
 
     Example:
         >>> images = jnp.ones((5, 8, 8, 3), jnp.uint8)
@@ -180,9 +180,9 @@ def augment(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Callable:
     """Return ``batch_fn(key, worker, round)``: each worker reads the whole split, epoch by epoch.
 
-    A worker's epoch e is in a random order of the key ``fold_in(fold_in(key, worker), e)``; its
-    rounds follow each other through it and into the next epoch, so that a batch depends on worker
-    and round alone and no example is left out.
+    The key ``fold_in(fold_in(key, worker), e)`` gives a worker's random order in epoch e. Its
+    rounds read this order in sequence and continue into the next epoch. So a batch depends only on
+    key, worker and round, and no example is left out.
 
     Args:
         split: n examples.
@@ -190,9 +190,9 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
         num_local_steps: S ≥ 1.
 
     Returns:
-        A jit-able function to a :class:`Split` whose leaves have leading axes [S, B]. It is a
-        pytree with the split's arrays as leaves: a jitted function that takes it as an argument
-        does not compile them in as constants.
+        A jit-able function that returns a :class:`Split` with leading axes [S, B]. It is a pytree
+        with the split's arrays as leaves, so a jitted function that takes it as an argument does
+        not compile the arrays in as constants.
 
     Example:
         >>> split = Split(jnp.arange(6.0), jnp.arange(6))
@@ -206,10 +206,11 @@ def shuffled_batches(split: Split, batch_size: int, num_local_steps: int) -> Cal
             f"`batch_size` · `num_local_steps` must be below 2³¹ / {size} examples, "
             f"got {batch_size} · {num_local_steps}"
         )
-    num_epochs = (per_round - 1) // size + 2  # that one round can touch
+    num_epochs = (per_round - 1) // size + 2  # the most epochs that one round can overlap
 
     def batch_fn(split, key, worker, round):
-        # With round = aN + b its first example is number (a·n)N + bn: no product overflows int32.
+        # N = size, n = per_round. If round = aN + b, its first example has number (an)N + bn. This
+        # form avoids the product round · n, which could overflow int32.
         cycles, rest = jnp.divmod(round, size)
         first_epoch, offset = jnp.divmod(rest * per_round, size)
         first_epoch = first_epoch + cycles * per_round

@@ -1,4 +1,4 @@
-"""Prepared data sets as NumPy arrays, decoded once and then read from a cache."""
+"""Reads prepared data sets as NumPy arrays; decodes once and then uses a cache."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from experiments import folders
 
 
 class Source(NamedTuple):
-    """Where a data set comes from.
+    """The source and format of a data set.
 
     Attributes:
-        version: That of its TFDS builder.
+        version: The version of its TFDS builder.
         splits: The names of training and test split.
         image_shape: (height, width, channels).
-        num_classes: Labels are below it.
-        archive: Where the official archive is.
-        mean: Of the training images in each channel, on the scale of [0, 1].
-        std: Likewise.
+        num_classes: The number of classes; labels start at 0.
+        archive: The URL of the official archive.
+        mean: Mean of the training images in each channel, on the scale of [0, 1].
+        std: Standard deviation, likewise.
     """
 
     version: str
@@ -71,7 +71,7 @@ SOURCES = {
 
 
 class DataError(Exception):
-    """Data that is missing or damaged; the message is one line and says what to do."""
+    """Data is missing or damaged; the message is one line and says what to do."""
 
 
 class Arrays(NamedTuple):
@@ -82,22 +82,22 @@ class Arrays(NamedTuple):
 
 
 def folder(name: str, data_dir: Path) -> Path:
-    """Return where a data set lies in a TFDS data_dir."""
+    """Return the folder of a data set in a TFDS data_dir."""
     return data_dir / name.replace("-", "_") / SOURCES[name].version
 
 
 def arrays_folder(name: str, data_dir: Path) -> Path:
-    """Return where unpacked arrays lie in a data_dir: outside TFDS's own folders."""
+    """Return the folder of unpacked arrays in a data_dir, outside TFDS's own folders."""
     return data_dir / "orlomo_jax" / name
 
 
 def default_data_dir() -> Path:
-    """Return the data_dir where none is given: TFDS_DATA_DIR, or else TFDS's own."""
+    """Return the default data_dir: TFDS_DATA_DIR if it is set, else TFDS's own."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def default_cache_dir() -> Path:
-    """Return the folder of decoded arrays where none is given; XDG_CACHE_HOME moves it."""
+    """Return the default folder of decoded arrays, under XDG_CACHE_HOME or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "orlomo_jax"
 
 
@@ -106,15 +106,15 @@ def arrays(
 ) -> tuple[Arrays, Arrays]:
     """Return training and test split of a prepared data set.
 
-    The first call decodes the images, later ones read the cache: files named after the prepared
-    data's place and description, so that other data never meets them. Where there is no TFDS data
-    set, unpacked arrays are read, which needs NumPy alone.
+    The first call decodes the images, later calls read a cache. Its folder is named after a hash of
+    the data's place and description, so that other data never uses it. If there is no TFDS data
+    set, unpacked arrays are read, which needs only NumPy.
 
     Args:
         name: A key of ``SOURCES``.
         data_dir: A TFDS data_dir with the data set as array_record, or with unpacked arrays in
             ``orlomo_jax/NAME``, where TFDS does not look.
-        cache_dir: Where decoded arrays are kept.
+        cache_dir: The cache of decoded arrays.
 
     Raises:
         DataError: If the data is missing or damaged.
@@ -132,7 +132,7 @@ def arrays(
             train, test = (_load(cached, name, split, counts) for split in SOURCES[name].splits)
             return train, test
         except (OSError, ValueError, EOFError) as error:
-            warnings.warn(f"{cached} is damaged ({error}): decoding anew", stacklevel=2)
+            warnings.warn(f"{cached} is damaged ({error}): decoding again", stacklevel=2)
             shutil.rmtree(cached, ignore_errors=True)
     need_tfds()
     _check_shards(name, data_dir, shards)
@@ -141,14 +141,14 @@ def arrays(
         with folders.written_whole(cached) as unfinished:
             save(unfinished, dict(zip(SOURCES[name].splits, (train, test), strict=True)))
     except OSError as error:
-        if not cached.exists():  # not another process's, finished before this one's
+        if not cached.exists():  # another process may have written it first
             warnings.warn(f"{cached} could not be written ({error}): not cached", stacklevel=2)
     return train, test
 
 
 @contextmanager
 def needed(packages: str) -> Iterator[None]:
-    """Raise a DataError that names what is to be installed where an import in the block fails."""
+    """Raise a DataError that says what to install if an import in the block fails."""
     try:
         yield
     except ImportError as error:
@@ -156,7 +156,7 @@ def needed(packages: str) -> Iterator[None]:
 
 
 def need_tfds() -> None:
-    """Raise a DataError unless the packages are installed that read and write TFDS's data sets."""
+    """Raise a DataError unless the packages for TFDS's data sets are installed."""
     with needed("a TFDS data set needs tensorflow-datasets, array_record and Pillow"):
         import array_record.python.array_record_module  # noqa: F401
         import PIL.Image  # noqa: F401
@@ -164,7 +164,7 @@ def need_tfds() -> None:
 
 
 def _unpacked(name: str, data_dir: Path) -> tuple[Arrays, Arrays]:
-    """Return arrays that ``packed.write`` has written, after a check of all files."""
+    """Check all files that ``packed.write`` wrote and return the arrays."""
     place = arrays_folder(name, data_dir)
     try:
         manifest = folders.read_manifest(place)
@@ -192,7 +192,7 @@ def _describe(name: str, data_dir: Path) -> tuple[dict[str, list[int]], str]:
         raise _damaged(name, data_dir, f"{path.name}: {error!r}") from None
     if file_format != "array_record":
         raise DataError(
-            f"{place} holds {file_format}, which only TensorFlow reads; move it away, then "
+            f"{place} holds {file_format}, which only TensorFlow reads: move it away, then "
             f"{_how_to_get(name, data_dir)}"
         )
     for split, lengths in shards.items():
@@ -209,7 +209,7 @@ def _files(place: Path, name: str, split: str, num_shards: int) -> list[Path]:
 
 
 def _check_shards(name: str, data_dir: Path, shards: dict[str, list[int]]) -> None:
-    """Raise where a shard has not the examples that the description says; TFDS reads fewer."""
+    """Raise a DataError if a shard's number of examples is wrong; TFDS would not notice."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     for split, lengths in shards.items():
@@ -217,7 +217,7 @@ def _check_shards(name: str, data_dir: Path, shards: dict[str, list[int]]) -> No
         for file, length in zip(files, lengths, strict=True):
             try:
                 there = ArrayRecordReader(str(file)).num_records()
-            except Exception as error:  # of array_record's own
+            except Exception as error:  # array_record has errors of its own
                 raise _damaged(name, data_dir, f"{file.name}: {error}") from None
             if there != length:
                 raise _damaged(name, data_dir, f"{file.name} has {there} examples, not {length}")
@@ -238,7 +238,7 @@ def _damaged(name: str, data_dir: Path, what: object) -> DataError:
 
 
 def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Arrays:
-    """Read one split by TFDS, which needs no TensorFlow for this."""
+    """Read one split by TFDS, without TensorFlow."""
     import tensorflow_datasets as tfds
 
     try:
@@ -256,10 +256,10 @@ def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Ar
                 images[index], labels[index] = example["image"], example["label"]
                 ids.append(example["id"])
         if len(set(ids)) < len(ids):
-            raise ValueError("an example is there twice")
+            raise ValueError("two examples have the same id")
     except DataError:
         raise
-    except Exception as error:  # array_record, protobuf and Pillow each have errors of their own
+    except Exception as error:  # array_record, protobuf and Pillow have errors of their own
         raise _damaged(name, data_dir, error) from error
     order = sorted(range(len(ids)), key=ids.__getitem__)  # the stored order is shuffled
     result = Arrays(images[order], labels[order])
@@ -271,7 +271,7 @@ def _decode(name: str, split: str, data_dir: Path, counts: dict[str, int]) -> Ar
 
 
 def check(loaded: Arrays, name: str, split: str, counts: dict[str, int]) -> None:
-    """Raise ValueError unless arrays are a split of ``counts[split]`` examples."""
+    """Raise ValueError unless the arrays form a split with ``counts[split]`` examples."""
     images, labels = loaded
     shape = (counts[split], *SOURCES[name].image_shape)
     for array, dtype, expected in ((images, "uint8", shape), (labels, "int32", shape[:1])):
@@ -289,7 +289,7 @@ def _load(cached: Path, name: str, split: str, counts: dict[str, int]) -> Arrays
 
 
 def by_key(splits: dict[str, Arrays]) -> dict[str, Any]:
-    """Return all arrays by the names of their files: train-images, train-labels, …."""
+    """Return all arrays by the stems of their files: train-images, train-labels, …."""
     return {f"{s}-{f}": values for s, x in splits.items() for f, values in x._asdict().items()}
 
 

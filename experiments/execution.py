@@ -1,4 +1,4 @@
-"""How a run of the experiments is carried out, and the row that it leaves."""
+"""Carries out a run of the experiments and makes its row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from orlomo_jax import (
 from orlomo_jax.simulator import RunStart, simulate_together
 
 MILESTONES = (0.5, 0.75)
-"""Shares of a run after which the local learning rate falls to a tenth: epochs 80, 120 of 160."""
+"""Shares of a run after which the local learning rate drops by 10: epochs 80 and 120 of 160."""
 
 
 def execute(
@@ -51,22 +51,22 @@ def execute(
     ray: Ray | None = None,
     **supervision: Any,
 ) -> tuple[dict[str, Any], TrainingResult]:
-    """Train once; return the run's row for the records, and what came of it.
+    """Train once; return the run's row for the records, and its result.
 
     Args:
-        run: What to train.
-        data_dir: The TFDS data_dir; None is TFDS's own default.
+        run: The run to train.
+        data_dir: The TFDS data_dir; None is the default.
         evaluate_every: Global iterations between evaluations; None is a twentieth of the run.
         on_step: See :func:`orlomo_jax.simulate`.
-        checkpoint: Where to save, and to go on from.
-        replay: Arrivals to repeat in place of the scenario's (simulated runs).
-        form: How its rounds are computed.
-        ray: Where and with what the workers run (Ray).
-        **supervision: Of real workers; further arguments of :func:`orlomo_jax.train`.
+        checkpoint: Where to save, and to resume from.
+        replay: Arrivals to repeat instead of the scenario's (simulated runs).
+        form: How the rounds are computed.
+        ray: Where the workers run, and with which resources (Ray).
+        **supervision: Further arguments of :func:`orlomo_jax.train` (real workers).
 
     Returns:
-        The row: full configuration, versions and device, final metrics, the curve, virtual and
-        real time, and the status; and the result.
+        The row (full configuration, versions and device, final metrics, the curve, virtual and
+        real time, status), and the result.
     """
     form = Form() if form is None else form
     parts = assemble(run, data_dir, form.convolution)
@@ -87,7 +87,7 @@ def execute(
         if replay is None:
             shared |= {"worker_axis": form.worker_axis, "compute_batch": form.compute_batch}
             result = simulate(*job, run.trace(num_steps), **shared)
-        else:  # by the programs that the workers ran
+        else:  # by the same programs that the workers ran
             result = simulate(*job, replay, compiled=False, **shared)
     else:
         workers = _workers(run, Ray() if ray is None else ray)
@@ -108,20 +108,20 @@ def execute_together(
     stop: Callable[[], bool] | None = None,
     form: Form | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Simulate runs of one shape, several as one program; return their rows.
+    """Simulate runs of one shape, several of them as one program; return their rows.
 
     Args:
-        runs: Runs that differ in seed, learning rate and scenario alone.
-        data_dir: See :func:`execute`, and so for all arguments that are not named here.
-        evaluate_every: Global iterations between evaluations.
-        on_step: Sees the first run.
-        checkpoint: All runs share one.
-        stop: Asked after each compiled segment whether to save the runs and end the call.
-        form: How the rounds of a single run are computed; of several, its convolution alone.
+        runs: Runs that differ only in seed, learning rate and scenario.
+        data_dir: See :func:`execute`.
+        evaluate_every: See :func:`execute`.
+        on_step: Called with the steps of the first run.
+        checkpoint: One for all runs.
+        stop: Called after each compiled segment; True saves the runs and ends the call.
+        form: How the rounds of a single run are computed; several runs use only its convolution.
 
     Returns:
-        The rows, or None if ``stop`` ended the call. The ``wall_time`` of several runs is that of
-        all of them, and ``together`` is how many they are.
+        The rows, or None if ``stop`` ended the call. Each row of several runs has their total
+        ``wall_time``, and their number as ``together``.
 
     Raises:
         ValueError: If the runs differ in shape.
@@ -153,7 +153,7 @@ def execute_together(
 
 
 def run_start(run: Run, parts: Parts, num_steps: int) -> RunStart:
-    """Return what a run has for itself."""
+    """Return the start of a run: parameters, arrivals, key, schedule and model state."""
     params, model_state, key = beginning(run, parts)
     rate = schedule(run.learning_rate, num_steps)
     return RunStart(params, run.trace(num_steps), key, rate, model_state)
@@ -161,18 +161,18 @@ def run_start(run: Run, parts: Parts, num_steps: int) -> RunStart:
 
 @dataclass(frozen=True)
 class Ray:
-    """Where and with what Ray's workers run."""
+    """Where Ray's workers run, and with which resources."""
 
     address: str | None = None
-    """Of a running cluster ("auto" for this host's); by default a local one is started."""
+    """Address of a running cluster ("auto" for this host's); by default a local one is started."""
     cpus_per_worker: float = 1
-    """Processors that Ray sets aside for a worker."""
+    """Processors that Ray reserves for each worker."""
     gpus_per_worker: float = 0
-    """GPUs that Ray sets aside for a worker; with none it computes on the CPU."""
+    """GPUs that Ray reserves for each worker; with 0 it computes on the CPU."""
 
 
 def _workers(run: Run, ray: Ray) -> Workers:
-    """Return real workers, slowed as the scenario says."""
+    """Return real workers, slowed down as the scenario says."""
     times = run.compute_times().mean_times(run.workers)
     slowdowns = (times / times.min()).tolist()
     if run.runtime == "threads":
@@ -184,7 +184,7 @@ def _workers(run: Run, ray: Ray) -> Workers:
 
 
 class Parts(NamedTuple):
-    """What runs of one shape share, so that each shape is compiled once."""
+    """The objects that runs of one shape share, so that each shape is compiled once."""
 
     method: Method
     network: models.Network
@@ -203,7 +203,7 @@ def assemble(
 
 
 def shape_of(run: Run) -> Run:
-    """Return the run with what needs no other program, nor another length, set to its default."""
+    """Return the run with defaults for settings that change neither its program nor its length."""
     return replace(run, scenario="homogeneous", seed=0, learning_rate=0.0, slowdown=1, max_delay=0)
 
 
@@ -235,15 +235,15 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
 
 
 def beginning(run: Run, parts: Parts) -> tuple[Any, Any, jax.Array]:
-    """Return the parameters and model state that a run starts from, and its key."""
+    """Return the initial parameters and model state of a run, and its key."""
     init_key, key = jax.random.split(jax.random.key(run.seed))
     return *parts.network.init(init_key), key
 
 
 def _evaluation(network: models.Network, source: data.Dataset, batch_size: int = 100) -> Callable:
-    """Return the jitted training loss and test accuracy, with the merged model state.
+    """Return a jitted function of params and model state to training loss and test accuracy.
 
-    The training loss is over at most 10 000 fixed training examples, as they are.
+    The training loss uses at most 10 000 fixed training examples, without augmentation.
     """
 
     def summed(params, model_state, split, statistic):
@@ -274,7 +274,10 @@ def _evaluation(network: models.Network, source: data.Dataset, batch_size: int =
 
 
 def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
-    """Return ×0.1 at each milestone of global progress; all share one compiled program."""
+    """Return a schedule that drops by 10 at each milestone of the global iterations.
+
+    All schedules share one compiled program.
+    """
     drops = np.array([round(share * num_steps) for share in MILESTONES], np.int32)
     return jax.tree_util.Partial(_in_steps, np.float32(learning_rate), drops)
 
@@ -286,7 +289,7 @@ def _in_steps(start: jax.Array, drops: jax.Array, step: jax.Array) -> jax.Array:
 def _row(run: Run, form: Form, result: TrainingResult, wall_time: float) -> dict[str, Any]:
     evaluations = result.history.evaluations
     real, end = run.runtime != "simulated", float(result.trace.times.max(initial=0.0))
-    # What the scenario's speeds come to, beside the seconds that the workers really took.
+    # A real run has two times: its scenario's virtual time, and the seconds that it really took.
     virtual = float(run.trace(result.trace.num_steps).times.max(initial=0.0)) if real else end
     curve: dict[str, list] = {
         "step": [e.step for e in evaluations],
@@ -294,7 +297,7 @@ def _row(run: Run, form: Form, result: TrainingResult, wall_time: float) -> dict
     }
     for metric in ("train_loss", "test_accuracy"):
         curve[metric] = [_short(e.metrics[metric]) for e in evaluations]
-    # An infinite loss of finite parameters is a failed run too.
+    # Finite parameters may still give an infinite loss, which counts as diverged.
     finished = result.status == "finished" and curve["train_loss"][-1:] != [None]
     return {
         "run": asdict(run),
@@ -315,7 +318,7 @@ def _row(run: Run, form: Form, result: TrainingResult, wall_time: float) -> dict
 
 
 def digest(params: Any) -> str:
-    """Return the start of a hexadecimal SHA-256 of all parameters: equal for equal ones."""
+    """Return the first 16 hexadecimal digits of a SHA-256 of all parameters."""
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         content.update(np.asarray(leaf).tobytes())
@@ -325,10 +328,10 @@ def digest(params: Any) -> str:
 def _summary(health: Health | None) -> dict[str, Any] | None:
     if health is None:
         return None
-    norm = health.momentum_norm  # which overflows before u does
+    norm = health.momentum_norm  # the norm may overflow although u is finite
     return health._asdict() | {"momentum_norm": None if norm is None else _short(norm)}
 
 
 def _short(value: float) -> float | None:
-    """Return six significant digits, which keep the rows small; None for a NaN or an Inf."""
+    """Round to six significant digits, so that rows stay small; None for NaN and Inf."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

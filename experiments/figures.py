@@ -1,4 +1,4 @@
-"""The figures: curves against virtual time, and the timeline of an arrival trace."""
+"""Draws the figures: curves against virtual time, and the timeline of an arrival trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {"test_accuracy": "test accuracy (%)", "train_loss": "training loss"}
 
 
 def save(figure: Any, stem: Path) -> None:
-    """Save as PNG and as SVG, the same bytes for the same figure."""
+    """Save a figure as PNG and SVG; the same figure gives the same bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "orlomo_jax"}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
@@ -31,9 +31,9 @@ def save(figure: Any, stem: Path) -> None:
 def draw_curves(
     groups: Sequence[tuple[Run, list[dict[str, Any]]]], metrics: Sequence[str], stem: Path
 ) -> None:
-    """Draw one panel a (metric, data set) and scenario: mean over seeds, band from min to max.
+    """Draw one panel per (metric, data set) and scenario: mean over seeds, band from min to max.
 
-    Lines differ in pattern as well as colour, so that they are told apart in greyscale.
+    Lines differ in pattern as well as colour, so that greyscale shows them apart.
     """
     datasets = list(dict.fromkeys(run.dataset for run, _ in groups))
     scenarios = list(dict.fromkeys(run.scenario for run, _ in groups))
@@ -72,10 +72,10 @@ def draw_band(axis: Any, method: str, curves: list[dict[str, list]], metric: str
 
 
 def draw_timeline(trace: ArrivalTrace, stem: Path, most: int = 120) -> None:
-    """Draw who computed when: one bar a report, from dispatch to arrival.
+    """Draw the first ``most`` reports as bars from dispatch to arrival, one row per worker.
 
-    A bar's shade is its group ⌈i/K⌉ modulo 4 and its number the delay τ; dotted lines open groups.
-    The first ``most`` reports are drawn.
+    The shade of a bar is its group ⌈i/K⌉ modulo 4, its number is the delay τ. A dotted line marks
+    the start of each group.
     """
     steps = min(trace.num_steps, most)
     times, starts = trace.times[:steps], np.zeros(steps)

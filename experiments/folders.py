@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and a manifest by which damage is found."""
+"""Writes folders completely or not at all, with a manifest that reveals damage."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a folder contains.
+    """The contents of a folder.
 
     Attributes:
-        name: Of the data set.
+        name: The name of the data set.
         splits: The number of examples of each split.
-        files: All files but the manifest, by name and in order.
+        files: All files except the manifest, by name and in order.
     """
 
     name: str
@@ -37,23 +37,23 @@ class Manifest(NamedTuple):
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Yield a new folder that is renamed to ``target`` at the end, or removed after an error.
+    """Yield a new folder; rename it to ``target`` at the end, or remove it after an error.
 
     Raises:
-        OSError: If ``target`` is there and not empty.
+        OSError: If ``target`` exists and is not empty.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
     try:
         yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp makes it private
+        unfinished.chmod(0o755)  # mkdtemp creates a private folder
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_manifest(place: Path, name: str, splits: dict[str, int]) -> Manifest:
-    """Write the manifest of a folder whose files are complete."""
+    """Write the manifest of a folder; all its files must be complete."""
     files = {path.name: _describe(path) for path in sorted(place.iterdir())}
     manifest = Manifest(name, splits, files)
     content = {**_as_json(manifest), "sha256": _digest(manifest)}
@@ -62,7 +62,7 @@ def write_manifest(place: Path, name: str, splits: dict[str, int]) -> Manifest:
 
 
 def read_manifest(place: Path) -> Manifest:
-    """Return the manifest of a folder after a check of all its files.
+    """Check all files of a folder and return its manifest.
 
     Raises:
         ValueError: If the manifest or a file is missing or damaged; the message names it.
@@ -75,7 +75,7 @@ def read_manifest(place: Path) -> Manifest:
         files = {name: File(**file) for name, file in content["files"].items()}
         manifest = Manifest(content["name"], content["splits"], files)
         if content["sha256"] != _digest(manifest):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
     for name, expected in manifest.files.items():
@@ -85,7 +85,7 @@ def read_manifest(place: Path) -> Manifest:
         if (size := file.stat().st_size) != expected.size:
             raise ValueError(f"{file} is damaged: {size} bytes, not {expected.size}")
         if _describe(file) != expected:
-            raise ValueError(f"{file} is damaged or of another data set: its SHA-256 is another")
+            raise ValueError(f"{file} is damaged or of another data set: its SHA-256 differs")
     return manifest
 
 
@@ -100,5 +100,5 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def _digest(manifest: Manifest) -> str:
-    """Return the checksum of the manifest itself, whatever its white space."""
+    """Return the checksum of the manifest itself; white space does not matter."""
     return hashlib.sha256(json.dumps(_as_json(manifest)).encode()).hexdigest()

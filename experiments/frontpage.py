@@ -1,6 +1,6 @@
-"""The README's numbers, written by ``python -m experiments.frontpage`` from the committed rows.
+"""Write the README's numbers from the committed rows; ``python -m experiments.frontpage``.
 
-Each stands between ``<!-- block NAME -->`` and ``<!-- end -->``; nothing there is typed by hand.
+It replaces everything between ``<!-- block NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def quickstart_table() -> str:
 
 
 def theory_table() -> str:
-    """Return which statements hold, at which strengths, on how many cases."""
+    """Return the table of checked cases for each statement and strength."""
     outcomes = json.loads((RESULTS / "proofs.json").read_text(encoding="utf-8"))
     strengths = list(dict.fromkeys(outcome["strength"] for outcome in outcomes))
     by_statement: dict[str, list[dict[str, Any]]] = {}
@@ -57,7 +57,7 @@ def _strength(outcomes: list[dict[str, Any]]) -> str:
 
 
 def results_tables() -> str:
-    """Return Table 2's cells with K = 16 at every scale that is recorded."""
+    """Return Table 2's cells with K = 16 at every scale with records."""
     blocks = []
     for scale in cells.SCALES.values():
         rows = recorded(RESULTS / f"{scale.name}.jsonl")
@@ -98,7 +98,7 @@ def _both_metrics(entry: report.Entry | None) -> str:
 
 
 def benchmark_table() -> str:
-    """Return the benchmarks that have a bar, beside their limits."""
+    """Return the table of benchmarks that have a bar."""
     rows = chart.newest(records.read(RESULTS / "benchmarks" / "benchmarks.jsonl"))
     return "\n".join(chart.table([row for row in rows if row["bar"] is not None])).rstrip()
 
@@ -112,10 +112,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """Return the README with every block rendered anew.
+    """Return the README with every block rendered again.
 
     Raises:
-        ValueError: If a block is not known.
+        ValueError: If a block is unknown.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -127,7 +127,7 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Write the README."""
+    """Update the README."""
     argparse.ArgumentParser(
         prog="python -m experiments.frontpage", description=__doc__
     ).parse_args()

@@ -1,11 +1,11 @@
-"""A quarter of an hour on a GPU: its benchmarks, then as many of the paper's cells as fit.
+"""Use a GPU for a short time: benchmarks, then as many of the paper's cells as fit.
 
 ``python -m experiments.gpu_session --packed FOLDER --output FOLDER`` restores a packed data set,
-runs the benchmarks of a GPU, and then the paper's cells by importance until the budget is spent.
-The same command goes on where an earlier one stopped.
+runs the GPU benchmarks, and then runs the paper's cells by importance until the budget is spent.
+The same command resumes an earlier session.
 
-``--rehearse`` does all of this at a tiny size on made-up images, on a CPU in about a minute, and
-calls it again until every run is done.
+``--rehearse`` does all of this at a tiny size on random images, on a CPU. It repeats the session
+until every run is done.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ REHEARSED = "workers=16,dataset=cifar10,model=resnet20,local_iterations=32,metho
 
 @dataclass(frozen=True)
 class Session:
-    """What to run, and for how long."""
+    """The inputs, outputs and time limit of a session."""
 
     output: Path = Path("gpu_session")
     """Folder for benchmarks.jsonl and paper.jsonl."""
     packed: tuple[Path, ...] = ()
-    """Folders of packed data sets, restored where they are not there yet."""
+    """Folders of packed data sets to restore; restored ones are skipped."""
     data_dir: Path | None = None
     """The data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     budget: float = 540.0
     """Seconds after which to stop."""
     rehearse: bool = False
-    """Run at a tiny size on made-up images, in a temporary folder."""
+    """Run at a tiny size on random images, in a temporary folder."""
     reproduce: tuple[str, ...] = field(default_factory=tuple)
     """Further arguments of experiments.reproduce."""
 
 
 def steps(session: Session, deadline: float) -> Iterator[list[str]]:
-    """Yield the arguments of the commands, one after the other, as time is left then.
+    """Yield each command's arguments just before it runs; the last one gets the time left.
 
     Raises:
         DataError: If a packed data set is missing or damaged.
@@ -72,7 +72,7 @@ def steps(session: Session, deadline: float) -> Iterator[list[str]]:
 
 
 def run(session: Session) -> list[str]:
-    """Run all commands; return those that failed.
+    """Run all commands; return the names of those that failed.
 
     Raises:
         DataError: If packed data is missing or damaged.
@@ -93,7 +93,7 @@ def run(session: Session) -> list[str]:
 
 
 def rehearse() -> list[str]:
-    """Go through a session at a tiny size, with made-up images; return what failed."""
+    """Run a session at a tiny size with random images; return the failures."""
     rng = np.random.default_rng(0)
 
     def images(count: int) -> Arrays:
@@ -130,7 +130,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except DataError as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on") from None
+        raise SystemExit("interrupted; run the same command to resume") from None
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -1,11 +1,14 @@
-"""The merged BatchNorm statistics against freshly computed ones.
+"""Compare merged BatchNorm statistics with freshly computed ones.
 
 ``python -m experiments.merged_statistics --data-dir DIR`` trains once, by default a slim ResNet8 on
-CIFAR10 averaged down to 8×8, in a minute or two, and prints the test accuracy of the same last
-parameters with three statistics: those that the server merged from the workers' reports; those of
-a pass over the training set with the parameters held still; and the initial ones, which a server
-that merges nothing would be left with. The exit status is 1 where the first two accuracies differ
-by more than ``--tolerance``.
+CIFAR10 averaged down to 8×8. It prints the test accuracy of the last parameters with three
+statistics:
+
+- merged: by the server, from the workers' reports,
+- recomputed: by a pass over the training set with fixed parameters,
+- initial: as a server without merging would have.
+
+The exit status is 1 if the first two accuracies differ by more than ``--tolerance``.
 """
 
 from __future__ import annotations
@@ -32,19 +35,19 @@ class MergedStatistics:
             model="resnet8", width=0.5, pool=4, batch_size=16, epochs=12
         )
     )
-    """What to train."""
+    """The run to train."""
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     tolerance: float = 0.5
-    """By how many points the accuracies may differ."""
+    """Largest allowed difference of the accuracies, in percentage points."""
 
 
 def recomputed(
     parts: execution.Parts, params: Any, model_state: Any, num_batches: int = 100
 ) -> Any:
-    """Return the statistics of one pass over the training set, its images augmented as ever.
+    """Return the statistics of one pass over the training set, with augmented images.
 
-    They are running averages, which after 100 batches remember 0.9¹⁰⁰ = 3e-5 of ``model_state``.
+    They are running averages, so after 100 batches the weight of ``model_state`` is 0.9¹⁰⁰ = 3e-5.
     """
     size = len(parts.train.labels) // num_batches
 

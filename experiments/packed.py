@@ -1,7 +1,7 @@
-"""Data sets as a few files that can be moved to a machine with NumPy alone.
+"""Packs data sets into a few files for a machine that has only NumPy.
 
-``pack`` writes one compressed NumPy archive, cut into parts that are small enough for a transport
-with a limit. ``unpack`` puts the arrays together again where the experiments look for them.
+``pack`` writes one compressed NumPy archive, cut into parts of limited size. ``unpack`` restores
+the arrays where the experiments look for them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from experiments.decoded import SOURCES, Arrays, DataError
 from experiments.folders import Manifest
 
 MAX_PART = 60_000_000
-"""Bytes of a part at most."""
+"""The largest size of a part, in bytes."""
 
 
 def pack(name: str, out: Path, parts: int | None = None, data_dir: Path | None = None) -> Manifest:
@@ -25,17 +25,17 @@ def pack(name: str, out: Path, parts: int | None = None, data_dir: Path | None =
 
     Args:
         name: A key of ``SOURCES``.
-        out: The folder to write; it may be there if it is empty.
-        parts: How many, at most 999; None is the fewest.
-        data_dir: Where the data set is, as for :func:`experiments.decoded.arrays`.
+        out: The folder to write; an existing one must be empty.
+        parts: The number of parts, at most 999; None is as few as possible.
+        data_dir: The data_dir of the data set, as for :func:`experiments.decoded.arrays`.
 
     Raises:
-        DataError: If the data set is missing or damaged, there is something in ``out``, or
-            ``parts`` is too small or large. Nothing is written then.
+        DataError: If the data set is missing or damaged, ``out`` is not empty, or ``parts`` is too
+            small or large. Nothing is written then.
     """
     out = out.expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} is already there: remove it to pack {name} anew")
+        raise DataError(f"{out} is already there: remove it to pack {name} again")
     splits = dict(zip(SOURCES[name].splits, decoded.arrays(name, data_dir), strict=True))
     with folders.written_whole(out) as unfinished:
         archive = unfinished / "archive"
@@ -44,7 +44,7 @@ def pack(name: str, out: Path, parts: int | None = None, data_dir: Path | None =
         size = archive.stat().st_size
         fewest = -(-size // MAX_PART)
         parts = fewest if parts is None else parts
-        if not fewest <= parts <= 999:  # so that their names sort in order
+        if not fewest <= parts <= 999:  # three digits, so that the names sort in order
             raise DataError(
                 f"--parts must be in [{fewest}, 999], got {parts}: packed {name} has {size} bytes, "
                 f"and a part may have {MAX_PART}"
@@ -62,7 +62,7 @@ def unpack(packed: Path, data_dir: Path | None = None) -> Manifest:
 
     Args:
         packed: The folder that :func:`pack` has written.
-        data_dir: Where to restore; None is the default data_dir.
+        data_dir: The data_dir to restore to; None is the default.
 
     Raises:
         DataError: If the manifest or a part is missing, damaged or of another data set, or the
@@ -86,7 +86,7 @@ def unpack(packed: Path, data_dir: Path | None = None) -> Manifest:
                 Arrays(*(loaded[f"{split}-{field}"] for field in Arrays._fields))
                 for split in SOURCES[manifest.name].splits
             )
-        except Exception as error:  # zipfile, zlib and NumPy each have errors of their own
+        except Exception as error:  # zipfile, zlib and NumPy have errors of their own
             raise DataError(f"{packed} is not a packed data set ({error!r})") from None
     write(manifest.name, train, test, data_dir)
     return manifest
@@ -95,22 +95,22 @@ def unpack(packed: Path, data_dir: Path | None = None) -> Manifest:
 def write(name: str, train: Arrays, test: Arrays, data_dir: Path | None = None) -> Path:
     """Write arrays where :func:`experiments.decoded.arrays` finds them; return their folder.
 
-    It reads a TFDS data set instead if ``data_dir`` has one of this name.
+    That function reads a TFDS data set instead if ``data_dir`` has one of this name.
 
     Args:
-        name: A key of ``SOURCES``, whose image shape and number of classes the arrays must have.
+        name: A key of ``SOURCES``; the arrays must have its image shape and labels.
         train: Any number of training examples.
         test: Any number of test examples.
-        data_dir: Where to write; None is the default data_dir.
+        data_dir: The data_dir to write to; None is the default.
 
     Raises:
-        DataError: If the arrays are not of this data set, or arrays are already there. Nothing is
+        DataError: If the arrays cannot be this data set, or arrays are already there. Nothing is
             written then.
     """
     data_dir = (data_dir or decoded.default_data_dir()).expanduser()
     place = decoded.arrays_folder(name, data_dir)
     if place.exists():
-        raise DataError(f"{place} is already there: remove it to write {name} anew")
+        raise DataError(f"{place} is already there: remove it to write {name} again")
     splits = dict(zip(SOURCES[name].splits, (train, test), strict=True))
     counts = _counts(splits)
     try:

@@ -1,11 +1,11 @@
 """Make a TFDS data_dir from the official archive of a data set, without TensorFlow; pack data.
 
 ``python -m experiments.prepare cifar10 --from cifar-10-python.tar.gz --data-dir ~/data`` writes
-``~/data/cifar10/3.0.2`` as array_record, whole or not at all.
+``~/data/cifar10/3.0.2`` as array_record, completely or not at all.
 
 ``python -m experiments.prepare --pack cifar10 OUT`` writes that data set as a few files of at most
-60 MB. ``python -m experiments.prepare --unpack OUT`` restores it on a machine that has neither TFDS
-nor array_record nor Pillow.
+60 MB. ``python -m experiments.prepare --unpack OUT`` restores it on a machine without TFDS,
+array_record and Pillow.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Name = Literal["cifar10", "cifar100", "tiny-imagenet"]
 
 @dataclass(frozen=True)
 class Config:
-    """What to prepare, pack or unpack."""
+    """The data set to prepare, pack or unpack."""
 
     target: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME|OUT")] = None
-    """With --from the data set; with --pack and --unpack the folder of the packed data."""
+    """With --from: the data set. With --pack or --unpack: the folder of the packed data."""
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """The official archive (the "python version" for CIFAR), or the folder that is in it."""
+    """The official archive (the "python version" for CIFAR), or the folder inside it."""
     pack: Name | None = None
     """The data set to pack."""
     parts: int | None = None
-    """Number of files to pack it into; by default the fewest of at most 60 MB."""
+    """Number of files to pack into; by default as few as possible, of at most 60 MB each."""
     unpack: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Restore packed data."""
     data_dir: Path | None = None
@@ -49,7 +49,7 @@ class Config:
 
 
 class Content(NamedTuple):
-    """What an archive holds, in TFDS's form.
+    """The contents of an archive, in TFDS's form.
 
     Attributes:
         class_names: For each label feature, the names of its classes.
@@ -65,16 +65,16 @@ def prepare(name: str, source: Path, data_dir: Path) -> dict[str, int]:
 
     Args:
         name: A key of ``SOURCES``.
-        source: The official archive, or the folder that is in it.
+        source: The official archive, or the folder inside it.
         data_dir: A TFDS data_dir.
 
     Raises:
-        DataError: If the source is missing, damaged or of something else, the data set is already
+        DataError: If the source is missing, damaged or not this data set, the data set is already
             there, or a package is not installed. Nothing is written then.
     """
     target = decoded.folder(name, data_dir)
     if target.exists():
-        raise DataError(f"{target} is already there: remove it to prepare {name} anew")
+        raise DataError(f"{target} is already there: remove it to prepare {name} again")
     if not source.exists():
         raise DataError(f"there is no {source}: get {SOURCES[name].archive}")
     decoded.need_tfds()
@@ -88,7 +88,7 @@ def prepare(name: str, source: Path, data_dir: Path) -> dict[str, int]:
 
 
 def _write(name: str, content: Content, place: Path) -> dict[str, int]:
-    """Write one shard for each split, then what TFDS has to know of them."""
+    """Write one shard for each split, then TFDS's metadata."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -119,7 +119,7 @@ def _write(name: str, content: Content, place: Path) -> dict[str, int]:
         features=features,
         split_infos=splits,
         version=SOURCES[name].version,
-        check_data=False,  # by TensorFlow
+        check_data=False,  # the check needs TensorFlow
         description=info.description,
         homepage=info.homepage,
         citation=info.citation,
@@ -132,7 +132,7 @@ def _write(name: str, content: Content, place: Path) -> dict[str, int]:
 
 
 class Files(NamedTuple):
-    """The files of a folder or an archive, by their names below its one top folder."""
+    """The files of a folder or an archive; names are relative to its only top folder."""
 
     names: list[str]
     read: Callable[[str], bytes]
@@ -228,9 +228,9 @@ def _names(values: list[bytes]) -> list[str]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what the official files hold: containers, strings, numbers and NumPy arrays.
+    """Reads only containers, strings, numbers and NumPy arrays, which the official files contain.
 
-    A pickle can call any function that its reader finds; this one finds three.
+    A pickle can call any function that its reader finds; this reader finds only three.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -238,13 +238,13 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np.empty(0).__reduce__()[0]
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such file needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
 
 
 def _unpickle(content: bytes) -> dict[bytes, Any]:
     loaded = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     if not isinstance(loaded, dict):
-        raise ValueError(f"a pickled dict is expected, got {type(loaded).__name__}")
+        raise ValueError(f"expected a pickled dict, got {type(loaded).__name__}")
     return loaded
 
 
@@ -252,7 +252,7 @@ CONTENTS = {"cifar10": _cifar10, "cifar100": _cifar100, "tiny-imagenet": _tiny_i
 
 
 def _check_flags(config: Config) -> None:
-    """Raise where flags contradict each other or one is missing."""
+    """Raise a DataError if flags contradict each other or one is missing."""
     flags = {"--from": config.source, "--pack": config.pack, "--unpack": config.unpack or None}
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) != 1:

@@ -1,9 +1,9 @@
-"""Four methods under the same delays on real digits, in about a minute on two cores.
+"""Compare four methods under the same delays on real digits.
 
 ``python -m experiments.quickstart`` trains a small network with OrLoMo, PRSGDm, AL-SGD and local
-OrMo-DA on 16 workers, a quarter of them slow, each method with the best learning rate of one grid,
-over three seeds. It prints a table, draws loss and accuracy against virtual time, and records each
-run as a JSON row.
+OrMo-DA on 16 workers; a quarter of them are slow. Each method uses the best learning rate of one
+grid, over three seeds. The command prints a table, draws loss and accuracy against virtual time,
+and records each run as a JSON row.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ class Config:
     workers: int = 16
     """K, the number of workers."""
     local_iterations: int = 32
-    """S, the local steps of a round."""
+    """S, the number of local steps in a round."""
     slow_fraction: float = 0.25
     """The share of slow workers."""
     slowdown: float = 2.0
     """How many times longer a slow worker's gradient takes."""
     variation: float = 0.2
-    """A worker's gradient time varies by ± this share; little, so that the slow workers tell."""
+    """A worker's gradient time varies by ± this share; small, so that slow workers stand out."""
     epochs: int = 400
     """Passes over the training set, counted over all workers."""
     batch_size: int = 32
-    """Examples of one local step."""
+    """Examples in one local step."""
     hidden: int = 64
     """Width of the hidden layer."""
     momentum: float = 0.9
     """β of server and workers."""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    """The grid of local learning rates that each method chooses from."""
+    """The grid of local learning rates, the same for each method."""
     seeds: int = 3
     """Runs for each learning rate."""
     output: Path = Path("quickstart_output")
-    """Folder of runs.jsonl and quickstart.png; earlier ones there are replaced."""
+    """Folder of runs.jsonl and quickstart.png; existing files are replaced."""
 
     def __post_init__(self) -> None:
-        """Check what the library does not see before the first run."""
+        """Raise ValueError for settings that the library would refuse too late or not at all."""
         for name in ("workers", "local_iterations", "epochs", "batch_size", "hidden", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be ≥ 1, got {name}={getattr(self, name)}")
@@ -74,10 +74,10 @@ class Config:
 
 
 class Experiment:
-    """Everything that the runs share, compiled once for each method."""
+    """The data, methods and compiled functions that all runs share."""
 
     def __init__(self, config: Config) -> None:
-        """Load the data and lay out the runs."""
+        """Load the data and prepare the methods."""
         self.config = config
         self.train, test = data.digits()
         self.batch_fn = data.shuffled_batches(
@@ -92,7 +92,7 @@ class Experiment:
         if self.num_steps == 0:
             raise ValueError(
                 f"`epochs` must give each worker a report, got epochs={config.epochs}, {reports} "
-                f"reports in all"
+                f"reports in total"
             )
         self.rounds = {
             name: method.local_round(mlp.loss_fn, config.local_iterations)
@@ -109,7 +109,7 @@ class Experiment:
         self.evaluate = evaluate
 
     def run(self, name: str, learning_rate: float, seed: int, on_step) -> dict[str, Any]:
-        """Train once; return the run's row."""
+        """Train once and return the run's row."""
         config, method = self.config, self.methods[name]
         trace = simulate_arrivals(
             self.compute_times,
@@ -160,7 +160,7 @@ class Experiment:
 
 
 def run_all(experiment: Experiment, console: Console) -> list[dict[str, Any]]:
-    """Run every method × learning rate × seed, and record each run as it ends."""
+    """Run every method × learning rate × seed, and record each run when it ends."""
     config = experiment.config
     path = config.output / "runs.jsonl"
     path.unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def run_all(experiment: Experiment, console: Console) -> list[dict[str, Any]]:
 def best_runs(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Return each method's runs at the learning rate of the lowest mean training loss.
 
-    A rate at which a seed diverged is out; a method all of whose rates are out has no runs.
+    A rate is excluded if a seed diverged at it. A method without any other rate gets [].
     """
     cells = defaultdict(list)
     for row in rows:
@@ -211,7 +211,7 @@ def best_runs(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(best: dict[str, list[dict[str, Any]]]) -> Table:
-    """Return the terminal's table: mean ± standard deviation over the seeds."""
+    """Return a table of mean ± standard deviation over the seeds."""
     out = Table(title="Digits: the best learning rate of the grid for each method")
     out.add_column("method", no_wrap=True)
     for heading in ("γ", "accuracy %", "training loss", "virtual time s"):
@@ -238,7 +238,7 @@ def _mean_std(runs: list[dict[str, Any]], metric: str, form: str) -> str:
 
 
 def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw training loss and test accuracy against virtual time, mean and range over seeds."""
+    """Draw training loss and test accuracy against virtual time: mean and range over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, metric in zip(axes, ("train_loss", "test_accuracy"), strict=True):
         for name, runs in best.items():

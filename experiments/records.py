@@ -1,4 +1,4 @@
-"""Records of runs: one JSON row a run, appended whole or not at all."""
+"""Records of runs: one JSON row per run, appended completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
-"""The committed records, and what is made of them."""
+"""Folder of the committed records and of the reports made from them."""
 
 
 def environment() -> dict[str, Any]:
-    """Return what a number depends on beside the code: versions, device, processor count.
+    """Return what a result depends on besides the code: versions, device, processor count.
 
     Example:
         >>> sorted(environment())
@@ -34,30 +34,30 @@ def environment() -> dict[str, Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written after a run, or raise OSError now."""
+    """Create a file's folder; raise OSError if the file cannot be written later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written")
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:
-    """Append rows, all or none, flushed to disk; several processes may append to one file.
+    """Append all rows or none, and flush them to disk; processes may share a file.
 
     Raises:
         ValueError: If a row is not JSON (NaN and Inf are not).
-        OSError: If the disk is full; the file is then as it was before.
+        OSError: If the disk is full; the file is unchanged then.
     """
     lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
     line = "".join(lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b", buffering=0) as file:  # no buffer whose rest would be written later
+    with path.open("a+b", buffering=0) as file:  # a buffer could write its rest after an error
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         there = file.read()
         end, last = len(there), there.rpartition(b"\n")[2]
-        if _is_row(last):  # an editor left the newline out
+        if _is_row(last):  # an editor removed the final newline
             line = b"\n" + line
-        elif last:  # half a line of a dead process
+        elif last:  # a process died while it wrote this line
             end -= len(last)
             os.ftruncate(file.fileno(), end)
         try:
@@ -65,18 +65,18 @@ def append(path: Path, *rows: dict[str, Any]) -> None:
                 line = line[file.write(line) :]
             os.fsync(file.fileno())
         except OSError:
-            with contextlib.suppress(OSError):  # the error of the write is the one to tell
+            with contextlib.suppress(OSError):  # report the error of the write, not this one
                 os.ftruncate(file.fileno(), end)
             raise
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return all rows, in order; an absent file has none.
+    """Return all rows in order, [] if there is no file.
 
-    Half a line at the end, which a dying process left, is no row.
+    An incomplete last line, left by a process that died, is ignored.
 
     Raises:
-        ValueError: If another line is not a JSON object; the message names file and line.
+        ValueError: If any other line is not a JSON object; the message names file and line.
     """
     rows = []
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -96,7 +96,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Tables and figures from the records alone: ours beside the paper's.
+"""Make tables and figures from the records: our numbers next to the paper's.
 
-``python -m experiments.report --scale digits`` writes Markdown tables and PNG and SVG figures of
-all that the records hold to ``experiments/results/SCALE/``. ``--trace FILE`` draws the timeline of
-an arrival trace instead, ``--benchmarks FILE`` the table and the plot of the benchmarks' rows.
+``python -m experiments.report --scale digits`` reads the records of a scale, and writes Markdown
+tables and PNG and SVG figures to ``experiments/results/SCALE/``. ``--trace FILE`` draws the
+timeline of an arrival trace instead; ``--benchmarks FILE`` makes the table and plot of benchmarks.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ DIGITS = {"test_accuracy": 2, "train_loss": 4}
 
 @dataclass(frozen=True)
 class Report:
-    """What to draw."""
+    """The report to make."""
 
     scale: Literal["paper", "small", "digits", "smoke"] = "digits"
-    """Whose records."""
+    """The scale of the runs."""
     records: Path | None = None
     """File of the records; by default experiments/results/SCALE.jsonl."""
     output: Path | None = None
-    """Folder of the report; by default experiments/results/SCALE/, or beside the trace."""
+    """Folder to write to; by default experiments/results/SCALE/, or that of the input file."""
     trace: Path | None = None
     """An arrival trace: draw its timeline instead."""
     benchmarks: Path | None = None
-    """Rows of the benchmarks: write benchmarks.md, .png and .svg to --output, or beside them."""
+    """Rows of the benchmarks: write benchmarks.md, .png and .svg instead."""
 
 
 class Entry(NamedTuple):
-    """Our runs of one cell at the chosen learning rate, beside the paper's number."""
+    """Our runs of one cell at the chosen learning rate, and the paper's number."""
 
     number: cells.Number
     run: Run
@@ -52,23 +52,23 @@ class Entry(NamedTuple):
     rows: list[dict[str, Any]]
 
     def mean(self) -> float | None:
-        """Return our mean over the seeds, or None where nothing finished."""
+        """Return our mean over the seeds, or None if no run finished."""
         values = [row[self.number.metric] for row in self.rows]
         return float(np.mean(values)) if values else None
 
     def std(self) -> float:
-        """Return our sample standard deviation; 0 of a single seed."""
+        """Return our sample standard deviation; 0 for a single seed."""
         values = [row[self.number.metric] for row in self.rows]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     def spread(self) -> str:
-        """Return " ± std", or nothing of a single seed, which has no spread."""
+        """Return " ± std", or "" for a single seed."""
         places = DIGITS[self.number.metric]
         return f" ± {self.std():.{places}f}" if len(self.rows) > 1 else ""
 
 
 def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
-    """Yield every cell of a table that is recorded, each once, in the paper's order."""
+    """Yield each recorded cell of a table once, in the paper's order."""
     by_cell: dict[Run, Rows] = {}
     for done, row in rows.items():
         by_cell.setdefault(cell_of(done), {})[done] = row
@@ -91,7 +91,7 @@ def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
 
 
 def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
-    """Return a table as Markdown; empty where nothing of it is recorded."""
+    """Return a table as Markdown lines, [] if none of its cells is recorded."""
     found = list(entries(table, rows, scale))
     if not found:
         return []
@@ -175,7 +175,7 @@ def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
 
 
 def _slower(group: dict[str, Entry]) -> str:
-    """Return how many times longer the synchronous method takes for the same epochs."""
+    """Return PRSGDm's virtual time over OrLoMo's, for the same number of epochs."""
     both = [group[method].rows for method in ("prsgdm", "orlomo") if method in group]
     if len(both) < 2 or not all(both):
         return "–"
@@ -184,7 +184,7 @@ def _slower(group: dict[str, Entry]) -> str:
 
 
 def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
-    """Return what was run, where, and what failed."""
+    """Return lines that state the scale, the devices and the statuses of the runs."""
     environments = Counter(
         (row["environment"]["device"], row["environment"]["cpus"], row["environment"]["jax"])
         for row in rows.values()
@@ -196,9 +196,10 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
     )
     return [
         f"Scale: {scale.name}: {scale.about}. Learning-rate grid, one for all methods: "
-        f"{', '.join(f'{rate:g}' for rate in scale.learning_rates)}, chosen with seed 0 by "
-        "training loss, from the middle on until a rate is better than both beside it; "
-        f"{scale.seeds} seeds at the chosen rate, where a cell's (n) says no other.",
+        f"{', '.join(f'{rate:g}' for rate in scale.learning_rates)}. The rate is chosen with seed "
+        "0 by training loss: the search starts in the middle of the grid and ends when a rate is "
+        f"better than both its neighbours. Each chosen rate has {scale.seeds} seeds, unless the "
+        "(n) of a cell gives another number.",
         "",
         f"Run: {devices}. Status: "
         + ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
@@ -208,7 +209,7 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
 
 
 def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
-    """Write report.md and all figures that the records allow."""
+    """Write report.md and every figure that the records cover."""
     lines = [f"# Results at the scale “{scale.name}”", "", *provenance(rows, scale)]
     for table in cells.SOURCES:
         lines += table_lines(table, rows, scale)
@@ -253,7 +254,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _made(settings: Report) -> Path:
-    """Make what the settings ask for; return the file to look at."""
+    """Make the report that the settings ask for; return its main file."""
     if settings.benchmarks is not None:
         return benchmarks(settings.benchmarks, settings.output or settings.benchmarks.parent)
     if settings.trace is not None:
@@ -265,7 +266,7 @@ def _made(settings: Report) -> Path:
     path = settings.records or records.RESULTS / f"{scale.name}.jsonl"
     rows = recorded(path)
     if not rows:
-        raise ValueError(f"{path} holds no rows: python -m experiments.reproduce makes them")
+        raise ValueError(f"{path} holds no rows: run python -m experiments.reproduce first")
     build(rows, scale, output)
     return output / "report.md"
 

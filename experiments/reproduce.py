@@ -1,12 +1,12 @@
-"""The paper's tables and figures, at a scale that fits the machine.
+"""Run the cells of the paper's tables and figures, at a scale that fits the machine.
 
 ``python -m experiments.reproduce --table 2 --scale digits`` runs the cells that the records lack.
-Every method chooses its learning rate from the scale's one grid, with seed 0, by training loss:
-from the middle of the grid on, until a rate is better than both neighbours. The other seeds run at
-that rate. Kill it when you like: what is recorded is not run again.
+All methods choose their learning rate from one grid, with seed 0, by training loss. The search
+starts in the middle of the grid and ends when a rate is better than both its neighbours. The other
+seeds run at that rate. You can kill the command at any time: recorded runs are not run again.
 
 ``--budget SECONDS`` works through Tables 1 and 2, the most important cells first, and stops in
-time. A run that does not end in time is saved, and the same command goes on with it.
+time. It saves a run that is not finished then, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -35,33 +35,34 @@ from experiments.train import progress_bar, reporter
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Which cells to run; give --table, --figure or --budget."""
+    """The cells to run; give --table, --figure or --budget."""
 
     table: Literal[1, 2, 3, 4, 5, 6] | None = None
     """Table of the paper; 4 and 5 are the training losses of 2 and 1."""
     figure: Literal[2, 3, 4, 5, 6] | None = None
     """Figure of the paper."""
     scale: Literal["paper", "small", "digits", "smoke", "rehearsal"] = "digits"
-    """How large the runs are."""
+    """Size of the runs."""
     only: str = ""
-    """Cells of the paper's to keep, by its models and data sets whatever the scale, as
-    field=value[|value],… (workers=16,local_iterations=32)."""
+    """Cells to keep, as field=value[|value],… (workers=16,local_iterations=32). The fields have the
+    paper's values at every scale."""
     seeds: int | None = None
-    """Seeds at the chosen learning rate; by default the scale's."""
+    """Number of seeds at the chosen learning rate; by default the scale's."""
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     output: Path | None = None
     """File of the records; by default experiments/results/SCALE.jsonl."""
     retry_failed: bool = False
-    """Run again what is recorded as failed."""
+    """Repeat runs that are recorded as failed."""
     budget: float | None = None
-    """Seconds after which to stop. Cells then go by importance, each first at one rate; without
-    --table and --figure they are those of Tables 1 and 2."""
+    """Seconds after which to stop. Cells then run by importance, each first at one rate. Without
+    --table and --figure they are the cells of Tables 1 and 2."""
     together: Literal["auto", "measured", "alone", "vmap", "processes"] = "auto"
-    """How runs share the device: one after the other, as one program, in processes of their own, or
-    in the fastest of these ways; "auto" is "measured" on a GPU under a budget, else "alone"."""
+    """How runs share the device: one after the other ("alone"), as one program ("vmap"), in
+    separate processes, or in the fastest of these ways ("measured"); "auto" is "measured" on a GPU
+    under a budget, else "alone"."""
     at_once: int = 4
-    """The most runs together."""
+    """The largest number of runs at the same time."""
 
 
 def wanted_runs(settings: Reproduce, scale: cells.Scale) -> list[Run]:
@@ -87,7 +88,7 @@ def wanted_runs(settings: Reproduce, scale: cells.Scale) -> list[Run]:
 
 
 def choose_way(settings: Reproduce, path: Path, run: Run, scale: cells.Scale, log: Any) -> Way:
-    """Return how runs share the device; measured once for a file of records, where it is open."""
+    """Return how runs share the device; measure it once per file of records if it is not given."""
     if settings.together == "vmap":
         return Way("vmap", settings.at_once, "matmul")
     if settings.together == "processes":
@@ -106,7 +107,7 @@ def choose_way(settings: Reproduce, path: Path, run: Run, scale: cells.Scale, lo
 
 
 def startup_time(rows: search.Rows) -> float:
-    """Return the seconds until a run's first segment ends, as recorded on this device; else 0."""
+    """Return the median seconds until a run's first segment ends on this device; 0 if unknown."""
     device = jax.devices()[0].device_kind
     times = [
         row["startup"]
@@ -117,7 +118,7 @@ def startup_time(rows: search.Rows) -> float:
 
 
 def label_of(runs: Sequence[Run]) -> str:
-    """Return a few words for runs that go together."""
+    """Return a short label for runs that go together."""
     run, *others = runs
     name = f"{run.method} K={run.workers} S={run.local_iterations} γ={run.learning_rate:g}"
     more = f" and {len(others)} more" if others else ""
@@ -125,7 +126,7 @@ def label_of(runs: Sequence[Run]) -> str:
 
 
 def carry_out(task: Task, runs: Sequence[Run], console: Console) -> list[dict[str, Any]]:
-    """Carry out runs with a progress bar; say what came of each."""
+    """Carry out runs with a progress bar; print the outcome of each."""
     with progress_bar(console) as progress:
         show = reporter(progress, label_of(runs), runs[0].epochs, task.num_steps(runs[0]))
         rows = task.carry_out(runs, show)
@@ -140,7 +141,7 @@ def carry_out(task: Task, runs: Sequence[Run], console: Console) -> list[dict[st
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run what is missing of a table or figure."""
+    """Run the missing cells of a table or figure."""
     accept_any_terminal()
     begin = time.time()
     settings = tyro.cli(
@@ -187,23 +188,23 @@ def main(args: Sequence[str] | None = None) -> None:
             if not in_time:
                 break
             together.forget(runs)
-    except (DataError, OSError) as error:  # a disk that is full
+    except (DataError, OSError) as error:  # such as a full disk
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted after {done} runs; they are in {path}") from None
     if not in_time:
-        console.print(f"{done} runs done in the budget; the same command goes on")
+        console.print(f"{done} runs done in the budget; run the same command to resume")
         return
     failed = sum(
         row["status"] == "failed" for run, row in rows.items() if search.cell_of(run) in wanted
     )
-    again = f", {failed} runs failed: --retry-failed" if failed else ""
+    again = f", {failed} runs failed: add --retry-failed to repeat them" if failed else ""
     console.print(f"{done} runs done, {len(wanted)} cells complete in {path}{again}")
 
 
 def _prepare_device() -> None:
-    """Let later calls, and processes that this one starts, find compiled programs and memory."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU that they share
+    """Let processes share the GPU's memory, and let later calls reuse compiled programs."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = str((together.CACHE / "compiled").absolute())
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder

@@ -1,4 +1,4 @@
-"""One run of the paper's experiments: what it is, and what follows from that."""
+"""Defines one run of the paper's experiments, and derives its length and arrivals."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Form:
     """How the rounds of a run are computed; results differ by rounding."""
 
     worker_axis: Literal["auto", "loop", "map", "vmap"] = "auto"
-    """One by one, or those that can be together by lax.map or vmap (simulated runs)."""
+    """Compute rounds one by one, or together by lax.map or vmap (simulated runs)."""
     compute_batch: int | None = None
-    """The most rounds together; by default as many as can be."""
+    """The largest number of rounds computed together; by default as many as possible."""
     convolution: Literal["auto", "xla", "matmul"] = "auto"
-    """XLA's convolutions, or matrix products."""
+    """Convolutions by XLA, or as matrix products."""
 
 
 PAPER_STEPS = 15_625
-"""Global iterations of the paper's Table 3, which its maximum delays belong to."""
+"""Global iterations of the runs of the paper's Table 3, which gives their maximum delays."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, in full; equal runs are the same run."""
+    """The complete settings of one training run."""
 
     method: Literal["orlomo", "prsgdm", "al_sgd", "local_ormo_da"] = "orlomo"
     """Server rule and local optimizer."""
@@ -50,13 +50,13 @@ class Run:
     workers: int = 16
     """K, the number of workers."""
     local_iterations: int = 32
-    """S, the local steps of a round."""
+    """S, the number of local steps in a round."""
     seed: int = 0
-    """Seeds initialisation, data order, noise and arrivals."""
+    """Seed of initialisation, data order, noise and arrivals."""
     epochs: float = 160
     """Passes over the training set, counted over all workers."""
     batch_size: int = 64
-    """Examples of one local step."""
+    """Examples in one local step."""
     learning_rate: float = 0.1
     """Local learning rate γ at the start; ×0.1 at half and at three quarters of the run."""
     momentum: float = 0.9
@@ -66,22 +66,22 @@ class Run:
     slow_fraction: float = 0.25
     """Share of slow workers (heterogeneous)."""
     slowdown: float = 2.0
-    """A slow worker's gradient time over the others' (heterogeneous, one_slow)."""
+    """How many times longer a slow worker's gradient takes (heterogeneous, one_slow)."""
     max_delay: int = 0
     """Delay of the last worker's reports, scaled to the run's length (one_delayed)."""
     width: float = 1.0
-    """Factor on the model's channels; below 1 a slim one."""
+    """Factor on the model's number of channels; slim models have less than 1."""
     pool: int = 1
-    """Images are averaged over windows of this side."""
+    """Side of the square windows over which images are averaged."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in."""
+    """Dtype of the model's computation."""
     wire: Literal["float32", "bfloat16"] = "float32"
-    """What Δw and Δu are rounded to, and travel in on Ray."""
+    """Dtype that Δw and Δu are rounded to; on Ray they are sent in it."""
     runtime: Literal["simulated", "threads", "ray"] = "simulated"
-    """Virtual time, or real workers; those are slowed as the scenario says."""
+    """Simulated workers in virtual time, or real workers, slowed down as the scenario says."""
 
     def __post_init__(self) -> None:
-        """Refuse what no run can be."""
+        """Raise ValueError for settings that are invalid in every run."""
         for names, valid, wanted in (
             ("workers local_iterations batch_size pool", _is_count, "an integer ≥ 1"),
             ("seed max_delay", lambda x: x == 0 or _is_count(x), "an integer in [0, 2³¹)"),
@@ -95,19 +95,19 @@ class Run:
                 check(name, getattr(self, name), valid, wanted)
 
     def num_steps(self, train_size: int) -> int:
-        """Return T: reports for that many epochs, in whole rounds where the method waits."""
+        """Return T, the reports in ``epochs``; a multiple of K for the synchronous method."""
         reports = math.floor(self.epochs * train_size / (self.batch_size * self.local_iterations))
         if self.method == "prsgdm":
             reports -= reports % self.workers
         if reports < self.workers:
             raise ValueError(
                 f"`epochs` must give each of {self.workers} workers a report, got "
-                f"epochs={self.epochs:g}, which is {reports} reports"
+                f"epochs={self.epochs:g}, which gives {reports} reports"
             )
         return reports
 
     def trace(self, num_steps: int) -> ArrivalTrace:
-        """Return the arrivals of this scenario."""
+        """Return the scenario's arrivals."""
         if self.scenario == "one_delayed":
             return self._one_delayed(num_steps)
         return simulate_arrivals(
@@ -120,7 +120,7 @@ class Run:
         )
 
     def compute_times(self) -> ComputeTimes:
-        """Return how fast the workers of this scenario are."""
+        """Return the speeds of the scenario's workers."""
         if self.scenario == "homogeneous":
             return homogeneous()
         if self.scenario == "heterogeneous":
@@ -128,15 +128,15 @@ class Run:
         if self.scenario == "one_slow":
             return one_slow_worker(self.slowdown)
         raise ValueError(
-            f"`scenario` must be one of speeds on the runtime {self.runtime!r}, "
-            f"got scenario={self.scenario!r}, which is an order of arrivals"
+            f"`scenario` must be one of speeds on the runtime {self.runtime!r}, got "
+            f"scenario={self.scenario!r}, which fixes the order of arrivals instead"
         )
 
     def _one_delayed(self, num_steps: int) -> ArrivalTrace:
-        """The last worker's every report is ``max_delay`` steps late, scaled by T / 15 625.
+        """Return arrivals in which all reports of the last worker have the same delay.
 
-        The others are homogeneous. A speed ratio of its own machine cannot explain the paper's
-        delays, so this form sets the delay itself.
+        The delay is ``max_delay``, scaled by T / 15 625; the other workers are homogeneous. A speed
+        ratio cannot explain the delays in the paper's Table 3, so this scenario sets the delay.
         """
         if self.method == "prsgdm":
             raise ValueError(

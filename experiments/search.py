@@ -1,4 +1,4 @@
-"""What a table still lacks: rows on record, the search for a learning rate, and what comes next."""
+"""Searches for each cell's learning rate, and lists the runs that a table still lacks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Rows = dict[Run, dict[str, Any]]
 
 
 def recorded(path: Path) -> Rows:
-    """Return the rows of a file by run; of equal runs the last.
+    """Return the rows of a file by run, the last row of equal runs.
 
-    A run that repeated other arrivals than its scenario's is none of a cell's and left out.
+    A replay of arrivals does not belong to a cell and is left out.
 
     Raises:
         ValueError: If a row does not describe a run; the message names file and line.
@@ -36,7 +36,7 @@ def recorded(path: Path) -> Rows:
 
 
 def _check(row: dict[str, Any]) -> None:
-    """Raise where a row lacks what tables and figures are made of."""
+    """Raise KeyError, TypeError or ValueError if a row lacks data for tables and figures."""
     environment = row["environment"]
     for name in ("device", "cpus", "jax"):
         environment[name]
@@ -50,25 +50,29 @@ def _check(row: dict[str, Any]) -> None:
 
 
 class Search(NamedTuple):
-    """How far a cell has come in choosing its learning rate."""
+    """The state of a cell's search for its learning rate.
+
+    Attributes:
+        best: The recorded rate of the grid with the lowest training loss for seed 0; the grid's
+            middle if none is recorded.
+        statuses: The status of each recorded rate.
+        untried: Rates to try next, out of ``best`` and its neighbours; empty at the search's end.
+    """
 
     best: float
-    """Of the grid's rates that are recorded that of the lowest training loss with seed 0."""
     statuses: dict[float, str]
-    """Of each recorded rate."""
     untried: tuple[float, ...]
-    """Rates to try next: ``best`` and its neighbours; empty when the search has ended."""
 
     @property
     def chosen(self) -> float | None:
-        """The cell's rate; None where it is not found yet, or nothing finished."""
+        """The cell's rate; None if it is not found yet or no run finished."""
         return None if self.untried or "finished" not in self.statuses.values() else self.best
 
 
 def search(rows: Rows, run: Run, scale: cells.Scale) -> Search:
-    """Return where a cell's search stands.
+    """Return the state of a cell's search.
 
-    A rate that failed or diverged is worse than any other; of several, the lowest is the best.
+    A rate that failed or diverged is worse than any other; among equals the lowest rate wins.
     """
     grid = sorted(scale.learning_rates)
     tried = {rate: rows.get(at(run, rate)) for rate in grid}
@@ -92,15 +96,16 @@ def waves(
     *,
     breadth_first: bool = False,
 ) -> Iterator[list[Run]]:
-    """Yield the runs to do, in order, those that can go together in one list.
+    """Yield lists of runs to do, in order; the runs of a list can go together.
 
     Args:
-        families: Cells whose runs can go together, in order of priority.
-        rows: What is done; must hold all runs of a list before the next is asked for.
-        scale: Holds the grid of learning rates.
-        seeds: Runs at a cell's chosen learning rate.
+        families: Groups of cells, in order of priority; the runs of a group can go together.
+        rows: The runs that are done. Before it asks for the next list, the caller must add all runs
+            of the current one.
+        scale: Gives the grid of learning rates.
+        seeds: Number of seeds at a cell's chosen learning rate.
         breadth_first: Whether every cell gets one run, at the middle rate of the grid, before any
-            gets a second.
+            cell gets a second.
     """
     grid = sorted(scale.learning_rates)
     if breadth_first:
@@ -124,13 +129,13 @@ def waves(
 
 
 def missing(wanted: Sequence[Run], rows: Rows, scale: cells.Scale, seeds: int) -> Iterator[Run]:
-    """Yield the runs to do one by one; ``rows`` must hold each before the next is asked for."""
+    """Yield the runs to do one by one; the caller must add each to ``rows`` before the next."""
     for wave in waves([[run] for run in wanted], rows, scale, seeds):
         yield from wave
 
 
 def cell_of(run: Run) -> Run:
-    """Return the run with what its cell does not fix set to its default."""
+    """Return the run with seed 0 and learning rate 0, which a cell does not fix."""
     return replace(run, learning_rate=0.0, seed=0)
 
 

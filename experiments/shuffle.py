@@ -1,4 +1,4 @@
-"""Random orders of which any place can be read without computing the others."""
+"""Random orders; the number at any position can be computed alone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ FEISTEL_ROUNDS = 8
 
 
 def examples_at(keys: jax.Array, which: jax.Array, places: jax.Array, size: int) -> jax.Array:
-    """Return what stands at places of random orders of the numbers 0, …, size − 1.
+    """Return the numbers at given positions of random orders of 0, …, size − 1.
 
-    An order is a Feistel network on pairs of digits in base ⌈√size⌉, whose round functions are
-    tables of random digits: a bijection whatever the tables hold (Luby and Rackoff 1988). A result
-    that is no number below ``size`` goes through again, which keeps it a bijection (Black and
-    Rogaway 2002). ``jax.random.permutation`` sorts all the numbers instead, 22 ms for 50 000 on two
-    cores: as long as a round of a small network.
+    An order is a Feistel network on pairs of digits in base ⌈√size⌉. Its round functions are tables
+    of random digits; it is a bijection for any tables (Luby and Rackoff 1988). A result that is not
+    below ``size`` goes through the network again, which keeps it a bijection (Black and Rogaway
+    2002). ``jax.random.permutation`` sorts all the numbers instead, which can take as long as a
+    round of a small network.
 
     Args:
         keys: key[orders], one for each order.
-        which: int32[n], the order that each place is in.
-        places: int32[n] in [0, size).
+        which: int32[n], the index of the order to read.
+        places: int32[n] in [0, size), the positions to read.
         size: The length of the orders, 1 to 46 340².
 
     Returns:

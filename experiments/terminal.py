@@ -1,4 +1,4 @@
-"""What every command does to the terminal first."""
+"""Terminal setup that all commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def accept_any_terminal() -> None:
-    """Let output that a terminal's encoding lacks become ``?``, instead of ending the command."""
+    """Print ``?`` for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

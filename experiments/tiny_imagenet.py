@@ -1,8 +1,8 @@
 """Tiny-ImageNet as a TFDS builder: 200 classes, 64×64, 100 000 training images.
 
-``import experiments.tiny_imagenet`` registers it; data prepared by ``experiments.prepare`` (or by
-its own ``download_and_prepare``, where TensorFlow is installed) is read by
-``tfds.data_source("tiny_imagenet", data_dir=…)``, registered or not.
+``import experiments.tiny_imagenet`` registers it. ``experiments.prepare`` prepares the data, or
+``download_and_prepare`` if TensorFlow is installed. After that
+``tfds.data_source("tiny_imagenet", data_dir=…)`` reads it, even without the registration.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def class_names(read: Callable[[str], bytes]) -> list[str]:
 def examples(
     split: str, names: Iterable[str], read: Callable[[str], bytes]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a split; the JPEGs are passed on as they are.
+    """Yield the examples of a split, with the original JPEGs.
 
     Args:
         split: A key of ``SPLITS``.

@@ -1,8 +1,8 @@
-"""Runs that share a device: one after the other, as one program, or in processes of their own.
+"""Runs that share a device: one after the other, as one program, or in separate processes.
 
 A batch of 64 small images leaves a large GPU nearly idle. Runs that differ in seed, learning rate
-or arrivals can go through one program ("vmap"); any runs can be computed by processes on one device
-("processes"). Results of "vmap" differ from those of single runs by rounding.
+or arrivals can go through one program ("vmap"). Any runs can share a device as separate processes
+("processes"). Results of "vmap" differ from single runs by rounding.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from experiments.runs import Form, Run
 from orlomo_jax import Checkpoints, StepRecord
 
 CACHE = Path(".cache")
-"""Where checkpoints and compiled programs are kept."""
+"""Folder of checkpoints and compiled programs."""
 
 SAVING = 2.0
-"""Seconds set aside for a checkpoint before a deadline."""
+"""Seconds reserved for a checkpoint before a deadline."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Way:
     """How runs share a device.
 
     Attributes:
-        how: One after the other ("alone"), as one program ("vmap"), or each in a process of its own
+        how: One after the other ("alone"), as one program ("vmap"), or each in a separate process
             ("processes").
-        count: The most runs at a time.
-        convolution: How they compute convolutions.
+        count: The largest number of runs at the same time.
+        convolution: How the runs compute convolutions.
     """
 
     how: Literal["alone", "vmap", "processes"] = "alone"
@@ -47,34 +47,34 @@ class Way:
     convolution: Literal["auto", "xla", "matmul"] = "auto"
 
     def family(self, run: Run) -> Run:
-        """Return what runs that can go together have in common."""
+        """Return a key that is equal for runs that can go together."""
         if self.how == "alone":
             return run
         shape = execution.shape_of(run)
         return shape if self.how == "vmap" else replace(shape, method="orlomo")
 
     def form(self, form: Form) -> Form:
-        """Return the form, with this way's convolution where it has one."""
+        """Return the form with this way's convolution, unless that is "auto"."""
         if self.convolution == "auto":
             return form
         return replace(form, convolution=self.convolution)
 
     def groups(self, wave: Sequence[Run]) -> Iterator[list[Run]]:
-        """Split runs into those that go together."""
+        """Split runs into groups of at most ``count`` that go together."""
         for first in range(0, len(wave), self.count):
             yield list(wave[first : first + self.count])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What runs are carried out with.
+    """Settings to carry out runs with.
 
     Attributes:
         way: How runs share the device.
         form: How the rounds of single runs are computed.
-        checkpoint_every: Global iterations between checkpoints; 0 for none but at a deadline.
+        checkpoint_every: Global iterations between checkpoints; 0 for one only at a deadline.
         data_dir: The TFDS data_dir.
-        deadline: When to stop, as ``time.time()`` counts; infinite for never.
+        deadline: When to stop, on the clock ``time.time()``; infinite for never.
     """
 
     way: Way
@@ -91,13 +91,13 @@ class Task:
     def carry_out(
         self, runs: Sequence[Run], on_step: Callable[[StepRecord], None] | None = None
     ) -> list[dict[str, Any]]:
-        """Carry out runs that go together; return the rows of those that ended before the deadline.
+        """Carry out runs that go together; return the rows of those that end before the deadline.
 
-        The others are saved, and go on when they are carried out again. A failure is a row too.
+        The others are saved, and resume when they are carried out again. A failure is a row too.
 
         Args:
             runs: At most ``way.count`` runs of one family.
-            on_step: Sees the first run, unless processes compute them.
+            on_step: Called with the steps of the first run, unless processes compute the runs.
 
         Raises:
             DataError: If the data is missing or damaged.
@@ -143,26 +143,26 @@ class Task:
 
 
 def forget(runs: Sequence[Run]) -> None:
-    """Remove the checkpoints of runs whose rows are on record."""
+    """Remove the checkpoints of runs; their rows must be recorded."""
     for group in ([*runs], *([run] for run in runs)):
         shutil.rmtree(_folder(group), ignore_errors=True)
 
 
 class Clock:
-    """Says when a run has to stop, from the time left and the time that its segments take.
+    """Decides when a run must stop, from the time left and the duration of its segments.
 
     Attributes:
-        startup: Seconds until the end of the first segment, compiling included; None before it.
+        startup: Seconds until the end of the first segment, including compilation; None before.
     """
 
     def __init__(self, deadline: float) -> None:
-        """Start."""
+        """Start the clock."""
         self.startup: float | None = None
         self._deadline, self._longest = deadline, 0.0
         self._start = self._last = time.time()
 
     def stop(self) -> bool:
-        """Return whether the next segment would end too late; to be called after each segment."""
+        """Return whether the next segment would end too late; call this after each segment."""
         now, last = time.time(), self._last
         if self.startup is None:
             self.startup = now - self._start
@@ -177,7 +177,7 @@ class Clock:
 
 
 def _folder(runs: Sequence[Run]) -> Path:
-    versions = records.environment()  # a checkpoint is refused under other versions
+    versions = records.environment()  # other versions refuse the checkpoint
     text = repr((list(runs), versions["jax"], versions["jaxlib"]))
     return CACHE / "checkpoints" / hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,10 +1,10 @@
-"""One run of any method × model × data set × scenario × K × S × seed.
+"""Train one run of any method × model × data set × scenario × K × S × seed.
 
 ``python -m experiments.train --method orlomo --model resnet20 --dataset cifar10 --data-dir DIR``
-prints a progress bar and appends one JSON row to ``--output``. With ``--checkpoint-dir`` it saves
-as it goes, and ``--resume`` goes on from there, to the bit. ``--runtime threads`` and ``--runtime
-ray`` train on real workers; ``--trace FILE`` keeps the order of their arrivals, and ``--replay
-FILE`` repeats it in the simulator.
+prints a progress bar and appends one JSON row to ``--output``. ``--checkpoint-dir`` saves
+checkpoints, and ``--resume`` continues from the newest one; the result is the same, bit for bit.
+``--runtime threads`` and ``--runtime ray`` train on real workers. ``--trace FILE`` saves the order
+of their arrivals, and ``--replay FILE`` repeats it in the simulator.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Train:
     """Settings of one training run."""
 
     run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(default_factory=runs.Run)
-    """What to train."""
+    """The run to train."""
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     output: Path = Path("runs.jsonl")
-    """File that the run's row is appended to."""
+    """File to append the run's row to."""
     evaluate_every: int | None = None
     """Global iterations between evaluations; by default a twentieth of the run."""
     checkpoint_dir: Path | None = None
@@ -53,24 +53,24 @@ class Train:
     checkpoint_every: int = 500
     """Global iterations between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in --checkpoint-dir."""
+    """Resume from the newest checkpoint in --checkpoint-dir."""
     tensorboard: Path | None = None
     """Folder for TensorBoard logs; by default none are written."""
     trace: Path | None = None
-    """File for the order of arrivals; by default beside --output, named after the run."""
+    """File for the order of arrivals; by default next to --output, named after the run."""
     replay: Path | None = None
-    """A trace, or a killed run's arrivals.jsonl: repeat its arrivals in the simulator."""
+    """A trace, or the arrivals.jsonl of a killed run: repeat its arrivals in the simulator."""
     audit: bool = False
-    """Hold Lemmas 1 and 2 against the server at each step (real runtimes, OrLoMo)."""
+    """Check Lemmas 1 and 2 on the server at each step (real runtimes, OrLoMo)."""
     form: runs.Form = field(default_factory=runs.Form)
-    """How its rounds are computed."""
+    """How the rounds are computed."""
     ray: execution.Ray = field(default_factory=execution.Ray)
-    """Where and with what Ray's workers run."""
+    """Where Ray's workers run, and with which resources."""
 
 
 @contextmanager
 def progress_bar(console: Console):
-    """Yield a rich progress bar whose description holds what a run tells of itself."""
+    """Yield a rich progress bar; the run's figures are in its description."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -85,7 +85,7 @@ def progress_bar(console: Console):
 def reporter(
     progress: Progress, label: str, epochs: float, num_steps: int
 ) -> Callable[[StepRecord], None]:
-    """Return an ``on_step`` that keeps one bar up to date, looking at the device once a second."""
+    """Return an ``on_step`` that updates one bar, and reads the device at most once a second."""
     bar = progress.add_task(label, total=num_steps, rate="")
     start, first, looked = time.monotonic(), None, 0.0
     shown = {"loss": "–", "accuracy": "–"}
@@ -113,7 +113,7 @@ def reporter(
 
 
 def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
-    """Return an ``on_step`` that writes each evaluation, with its step and virtual time."""
+    """Return an ``on_step`` that logs each evaluation, with its step and virtual time."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -134,18 +134,21 @@ def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
 
 
 def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
-    """Note whose checkpoints a folder holds; refuse those of a run with other settings."""
+    """Write a run's settings to its checkpoint folder, or raise ValueError if others are there."""
     mine = asdict(settings.run) | {"convolution": settings.form.convolution}
     if not path.exists():
         if checkpoint.steps():
-            raise ValueError(f"{path} is missing: nobody knows whose the checkpoints beside it are")
+            raise ValueError(
+                f"{path} is missing, so these checkpoints cannot be matched to a run; choose "
+                "another --checkpoint-dir"
+            )
         records.write(path, json.dumps(mine))
         return
     try:
         theirs = {"convolution": "auto"} | dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged, remove it if the folder is this run's: {error}"
+            f"{path} is damaged; remove it if the folder belongs to this run: {error}"
         ) from None
     others = [name for name, value in mine.items() if theirs.get(name) != value]
     if others:
@@ -153,7 +156,7 @@ def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
 
 
 def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
-    """Read the arrivals to repeat, and hold them against the run."""
+    """Read the arrivals to repeat; raise ValueError unless they fit the run."""
     try:
         with path.open(encoding="utf-8") as file:
             is_trace = "orlomo_jax.ArrivalTrace" in file.readline()
@@ -163,11 +166,13 @@ def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
     if run.runtime != "simulated":
         raise ValueError(f"--replay repeats a run in the simulator, not on {run.runtime}")
     if trace.num_workers != run.workers:
-        raise ValueError(f"{path} is of {trace.num_workers} workers: add --workers")
+        raise ValueError(f"{path} has {trace.num_workers} workers: set --workers to match")
     if trace.num_steps == 0:
-        raise ValueError(f"{path} holds no report to repeat")
+        raise ValueError(f"{path} has no report to repeat")
     if trace.synchronous != (run.method == "prsgdm"):
-        raise ValueError(f"{path} is of a run with synchronous={trace.synchronous}: add --method")
+        raise ValueError(
+            f"{path} is of a run with synchronous={trace.synchronous}: set --method to match"
+        )
     if trace.num_steps > num_steps:
         raise ValueError(f"{path} has {trace.num_steps} reports, the run has {num_steps}")
     return trace
@@ -182,13 +187,13 @@ def _check_runtime(settings: Train) -> None:
     together = (settings.form.worker_axis, settings.form.compute_batch)
     if together != ("auto", None) and (run.runtime != "simulated" or settings.replay is not None):
         raise ValueError(
-            "--form.worker-axis and --form.compute-batch are of simulated runs: those of real "
-            "workers, and what repeats them, compute each round alone"
+            "--form.worker-axis and --form.compute-batch apply only to simulated runs: real "
+            "workers, and replays of their runs, compute each round alone"
         )
     if run.runtime != "simulated":
-        run.compute_times()  # refuses an order of arrivals
+        run.compute_times()  # raises if the scenario fixes the order of arrivals
     if run.runtime == "ray":
-        RayWorkers(run.workers)  # says so where Ray is not installed
+        RayWorkers(run.workers)  # raises if Ray is not installed
 
 
 def _checkpoints(settings: Train) -> Checkpoints | None:
@@ -200,8 +205,8 @@ def _checkpoints(settings: Train) -> Checkpoints | None:
     checkpoint = Checkpoints(folder, settings.checkpoint_every)
     if not settings.resume and (checkpoint.steps() or (folder / "arrivals.jsonl").exists()):
         raise ValueError(
-            f"{folder} holds checkpoints: add --resume to go on from the newest, or choose another "
-            "--checkpoint-dir"
+            f"{folder} holds checkpoints: add --resume to continue from the newest, or choose "
+            "another --checkpoint-dir"
         )
     return checkpoint
 
@@ -215,7 +220,7 @@ def _trace_path(settings: Train) -> Path:
 
 
 class _Prepared(NamedTuple):
-    """What a run needs beside its settings, all of it checked."""
+    """The checked inputs and outputs of a run, in addition to its settings."""
 
     num_steps: int
     trace_path: Path
@@ -226,21 +231,21 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(settings: Train) -> _Prepared:
-    """Refuse what cannot be before anything is computed."""
+    """Check the settings and prepare the files before anything is computed."""
     run, trace_path = settings.run, settings.trace or _trace_path(settings)
     checkpoint = _checkpoints(settings)
     num_steps = run.num_steps(len(execution.assemble(run, settings.data_dir).train.labels))
     replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
     _check_runtime(settings)
-    num_steps = run.trace(num_steps).num_steps  # refuses what its scenario cannot be
+    num_steps = run.trace(num_steps).num_steps  # raises if the scenario is impossible
     if settings.output.resolve() == trace_path.resolve():
         raise ValueError(f"--trace must be another file than --output, got {trace_path}")
     records.check_writable(settings.output)
     records.check_writable(trace_path)
-    journal = None  # beside the checkpoints
+    journal = None  # by default next to the checkpoints
     if checkpoint is not None:
         _claim(checkpoint.directory / "run.json", settings, checkpoint)
-    elif run.runtime != "simulated":  # what came of a run that dies is there to repeat
+    elif run.runtime != "simulated":  # so that a run that dies can be repeated
         journal = trace_path.with_suffix(".arrivals.jsonl")
         Journal.set_aside(journal)
     folder = settings.tensorboard
@@ -280,11 +285,11 @@ def main(args: Sequence[str] | None = None) -> None:
             )
         except (WorkersGone, AuditFailure) as error:
             kept = journal or settings.checkpoint_dir
-            raise SystemExit(f"{error}; all arrivals up to here are in {kept}") from None
-        except (OSError, ValueError) as error:  # a disk that is full, a folder of another run
+            raise SystemExit(f"{error}; all arrivals so far are in {kept}") from None
+        except (OSError, ValueError) as error:  # such as a full disk
             raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
-            go_on = "" if checkpoint is None else "; --resume goes on from the newest checkpoint"
+            go_on = "" if checkpoint is None else "; --resume continues from the newest checkpoint"
             raise SystemExit(f"interrupted{go_on}") from None
     if result.health is not None:
         console.print(str(result.health), highlight=False)
@@ -292,8 +297,8 @@ def main(args: Sequence[str] | None = None) -> None:
         records.append(settings.output, row)
         result.trace.save(trace_path)
     except OSError as error:
-        print(json.dumps(row))  # what the run has cost is not lost
-        raise SystemExit(f"{error}; the run's row stands above") from None
+        print(json.dumps(row))  # so that the result is not lost
+        raise SystemExit(f"{error}; the run's row is printed above") from None
     if row["status"] == "finished":
         console.print(
             f"test accuracy {row['test_accuracy']:.2f} %, training loss {row['train_loss']:.4f}, "

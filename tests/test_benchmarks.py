@@ -59,7 +59,7 @@ def test_appfl_is_timed_by_a_python_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("python", ["/nowhere/python", sys.executable])
 def test_a_python_without_appfl_is_refused(python):
-    with pytest.raises(SystemExit, match="--appfl must be a Python that has APPFL"):
+    with pytest.raises(SystemExit, match="--appfl must be a Python with APPFL"):
         main(["--only", "startup", "--appfl", python])
 
 

@@ -167,7 +167,7 @@ class TestCommand:
         assert len(set(counts)) > 2
         assert without_times(records.read(together.Path("rows.jsonl"))) == without_times(whole)
         assert not list((together.CACHE / "checkpoints").iterdir())
-        assert "the same command goes on" in capsys.readouterr().out
+        assert "run the same command to resume" in capsys.readouterr().out
 
     def test_nothing_starts_that_would_end_too_late(self, small_cells, monkeypatch):
         monkeypatch.setattr(reproduce, "startup_time", lambda rows: 30.0)

@@ -172,7 +172,7 @@ class TestCommand:
         assert {row["status"] for row in rows} == {"failed"}
         assert rows[0]["error"] == "MemoryError: no room"
         self.reproduce(monkeypatch, path, fail)
-        assert f"{len(rows)} runs failed: --retry-failed" in " ".join(
+        assert f"{len(rows)} runs failed: add --retry-failed" in " ".join(
             capsys.readouterr().out.split()
         )
         assert len(records.read(path)) == len(rows)

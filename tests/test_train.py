@@ -128,7 +128,7 @@ def test_a_row_that_cannot_be_written_is_shown(tmp_path, monkeypatch, capsys):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(records, "append", full)
-    with pytest.raises(SystemExit, match="No space left on device; the run's row stands above"):
+    with pytest.raises(SystemExit, match="No space left on device; the run's row is printed above"):
         train.main([*FLAGS, "--output", str(tmp_path / "runs.jsonl")])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert json.loads(rows[0])["status"] == "finished"
@@ -138,14 +138,14 @@ def test_checkpoints_of_nobody_are_refused(tmp_path):
     flags = ["--checkpoint-dir", str(tmp_path / "c"), "--output", str(tmp_path / "runs.jsonl")]
     train.main([*FLAGS, *flags, "--checkpoint-every", "50"])
     (tmp_path / "c" / "run.json").unlink()
-    with pytest.raises(SystemExit, match=r"run\.json is missing: nobody knows"):
+    with pytest.raises(SystemExit, match=r"run\.json is missing, so these checkpoints"):
         train.main([*FLAGS, *flags, "--resume"])
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"method": "prsg'])
 def test_a_damaged_claim_to_a_folder_is_said(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(SystemExit, match=r"run\.json is damaged, remove it"):
+    with pytest.raises(SystemExit, match=r"run\.json is damaged; remove it"):
         train.main([*FLAGS, "--checkpoint-dir", str(tmp_path), "--output", str(tmp_path / "r")])
 
 

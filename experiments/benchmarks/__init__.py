@@ -1,1 +1,1 @@
-"""How close to the limits: each figure beside the limit measured in the same run."""
+"""Benchmarks: each figure is compared with a limit measured in the same run."""

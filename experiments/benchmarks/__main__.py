@@ -1,11 +1,11 @@
-"""Time the library against its limits; ``python -m experiments.benchmarks`` runs all of it.
+"""Compare the library with its limits; ``python -m experiments.benchmarks`` runs all benchmarks.
 
-That takes ten minutes on two cores, and tells something where nothing else runs on them. With
-``--gpu`` it is other figures, those of one GPU, in three minutes.
+The results are valid only if nothing else runs on the machine. ``--gpu`` runs the benchmarks of one
+GPU instead.
 
-Each row holds a figure, the limit measured in turn with it in the same run, and their ratio. Rows
-go to the terminal and, with ``--output``, to a JSONL file with device and versions, of which
-``python -m experiments.report --benchmarks FILE`` makes a table and a plot.
+Each row has a figure, a limit measured in turn with it in the same run, and their ratio. Rows go to
+the terminal and, with ``--output``, to a JSONL file with device and versions.
+``python -m experiments.report --benchmarks FILE`` makes a table and a plot of that file.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "race": runtimes.race,
     "ray": runtimes.ray_round_trips,
 }
-"""Every group of figures, by name: a function of the number of repeats to rows."""
+"""Maps the name of each group to its function from the number of repeats to rows."""
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 GPU_GROUPS = ("limits", "server_step", "resnet", "gradients", "profile")
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Which benchmarks to run."""
+    """The benchmarks to run."""
 
     only: tuple[str, ...] = ()
     """Groups to run; by default all of them."""
@@ -62,13 +62,13 @@ class Benchmarks:
     output: Path | None = None
     """JSONL file that the rows are appended to."""
     appfl: Path | None = None
-    """Python of an environment with APPFL 1.12, whose simulator then does the small job too."""
+    """Python of an environment with APPFL 1.12: also time its simulator at the small job."""
     gpu: bool = False
-    """The figures of one GPU."""
+    """Run the benchmarks of one GPU instead."""
     tiny: bool = False
-    """With --gpu: the same at a tiny size, which a CPU does too."""
+    """With --gpu: run them at a tiny size, also on a CPU."""
     budget: float = 170
-    """Seconds of --gpu; what is predicted not to fit is left out."""
+    """Seconds for --gpu; a benchmark that is not expected to fit is left out."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -104,9 +104,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def _of_cpu(settings: Benchmarks) -> Iterator[tuple[str, Row]]:
     only = settings.only or tuple(GROUPS)
     if "ray" in only and find_spec("ray") is None:
-        raise SystemExit("the group ray needs Ray (pip install 'orlomo-jax[ray]'); or give --only")
+        raise SystemExit(
+            "the group ray needs Ray: pip install 'orlomo-jax[ray]', or choose groups with --only"
+        )
     if settings.appfl is not None and not simulator.has_appfl(settings.appfl):
-        raise SystemExit(f"--appfl must be a Python that has APPFL, got {settings.appfl}")
+        raise SystemExit(f"--appfl must be a Python with APPFL, got {settings.appfl}")
     groups = {name: GROUPS[name] for name in only}
     if settings.appfl is not None:
         groups["appfl"] = partial(simulator.against_appfl, python=settings.appfl)
@@ -116,7 +118,7 @@ def _of_cpu(settings: Benchmarks) -> Iterator[tuple[str, Row]]:
 
 
 def _of_gpu(settings: Benchmarks, missed: stages.Missed) -> Iterator[tuple[str, Row]]:
-    if settings.tiny:  # before JAX starts: most of the time is compiling
+    if settings.tiny:  # must come before JAX starts; compiling takes most of the time
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
     elif jax.default_backend() == "cpu":
         raise SystemExit("--gpu needs a GPU; --gpu --tiny runs the same at a tiny size on a CPU")

@@ -1,9 +1,9 @@
-"""APPFL 1.12's simulator at the small job; imports nothing of ours, so that it runs elsewhere.
+"""Time APPFL 1.12's simulator at the small job, in an environment without this library.
 
 ``PYTHON appfl_job.py STEPS COLLECT`` prints the seconds of that many global iterations. ``COLLECT``
 is ``True`` or ``False``: whether APPFL collects all garbage after each of its steps, its default.
-Its two hundred distributions do not belong beside ours:
-``python -m venv DIR && DIR/bin/pip install appfl==1.12.0``, and ``DIR/bin/python`` is the PYTHON.
+APPFL has many dependencies, so install it in an environment of its own:
+``python -m venv DIR && DIR/bin/pip install appfl==1.12.0``. PYTHON is then ``DIR/bin/python``.
 """
 
 import logging
@@ -33,7 +33,7 @@ class Network(torch.nn.Sequential):
 
 
 def seconds(folder: Path, num_steps: int, collect: bool) -> float:
-    """Return how long that many reports of 4 clients take, the last of which is 5 times slower."""
+    """Return the seconds of ``num_steps`` reports of 4 clients; the last is 5 times slower."""
     parts = folder / "parts.py"
     parts.write_text(PARTS, encoding="utf-8")
     configuration = {
@@ -89,7 +89,7 @@ def seconds(folder: Path, num_steps: int, collect: bool) -> float:
 
 
 if __name__ == "__main__":
-    answer, sys.stdout = sys.stdout, sys.stderr  # APPFL prints
+    answer, sys.stdout = sys.stdout, sys.stderr  # APPFL prints to stdout
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         print(seconds(Path(folder), int(sys.argv[1]), sys.argv[2] == "True"), file=answer)

@@ -1,4 +1,4 @@
-"""The table and the plot of the benchmarks, from their rows alone."""
+"""Makes the table and the plot of the benchmarks from their rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIELDS = {"group", "benchmark", "figure", "limit", "unit", "against", "ratio", "
 
 
 def newest(rows: Rows) -> list[dict[str, Any]]:
-    """Return the last row of each figure, by group, name, limit and device."""
+    """Return the last row for each (group, name, limit, device)."""
     found = {}
     for row in rows:
         if missing := FIELDS - row.keys():
@@ -24,7 +24,7 @@ def newest(rows: Rows) -> list[dict[str, Any]]:
 
 
 def table(rows: Rows) -> list[str]:
-    """Return the rows as a Markdown table, and where they were measured."""
+    """Return the lines of a Markdown table, and of a note on the machines."""
     lines = [
         "| benchmark | figure | limit | | of the limit | bar |",
         "|---|---:|---:|---|---:|---:|",
@@ -44,10 +44,10 @@ def table(rows: Rows) -> list[str]:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Write how far each figure got on the way to its limit, as PNG and SVG.
+    """Draw each figure's share of its limit, as PNG and SVG.
 
-    A bar is the ratio on a logarithmic axis, a tick the ratio asked for; one that was missed is
-    hatched, so that it reads in greyscale too.
+    Bars show the ratio on a logarithmic axis, ticks the ratio asked for. A bar that misses its tick
+    is hatched, so that it is visible in greyscale too.
     """
     figure, axes = plt.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What one GPU does: its limits, the server step, and a ResNet20's simulated run."""
+"""Benchmarks of one GPU: its limits, the server step, and a simulated run of ResNet20."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from orlomo_jax import LocalUpdate, orlomo
 
 SHEET = {"float32": 494.7e12, "float32 highest": 66.9e12, "bfloat16": 989.4e12}
 PROMISED = {"H100": SHEET | {"copy": 3.35e12}, "H200": SHEET | {"copy": 4.8e12}}
-"""Bytes and operations a second on NVIDIA's data sheets; products of float32 are TF32's."""
+"""Bytes and operations per second from NVIDIA's data sheets; float32 products use TF32."""
 
 
 def stages(sizes: Sizes) -> list[Stage]:
-    """Return all stages; what is needed least comes last."""
+    """Return all stages, the least important last."""
     made = [Stage("limits", "copy on the device", 8, partial(copy, sizes))]
     for name in ("float32", "float32 highest", "bfloat16"):
         made.append(Stage("limits", f"product, {name}", 10, partial(product, sizes, name)))
@@ -57,13 +57,13 @@ def stages(sizes: Sizes) -> list[Stage]:
 
 
 def copy(sizes: Sizes) -> Iterator[Row]:
-    """Copy an array on the device: bytes read and written."""
+    """Copy an array on the device; count bytes read and written."""
     x, copied, calls = jnp.ones(sizes.copied), jax.jit(jnp.copy), 10
     yield _limit("copy", "copy on the device", sizes, 8 * sizes.copied, calls, lambda: copied(x))
 
 
 def product(sizes: Sizes, name: str) -> Iterator[Row]:
-    """Multiply two square matrices of normal numbers."""
+    """Multiply two square matrices of normal random numbers."""
     dtype, _, precision = name.partition(" ")
     left, right = jax.random.normal(jax.random.key(0), (2, sizes.product, sizes.product), dtype)
     multiply = jax.jit(partial(jnp.matmul, precision=precision or None))
@@ -73,9 +73,9 @@ def product(sizes: Sizes, name: str) -> Iterator[Row]:
 
 
 def server_step(sizes: Sizes, size: int, leaves: int, looped: bool) -> Iterator[Row]:
-    """OrLoMo's step with params and state donated, against a copy of as many bytes.
+    """Compare OrLoMo's step, with params and state donated, with a copy of as many bytes.
 
-    Steps are queued one by one, or run in a loop of one program, as in a compiled run.
+    Steps are queued one by one, or run in a loop of one program as in a compiled run.
     """
     rule, count = orlomo(WORKERS), max(10, round(2e9 / size)) if sizes.scale == 1 else 10
 
@@ -106,13 +106,13 @@ def server_step(sizes: Sizes, size: int, leaves: int, looped: bool) -> Iterator[
 
 def _queue(count: int, function: Callable) -> None:
     result = None
-    for _ in range(count):  # none of them kept
+    for _ in range(count):  # keeps no earlier result
         result = function()
     jax.block_until_ready(result)
 
 
 def _limit(key: str, name: str, sizes: Sizes, each: float, calls: int, function: Callable) -> Row:
-    """Return the row of what is measured against a data sheet."""
+    """Return the row of a figure that is compared with the data sheet."""
     run = partial(_queue, calls, function)
     run()
     figure = calls * each / statistics.median(seconds(run) for _ in range(sizes.repeats))

@@ -1,4 +1,4 @@
-"""The kernels of a GPU in a profile of JAX, and how much of their time is gradients."""
+"""Reads GPU kernels from a JAX profile, and measures the share of gradients in their time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import jax
 from experiments.benchmarks.measure import Row
 
 GRADIENT = "jvp("
-"""In the name of each operation of a loss or its gradient: jax.grad puts it there."""
+"""Part of the name of each operation of a loss or its gradient, added by jax.grad."""
 
 
 class Kernel(NamedTuple):
-    """A kernel's name, its seconds, and what XLA says about it."""
+    """A kernel's name, its seconds, and XLA's notes on it."""
 
     name: str
     seconds: float
@@ -26,17 +26,17 @@ class Kernel(NamedTuple):
 
 
 def rows(name: str, run: Callable[[], Any], seconds: float) -> Iterator[Row]:
-    """Yield what share of ``seconds``, a run's without a profile, its kernels take.
+    """Yield the share of kernels in ``seconds``, the time of a run without a profile.
 
-    While it is profiled XLA runs no graphs but launches each kernel, so that the profile's own
-    length says nothing.
+    During a profile XLA launches each kernel separately instead of in graphs, so the duration of
+    the profile itself is meaningless.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         found = kernels(Path(folder))
     if not found:
-        print(f"{name}: the profile holds no kernel of a GPU")
+        print(f"{name}: the profile has no kernel of a GPU")
         return
     busy = sum(kernel.seconds for kernel in found)
     yield Row(f"{name}, kernels", busy, seconds, "s", "the run's time", busy / seconds)
@@ -46,7 +46,7 @@ def rows(name: str, run: Callable[[], Any], seconds: float) -> Iterator[Row]:
 
 
 def kernels(folder: Path) -> list[Kernel]:
-    """Return the kernels on a GPU's streams that the trace files in a folder hold."""
+    """Return the kernels on a GPU's streams from the trace files in a folder."""
     for path in sorted(folder.rglob("*trace.json.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             events = json.load(file)["traceEvents"]

@@ -1,4 +1,4 @@
-"""A ResNet's simulated run on one GPU: local steps a second, and the share of gradients."""
+"""Measures a ResNet's simulated run on one GPU: local steps per second and share of gradients."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Convolution = Literal["xla", "matmul"]
 FORMS: tuple[Convolution, ...] = ("xla", "matmul")
 WORKERS = 16
 SHORT = 32
-"""Rounds from which on all workers hold versions of their own: longer runs are the same program."""
+"""Rounds after which all workers hold distinct versions; longer runs use the same program."""
 GOAL = 125_000 / 120
-"""Local steps a second: 160 epochs of 50 000 images in batches of 64, in two minutes."""
+"""Local steps per second to reach: 160 epochs of 50 000 images, batch 64, in two minutes."""
 
 
 class Sizes(NamedTuple):
-    """How much work the figures are measured at."""
+    """The sizes of the measured work."""
 
     copied: int = 2**28
     product: int = 8192
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     rounds: int = 96
     repeats: int = 5
     scale: float = 1.0
-    """Of the stages' seconds."""
+    """Factor on the seconds of the stages."""
 
 
 TINY = Sizes(
@@ -61,11 +61,11 @@ TINY = Sizes(
     repeats=1,
     scale=0.2,
 )
-"""The same on a CPU within seconds, as a rehearsal."""
+"""Sizes for a rehearsal on a CPU."""
 
 
 def segment(sizes: Sizes, axis: str, form: Convolution, dtype: str) -> Iterator[Row]:
-    """Run a compiled segment of a simulated run."""
+    """Measure a compiled segment of a simulated run."""
     run = partial(run_segment, sizes, axis, form, dtype)
     steps = sizes.rounds * sizes.local_steps
     figure = steps / statistics.median(seconds(run) for _ in range(min(3, sizes.repeats)))
@@ -77,7 +77,7 @@ def segment(sizes: Sizes, axis: str, form: Convolution, dtype: str) -> Iterator[
 
 
 def gradients(sizes: Sizes, form: Convolution) -> Iterator[Row]:
-    """A segment against bare gradient descent: one less the ratio is what else takes time."""
+    """Compare a segment with bare gradient descent; 1 − ratio is the time outside gradients."""
     ours = partial(run_segment, sizes, "loop", form, "float32")
     (timing,) = in_turn(min(2, sizes.repeats), ours, partial(run_descent, sizes, form))
     name = f"{_name(sizes)}: loop, {form}, float32, time in gradients"
@@ -86,7 +86,7 @@ def gradients(sizes: Sizes, form: Convolution) -> Iterator[Row]:
 
 
 def profiled(sizes: Sizes, form: Convolution) -> Iterator[Row]:
-    """The kernels' time in a profile, against a segment's that is not profiled."""
+    """Compare the kernels' time in a profile with the time of a segment without a profile."""
     short = sizes._replace(rounds=SHORT)
     run = partial(run_segment, short, "loop", form, "float32")
     run()
@@ -95,7 +95,7 @@ def profiled(sizes: Sizes, form: Convolution) -> Iterator[Row]:
 
 
 class Training(NamedTuple):
-    """A run of random images; the loss includes augmentation."""
+    """The parts of a run on random images; the loss includes augmentation."""
 
     loss_fn: Callable
     method: Any
@@ -129,7 +129,7 @@ def _training(sizes: Sizes, form: Convolution, dtype: str) -> Training:
 
 @cache
 def _start(sizes: Sizes) -> Any:
-    """Return what all forms of the network start from: their parameters are the same."""
+    """Return the initial parameters and model state, the same for all forms of the network."""
     return _network(sizes, "xla", "float32").init(jax.random.key(0))
 
 
@@ -145,7 +145,7 @@ def _network(sizes: Sizes, form: Convolution, dtype: str) -> models.Network:
 
 
 def run_segment(sizes: Sizes, axis: Any, form: Convolution, dtype: str) -> None:
-    """Run a compiled segment."""
+    """Run a compiled segment of a simulated run."""
     run, num_steps = _training(sizes._replace(rounds=0), form, dtype), sizes.rounds
     result = simulate(
         run.method,
@@ -165,7 +165,7 @@ def run_segment(sizes: Sizes, axis: Any, form: Convolution, dtype: str) -> None:
 
 @cache
 def _descend(sizes: Sizes, form: Convolution) -> Callable:
-    """Return S steps of plain gradient descent as one program of parameters and model state."""
+    """Return a program that does S steps of plain gradient descent."""
     run = _training(sizes, form, "float32")
     gradient_fn = jax.grad(run.loss_fn, has_aux=True)
 
@@ -188,7 +188,7 @@ def _first(batch_fn: Callable, key: jax.Array) -> Any:
 
 
 def run_descent(sizes: Sizes, form: Convolution) -> None:
-    """Do the gradient descent of a segment."""
+    """Do plain gradient descent with as many steps as a segment."""
     descend = _descend(sizes._replace(rounds=0), form)
     run = _training(sizes._replace(rounds=0), form, "float32")
     carry = jax.tree.map(jnp.copy, (run.params, run.model_state))
@@ -198,10 +198,10 @@ def run_descent(sizes: Sizes, form: Convolution) -> None:
 
 
 def compile_all(sizes: Sizes, axis: str, dtypes: tuple[str, ...]) -> list[Row]:
-    """Compile all that has one axis, side by side; what fails will say so when it is measured."""
+    """Compile all programs of one worker axis in parallel; errors appear when they are measured."""
     short = sizes._replace(rounds=SHORT)
     jobs = [(form, dtype) for form in FORMS for dtype in dtypes]
-    for job in jobs:  # here, so that threads share the functions that programs are kept by
+    for job in jobs:  # before the threads start, so that they share the cached functions
         _training(sizes._replace(rounds=0), *job)
     runs = [partial(run_segment, short, axis, *job) for job in jobs]
     runs += [partial(run_descent, short, form) for form in FORMS if axis == "loop"]

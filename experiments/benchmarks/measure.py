@@ -1,4 +1,4 @@
-"""How figures are measured: beside their limits, in turn, as medians."""
+"""Measures figures in turn with their limits, and takes medians."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One figure beside its limit.
+    """One figure and its limit.
 
     Attributes:
-        benchmark: What was measured.
-        figure: Ours, in ``unit``.
-        limit: What it is held against, in ``unit``, measured in the same run.
-        unit: Of both.
-        against: What the limit is.
-        ratio: How much of the limit was reached, the median over pairs measured one after the
-            other; more is better.
-        bar: The ratio asked for, or None where none is.
+        benchmark: The name of the measurement.
+        figure: Our value, in ``unit``.
+        limit: The value to compare with, in ``unit``, measured in the same run.
+        unit: The unit of figure and limit.
+        against: A description of the limit.
+        ratio: Share of the limit that was reached: the median over pairs measured one after the
+            other. More is better.
+        bar: The ratio asked for, or None.
     """
 
     benchmark: str
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Median seconds of ours and of a limit, and the median over pairs of limit / ours."""
+    """Median seconds of our function and of a limit, and the median of limit / ours over pairs."""
 
     seconds: float
     limit: float
@@ -43,10 +43,10 @@ class Timing(NamedTuple):
 
 
 def in_turn(repeats: int, ours: Callable[[], Any], *limits: Callable[[], Any]) -> list[Timing]:
-    """Time ours and every limit one after the other, ``repeats`` times, after one call each.
+    """Time our function and every limit in turn, ``repeats`` times, after one warm-up call each.
 
-    Functions must wait for their results. What disturbs the machine for longer than one round of
-    measurements disturbs both sides of a ratio.
+    Functions must wait for their results. A disturbance of the machine that lasts longer than one
+    round of measurements affects both sides of a ratio.
 
     Example:
         >>> timing, = in_turn(3, lambda: time.sleep(0.02), lambda: time.sleep(0.01))
@@ -69,14 +69,14 @@ def in_turn(repeats: int, ours: Callable[[], Any], *limits: Callable[[], Any]) -
 
 
 def rate(name: str, count: float, timing: Timing, unit: str, against: str, bar=None) -> Row:
-    """Return the row of ``count`` things in both times, in ``unit``."""
+    """Return a row with ``count`` per second of both times, in ``unit``."""
     return Row(name, count / timing.seconds, count / timing.limit, unit, against, timing.ratio, bar)
 
 
 def of_pairs(
     name: str, figures: list[float], limits: list[float], unit: str, against: str, bar=None
 ) -> Row:
-    """Return a row of medians; the ratio is that of the pairs, which saw the same machine."""
+    """Return a row of medians; the ratio is the median over pairs measured together."""
     ratio = statistics.median(f / x for f, x in zip(figures, limits, strict=True))
     return Row(
         name, statistics.median(figures), statistics.median(limits), unit, against, ratio, bar
@@ -84,9 +84,9 @@ def of_pairs(
 
 
 def fresh_process(code: str) -> str:
-    """Return what a fresh Python process prints that runs ``code``.
+    """Run ``code`` in a fresh Python process and return its output.
 
-    It may keep bytecode, as an installed package does.
+    The process may write bytecode, as for an installed package.
     """
     run = [sys.executable, "-c", code]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -94,7 +94,7 @@ def fresh_process(code: str) -> str:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Return how long a call takes; it must wait for its results."""
+    """Return the seconds that a call takes; it must wait for its results."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

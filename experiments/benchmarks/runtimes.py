@@ -1,4 +1,4 @@
-"""Real workers against bare loops of the same work: threads, Ray, and a race with a slow worker."""
+"""Benchmarks of real workers: threads and Ray against bare loops, and a race of methods."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from experiments.models import mlp
 from orlomo_jax import RayWorkers, Threads, make_method, train
 
 WARM = 0.2
-"""Share of a run's reports before its clock starts: processes start, programs compile."""
+"""Share of a run's reports that is not timed, while processes start and programs compile."""
 
 
 def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
-    """Return the reports a second of a run, its beginning left out."""
+    """Return the reports per second of a run, without its beginning."""
     stamps: list[float] = []
     method, round_fn, batch_fn, params = job
     result = train(
@@ -41,10 +41,10 @@ def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
 
 
 def threads(repeats: int) -> Iterator[Row]:
-    """Reports a second of threads that share the processors, against a loop of the same rounds.
+    """Compare the reports per second of threads with a loop of the same rounds.
 
-    The loop waits for each round, as a worker does. One thread alone shows what driver and server
-    cost; with two, one computes while the other waits for them.
+    The loop waits for each round, as a worker does. One thread alone shows the cost of driver and
+    server; with two, one computes while the other waits.
     """
     for widths, num_local_steps, batch_size, num_steps in (
         ((64, 512, 80), 8, 32, 400),
@@ -53,7 +53,7 @@ def threads(repeats: int) -> Iterator[Row]:
         params = mlp.init(jax.random.key(0), widths)
         shape = (num_local_steps, batch_size)
         batches = jnp.ones((*shape, widths[0])), jnp.zeros(shape, jnp.int32)
-        key = jax.random.key(0)  # made here: outside of a program one costs 0.1 ms
+        key = jax.random.key(0)  # made once, since making a key outside of a program is slow
         for num_workers in (1, 2):
             method = make_method("orlomo", num_workers)
             round_fn = method.local_round(mlp.loss_fn, num_local_steps)
@@ -75,7 +75,7 @@ def threads(repeats: int) -> Iterator[Row]:
 
 
 class _Echo:
-    """An actor that receives parameters and returns as many bytes as a report has."""
+    """An actor that receives parameters and returns as many bytes as a report."""
 
     def __init__(self, size: int, round_fn: Callable | None, batches: Any) -> None:
         jax.config.update("jax_platforms", "cpu")
@@ -92,7 +92,7 @@ class _Echo:
 def _bare_ray_rate(
     size: int, num_workers: int, num_steps: int, round_fn: Callable | None, batches: Any
 ) -> float:
-    """Return the round trips a second of Ray alone: put, call, wait, get."""
+    """Return the round trips per second of Ray alone: put, call, wait, get."""
     import ray
 
     actor: Any = ray.remote(num_cpus=1)(_Echo)
@@ -112,16 +112,16 @@ def _bare_ray_rate(
 
 
 def _vector_loss(params, model_state, batch, key):
-    """The cheapest loss with a gradient in every parameter."""
+    """Return a very cheap loss with a gradient in every parameter."""
     del key
     return batch[0] * jnp.vdot(params, params), (model_state, {})
 
 
 def ray_round_trips(repeats: int) -> Iterator[Row]:
-    """Round trips a second on Ray, against a bare Ray loop that moves the same bytes.
+    """Compare the round trips per second on Ray with a bare Ray loop that moves the same bytes.
 
-    Once the bare actors answer from memory; once they compute the same round, so that what is left
-    is the cost of server, driver and journal.
+    In one row the bare actors answer from memory. In the other they compute the same round, so that
+    the difference is the cost of server, driver and journal.
     """
     import ray
 
@@ -147,9 +147,10 @@ def ray_round_trips(repeats: int) -> Iterator[Row]:
 
 
 def race(repeats: int) -> Iterator[Row]:
-    """Real seconds to a training loss on threads, one worker of four slowed 4×, OrLoMo and PRSGDm.
+    """Compare the real seconds of OrLoMo and PRSGDm to a training loss, on threads.
 
-    Each method runs at the rate of one grid with which it gets there first in virtual time.
+    One of four workers is 4× slower. Each method uses the rate of one grid that reaches the loss
+    first in virtual time.
     """
     target, grid = 0.005, (0.03, 0.1, 0.3)
     base = runs.Run(

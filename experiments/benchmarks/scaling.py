@@ -1,4 +1,4 @@
-"""Time and memory as the work grows: workers, local steps, parameters, arrivals."""
+"""Measures time and memory as the number of workers, steps, parameters or arrivals grows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def workers(repeats: int) -> Iterator[Row]:
-    """Time per global iteration as K grows, against K = 8; every worker has reported by the end."""
+    """Compare the time per global iteration at larger K with K = 8; every worker reports."""
     repeats, few = min(repeats, 3), perceptron((64, 512, 80), 8, 8, 1536)
     for num_workers in (1, 64, 1024):
         many = perceptron((64, 512, 80), 8, num_workers, 1536)
@@ -28,7 +28,7 @@ def workers(repeats: int) -> Iterator[Row]:
 
 
 def local_steps(repeats: int) -> Iterator[Row]:
-    """Local steps a second as S grows, against bare rounds."""
+    """Compare the local steps per second with bare rounds as S grows."""
     for num_local_steps in (1, 8, 32, 128):
         count = max(8, 1024 // num_local_steps)
         job = perceptron((64, 32, 10), num_local_steps, 4, count)
@@ -38,7 +38,7 @@ def local_steps(repeats: int) -> Iterator[Row]:
 
 
 def parameters(repeats: int) -> Iterator[Row]:
-    """Time per global iteration as d grows, against bare rounds of so little work."""
+    """Compare the time per global iteration with bare, very cheap rounds as d grows."""
     for exponent in range(3, 9):
         size, count = 10**exponent, 64 if exponent < 7 else 8
         job = perceptron((1, size // 3, 1), 1, 4, count, batch_size=1)
@@ -48,7 +48,7 @@ def parameters(repeats: int) -> Iterator[Row]:
 
 
 def arrivals(repeats: int) -> Iterator[Row]:
-    """A million arrivals of 1024 workers, and simulated runs of up to a million steps."""
+    """Time a million arrivals of 1024 workers, and simulated runs of up to a million steps."""
     count, num_workers = 1_000_000, 1024
     times = np.random.default_rng(0).random(count)
 
@@ -67,11 +67,11 @@ def arrivals(repeats: int) -> Iterator[Row]:
 
 
 def memory(repeats: int) -> Iterator[Row]:
-    """Peak memory of a run's arrays in a fresh process, against the bound of the design.
+    """Compare the peak memory of a run's arrays, in a fresh process, with the design's bound.
 
-    The bound is one copy of w for each version that workers hold, w and u and the step's own, and
-    one report of 2 copies. What the C library keeps of freed arrays counts too: of a run driven
-    from Python that is half, and GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1000000 takes it away.
+    The bound is one copy of w for each version that workers hold, three for w, u and the step, and
+    two for one report. Freed arrays that the C library keeps count too, which is a large share in
+    the eager engine; GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1000000 avoids it.
     """
     del repeats
     size = 4_000_000
@@ -107,8 +107,8 @@ def peak(size: int, num_workers: int, compiled: bool, dtype: str = "float32") ->
         )
         jax.block_until_ready(result.params)
 
-    run(10)  # what compiling takes is not the run's
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run(10)  # so that the peak excludes compilation
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     run(size)
     print(json.dumps(_memory("VmHWM") - before))
@@ -123,7 +123,7 @@ def _no_data(key, worker, round):
 
 
 def _memory(field: str) -> float:
-    """Return a field of Linux's account of this process, in MB."""
+    """Return a field of /proc/self/status, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(kilobytes) / 1e3

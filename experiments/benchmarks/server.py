@@ -1,4 +1,4 @@
-"""The server step and ``ParameterServer.receive``, in bytes a second against ``np.add``."""
+"""Benchmarks of the server step and ``ParameterServer.receive`` against ``np.add``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from experiments.benchmarks.measure import Row, in_turn, rate
 from orlomo_jax import LocalUpdate, ParameterServer, Report, all_finite, make_method, orlomo
 
 SIZES = ((10_000_000, 1), (50_000_000, 1), (10_000_000, 200), (50_000_000, 200))
-"""Parameters and leaves."""
+"""Pairs (parameters, leaves)."""
 
 STEPS = 4
-"""Steps of one measurement: bytes a second of a running server, not of a first step."""
+"""Steps of one measurement; several, to measure a running server."""
 
 
 def step(repeats: int) -> Iterator[Row]:
-    """OrLoMo's step with params and state donated: 24 bytes a parameter, in one pass."""
+    """Time OrLoMo's step with params and state donated: 24 bytes per parameter in one pass."""
     for size, leaves in SIZES:
         rule = orlomo(16)
 
@@ -43,7 +43,7 @@ def step(repeats: int) -> Iterator[Row]:
 
 
 def receive(repeats: int) -> Iterator[Row]:
-    """The same through the server, where 8 workers hold a version each: receive and dispatch."""
+    """Time receive and dispatch on the server; 8 workers hold a version each."""
     for size, leaves in SIZES:
         for finite in (True, None):
             ours = _receiving(size, leaves, finite)
@@ -52,7 +52,7 @@ def receive(repeats: int) -> Iterator[Row]:
 
 
 def masters(repeats: int) -> Iterator[Row]:
-    """Receive and dispatch of bfloat16 parameters with float32 masters, against float32 ones."""
+    """Compare receive and dispatch of bfloat16 parameters (with masters) with float32 ones."""
     for size, leaves in SIZES[:1] + SIZES[2:3]:
         ours, limit = (_receiving(size, leaves, True, dtype) for dtype in (jnp.bfloat16, None))
         (timing,) = in_turn(repeats, ours, limit)
@@ -71,11 +71,11 @@ def _receiving(size: int, leaves: int, finite: bool | None, dtype: Any = None) -
         task = server.held(worker)
         assert task is not None
         report = Report(task.worker, task.round, task.dispatched_at, update, finite=finite)
-        del task  # as a worker lets go of what it was sent
+        del task  # a worker releases its task too, so that the server may reuse the memory
         server.receive(report)
         return server.dispatch(worker).params
 
-    for worker in range(8):  # so that all versions are distinct
+    for worker in range(8):  # makes all versions distinct
         cycle(worker)
 
     def ours():
@@ -87,7 +87,7 @@ def _receiving(size: int, leaves: int, finite: bool | None, dtype: Any = None) -
 
 
 def finite(repeats: int) -> Iterator[Row]:
-    """The check of a payload whose worker has not looked: 8 bytes a parameter, read only."""
+    """Time the check of a payload that its worker has not checked: reads 8 bytes per parameter."""
     check = all_finite
     for size, leaves in SIZES[:1] + SIZES[2:3]:
         update = LocalUpdate(_ones(size, leaves), _ones(size, leaves))

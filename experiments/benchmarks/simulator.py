@@ -1,4 +1,4 @@
-"""Rounds and simulated runs, against the bare compiled programs that they contain."""
+"""Benchmarks of rounds and simulated runs, against the bare compiled programs inside them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from orlomo_jax import ArrivalTrace, Method, make_method, one_slow_worker, simul
 from orlomo_jax import simulate_arrivals as arrivals_of
 
 APPFL_JOB = Path(__file__).with_name("appfl_job.py")
-"""Its simulator at the small job, for the Python of an environment that has it."""
+"""The script that times APPFL's simulator; it runs in an environment with APPFL."""
 
 
 class Job(NamedTuple):
     """A run to be timed.
 
     Attributes:
-        name: What it is called in rows.
+        name: Its name in rows.
         method: OrLoMo, for K workers.
-        round_fn: Its local round.
-        params: w_0.
-        model_state: What goes with it.
-        batches: What every worker reads in every round.
-        trace: The last worker is 5 times slower.
+        round_fn: The method's local round.
+        params: The initial parameters w_0.
+        model_state: The initial model state.
+        batches: The batches of every round of every worker.
+        trace: Arrivals; the last worker is 5 times slower.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     trace: ArrivalTrace
 
     def simulated(self, **options: Any) -> None:
-        """Run it in the simulator."""
+        """Run the job in the simulator."""
         result = simulate(
             self.method,
             self.round_fn,
@@ -58,10 +58,10 @@ class Job(NamedTuple):
         jax.block_until_ready(result.params)
 
     def rounds(self) -> Any:
-        """Call the jitted round as often, and nothing else."""
+        """Call only the jitted round, once per step of the trace."""
         args = (self.params, self.model_state, self.batches, 0.01, jax.random.key(0))
         result = None
-        for _ in range(self.trace.num_steps):  # one after the other, none of them kept
+        for _ in range(self.trace.num_steps):  # keeps no earlier result
             result = self.round_fn(*args)
         return jax.block_until_ready(result)
 
@@ -86,7 +86,7 @@ def resnet(
 
 
 def simulator(repeats: int) -> Iterator[Row]:
-    """Global iterations a second, driven from Python and compiled."""
+    """Measure global iterations per second of the eager and the compiled engine."""
     small = _small()
     for form, bar in (("compiled", 1.2), ("driven from Python", 0.5)):
         run = partial(small.simulated, compiled=form == "compiled")
@@ -105,7 +105,7 @@ def simulator(repeats: int) -> Iterator[Row]:
 
 
 def axes(repeats: int) -> Iterator[Row]:
-    """Each way of computing rounds against the one that is chosen here: none should be above 1."""
+    """Compare each way of computing rounds with the automatic choice; no ratio should exceed 1."""
     dense, convolving = perceptron((64, 512, 80), 8, 16, 64), resnet(2, 8, 16)
     jobs = [("", dense, dense, repeats)]
     for form in ("matmul",) if jax.default_backend() == "cpu" else ("xla", "matmul"):
@@ -129,10 +129,10 @@ def has_appfl(python: Path) -> bool:
 
 
 def against_appfl(repeats: int, python: Path) -> Iterator[Row]:
-    """The small job, compiled, against APPFL's simulator, as installed and without its collections.
+    """Compare the compiled small job with APPFL's simulator, with and without garbage collection.
 
-    APPFL collects all garbage some ten times in a global iteration unless told otherwise, which
-    takes longer the more has been imported.
+    By default APPFL collects all garbage about ten times in a global iteration. The more modules
+    are imported, the longer this takes.
     """
     job = _small()
     job.simulated(compiled=True)
@@ -151,7 +151,7 @@ def against_appfl(repeats: int, python: Path) -> Iterator[Row]:
 
 
 def worker(repeats: int) -> Iterator[Row]:
-    """A local round of S steps, against S calls of one jitted step of momentum SGD."""
+    """Compare a local round of S steps with S calls of one jitted step of momentum SGD."""
     for job, count in ((perceptron((64, 512, 80), 8, 1, 20), repeats), (resnet(4, 1, 1), 3)):
         steps = job.trace.num_steps * len(jax.tree.leaves(job.batches)[0])
         loss_fn = (

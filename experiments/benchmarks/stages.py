@@ -1,4 +1,4 @@
-"""Benchmarks in stages that must fit into a budget of seconds."""
+"""Runs benchmarks in stages within a budget of seconds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments.benchmarks.measure import Row
 
 
 class Stage(NamedTuple):
-    """A part of the benchmarks that is run whole or left out.
+    """A part of the benchmarks that is run completely or left out.
 
     Attributes:
         group: The group of its rows.
-        name: What it measures, or prepares.
-        seconds: How long it may take, compiling included.
-        rows: What measures it.
-        after: The name of the stage that prepares it: where that is left out, so is this one.
+        name: The measurement or preparation that it does.
+        seconds: The time that it may take, including compilation.
+        rows: The function that measures and returns the rows.
+        after: The name of the stage that prepares it; if that is left out, so is this one.
     """
 
     group: str
@@ -36,14 +36,14 @@ class Missed(NamedTuple):
 
 
 def run(stages: Iterable[Stage], budget: float, missed: Missed) -> Iterator[tuple[str, Row]]:
-    """Yield group and row of each stage that fits into what is left of the budget, as measured.
+    """Run each stage that fits into the rest of the budget; yield (group, row) pairs.
 
-    One that fails leaves the others alone: each row costs time on a machine that may be rare.
+    A stage that fails does not stop the others: time on a GPU may be rare.
 
     Args:
-        stages: In order.
-        budget: Seconds for all of them.
-        missed: Where the stages that were left out or failed are named.
+        stages: The stages in order.
+        budget: Seconds for all stages.
+        missed: Receives the names of stages that were left out or failed.
     """
     start, out = time.perf_counter(), set[str]()
     for stage in stages:

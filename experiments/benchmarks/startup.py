@@ -1,4 +1,4 @@
-"""What ``import orlomo_jax`` costs beyond ``import jax, optax``, in fresh processes."""
+"""Measures the time of ``import orlomo_jax`` after ``import jax, optax``, in fresh processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from experiments.benchmarks.measure import Row, fresh_process
 
 
 def startup(repeats: int) -> Iterator[Row]:
-    """Import the dependencies, then the library, in one process, which times both.
+    """Import the dependencies, then time the import of the library, in one process.
 
-    What the dependencies' import leaves to Python's garbage collector tends to be collected in the
-    midst of ours: one row counts that in, the other has it collected before.
+    Python tends to collect the garbage of the dependencies during our import. One row includes
+    that; for the other row, the garbage is collected before.
     """
     for name, before in (("", ""), (", garbage of jax collected before", "gc.collect(); ")):
         times = [

@@ -1,1 +1,1 @@
-"""What XLA makes of a training run for a GPU, read in its program: no GPU is needed."""
+"""Inspects the program that XLA compiles for a training run on a GPU; no GPU is needed."""

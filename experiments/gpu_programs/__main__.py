@@ -1,11 +1,11 @@
-"""Look at what XLA makes of a training run for a GPU; ``python -m experiments.gpu_programs``.
+"""Inspect the program that XLA compiles for a GPU; ``python -m experiments.gpu_programs``.
 
-It compiles a simulated run of ResNet20 on images like CIFAR10's for an H100 and an H200, and tells
+It compiles a simulated run of ResNet20 on images like CIFAR10's for an H100 and an H200, and counts
 kernels, launches, host waits and memory traffic of a local step. It needs JAX's CUDA plugin
-(``pip install 'jax[cuda13]'``) and no GPU.
+(``pip install 'jax[cuda13]'``) but no GPU.
 
-The predicted seconds are no measurement. XLA tries out algorithms for convolutions and tiles for
-matrix products on the device; without one it takes its defaults, so that these may change there.
+The seconds are predicted, not measured. On a real device, XLA tries out algorithms for convolutions
+and tiles for matrix products. Without a device it uses defaults, so the figures may differ there.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from experiments.terminal import accept_any_terminal
 
 @dataclass(frozen=True)
 class Inspection:
-    """What to compile."""
+    """The programs to compile."""
 
     gpus: tuple[Literal["h100", "h200"], ...] = ("h100", "h200")
-    """For which GPUs."""
+    """The GPUs to compile for."""
     convolutions: tuple[Literal["xla", "matmul"], ...] = ("xla", "matmul")
-    """How convolutions are computed."""
+    """How to compute convolutions."""
     together: int = 1
-    """Runs that one program computes side by side."""
+    """Number of runs that one program computes together."""
     epochs: float = 160
-    """Length of the run whose seconds are predicted."""
+    """Length of the run in the time prediction."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Compile, and print what came of it."""
+    """Compile the programs and print a table of their figures."""
     accept_any_terminal()
     settings = tyro.cli(
         Inspection, prog="python -m experiments.gpu_programs", args=args, description=__doc__
@@ -82,7 +82,7 @@ def _figures(program: Program, seconds: float, settings: Inspection) -> dict[str
     return figures | {
         "peak GB": f"{program.peak / 1e9:.2f}",
         f"predicted s for {settings.epochs:g} epochs": f"{seconds:.0f}",
-        "of it for each run": f"{seconds / settings.together:.0f}",
+        "predicted s per run": f"{seconds / settings.together:.0f}",
     }
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of an XLA program for a GPU read, write and multiply, from its text."""
+"""Parses an XLA GPU program; counts the bytes and operations of its kernels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FREE = frozenset(
 )
 """Opcodes that launch no kernel of their own."""
 PARTS = ("dynamic-slice", "slice", "gather")
-"""Opcodes that read of their first operand only what they return."""
+"""Opcodes that read only the returned part of their first operand."""
 MOVES = frozenset("parameter constant bitcast copy transpose reshape tuple".split())
-"""Opcodes of a fusion that only moves an array."""
+"""Opcodes of a fusion that only moves arrays."""
 
 
 class Instruction(NamedTuple):
-    """A line of a computation; ``shape`` and ``attributes`` are XLA's text."""
+    """A line of a computation; ``shape`` and ``attributes`` are in XLA's notation."""
 
     name: str
     shape: str
@@ -32,7 +32,7 @@ class Instruction(NamedTuple):
     root: bool
 
     def called(self, role: str) -> str | None:
-        """Return the name of the computation that it calls in a role: ``body``, ``calls``."""
+        """Return the computation called in a role (``body``, ``calls``, …), or None."""
         found = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
@@ -44,7 +44,7 @@ class Instruction(NamedTuple):
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs, or None where the device alone knows."""
+        """Number of iterations of a loop, or None if only the device knows it."""
         found = re.search(r'known_trip_count":\s*\{"n":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
@@ -58,8 +58,8 @@ class Kernel(NamedTuple):
     Attributes:
         name: XLA's name of the instruction.
         moves: Whether it only copies or transposes.
-        bytes: Read and written, as if nothing came from a cache.
-        flops: Of matrix products and convolutions; what is elementwise is not counted.
+        bytes: Bytes read and written, if nothing comes from a cache.
+        flops: Operations of matrix products and convolutions, without elementwise ones.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Module:
     """The computations of a program.
 
     Attributes:
-        entry: The name of the one that starts.
+        entry: The name of the computation that runs first.
     """
 
     def __init__(self, text: str) -> None:
-        """Read ``compiled.as_text()``."""
+        """Parse the text of a program, ``compiled.as_text()``."""
         self.entry, self._computations = "", dict[str, Computation]()
         current: Computation | None = None
         for line in text.splitlines():
@@ -93,11 +93,11 @@ class Module:
                 current[name] = Instruction(name, shape, opcode, names, rest, bool(root))
 
     def __getitem__(self, name: str | None) -> Computation:
-        """Return a computation; none is empty."""
+        """Return a computation, {} for an unknown name or None."""
         return self._computations.get(name or "", {})
 
     def kernels(self, name: str | None) -> Iterator[Kernel]:
-        """Yield the kernels of a computation, those of its loops and branches left out."""
+        """Yield the kernels of a computation, without those of its loops and branches."""
         computation = self[name]
         for instruction in computation.values():
             if instruction.opcode in ("call", "async-start"):
@@ -107,7 +107,7 @@ class Module:
                 yield self._kernel(instruction, computation)
 
     def loops(self, name: str | None) -> Iterator[Instruction]:
-        """Yield the loops of a computation, not those within them."""
+        """Yield the outermost loops of a computation."""
         for instruction in self[name].values():
             if instruction.opcode == "call":
                 yield from self.loops(instruction.called("to_apply"))
@@ -155,7 +155,7 @@ def nbytes(shape: str) -> int:
 
 
 def _read(value: Instruction, computation: Computation) -> int:
-    """Return the bytes of a fusion's parameter that it reads: of what it slices, the slices."""
+    """Return the bytes that a fusion reads of a parameter: only the slices if it slices it."""
     whole, total = nbytes(value.shape), 0
     for user in computation.values():
         if value.name not in user.operands:
@@ -165,12 +165,12 @@ def _read(value: Instruction, computation: Computation) -> int:
         elif user.opcode in PARTS and user.operands[0] == value.name:
             total += nbytes(user.shape)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-            return whole  # else it is updated in place
+            return whole  # an in-place update reads nothing of its first operand
     return min(total, whole)
 
 
 def _written(value: Instruction, computation: Computation) -> int:
-    """Return the bytes that a fusion writes: of what it updates in place, the update."""
+    """Return the bytes that a fusion writes: only the update if it updates in place."""
     if value.opcode == "tuple":
         return sum(_written(computation[name], computation) for name in value.operands)
     if value.opcode == "bitcast":
@@ -181,7 +181,7 @@ def _written(value: Instruction, computation: Computation) -> int:
 
 
 def _products(instruction: Instruction, computation: Computation) -> int:
-    """Return two for each multiplication of a matrix product or a convolution."""
+    """Return the flops of a matrix product or convolution: two per multiplication."""
     opcode, target = instruction.opcode, instruction.target
     result = _first(instruction.shape)
     shapes = [_first(computation[x].shape) for x in instruction.operands if x in computation]

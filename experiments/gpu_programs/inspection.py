@@ -1,4 +1,4 @@
-"""Kernels, launches and host waits of a compiled training run, and a prediction of its time."""
+"""Counts kernels, launches and host waits of a compiled training run and predicts its time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from experiments.gpu_programs.targets import GPU
 
 HOST_CALLBACK = re.compile(r"callback|SendTo|RecvFrom|Infeed|Outfeed", re.IGNORECASE)
 LARGE = 1_000_000
-"""Bytes from which on an array counts as large."""
+"""Smallest large array, in bytes."""
 
 
 class Body(NamedTuple):
-    """One iteration of a loop, without the loops within it.
+    """One iteration of a loop, without a separately counted inner loop.
 
     Attributes:
-        kernels: Its kernels: every fusion, library call and copy of XLA's program is one, though a
-            library may launch several for a call.
-        launches: What the host launches: graphs (command buffers), and kernels outside of them.
-        waits: How often the host waits for the device: once for a branch, a callback and each
-            evaluated condition of a loop whose length the device alone knows. Such a loop is
-            counted as if its body ran once, so with two.
+        kernels: One per fusion, library call and copy of XLA's program, although a library may
+            launch several kernels per call.
+        launches: Number of launches by the host: graphs (command buffers), and kernels outside
+            graphs.
+        waits: How often the host waits for the device: once for each branch, callback and
+            evaluated condition of a loop of unknown length. The body of such a loop is assumed to
+            run once, which evaluates its condition twice.
     """
 
     kernels: tuple[Kernel, ...]
@@ -32,17 +33,17 @@ class Body(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Read and written, as if nothing came from a cache."""
+        """Bytes read and written, if nothing comes from a cache."""
         return sum(kernel.bytes for kernel in self.kernels)
 
     @property
     def flops(self) -> int:
-        """Of matrix products and convolutions."""
+        """Operations of matrix products and convolutions."""
         return sum(kernel.flops for kernel in self.kernels)
 
     @property
     def large_copies(self) -> int:
-        """Kernels that do nothing but move a large array, which they read and write."""
+        """Number of kernels that only move a large array; moving reads and writes it."""
         return sum(kernel.moves and kernel.bytes >= 2 * LARGE for kernel in self.kernels)
 
     def seconds(self, gpu: GPU, launch: float = 4e-6, kernel: float = 2e-6) -> float:
@@ -55,10 +56,10 @@ class Program(NamedTuple):
     """A compiled training run.
 
     Attributes:
-        local_steps: S, how often a round runs the loop over local steps.
-        step: An iteration of that loop.
-        round: An iteration of the loop around it, without the local steps: data, server step.
-        peak: Bytes of arguments, results and temporary arrays, donated ones counted once.
+        local_steps: S, the number of local steps in a round.
+        step: One local step.
+        round: The rest of a round: data and server step.
+        peak: Bytes of arguments, results and temporary arrays; donated ones count once.
     """
 
     local_steps: int
@@ -68,16 +69,16 @@ class Program(NamedTuple):
 
 
 def inspect(compiled: Any, thunks: str = "") -> Program:
-    """Return what a compiled training run does in a local step and in a round.
+    """Count what a compiled training run does in a local step and in the rest of a round.
 
-    The loop over local steps is the one of a known number of iterations whose body has the most
-    kernels; the host runs it without waiting. A loop of unknown length is one that the host asks
-    the device about before each iteration.
+    Among the loops with a known number of iterations, the loop over local steps has the most
+    kernels in its body; the host runs it without waiting. In a loop of unknown length, the host
+    asks the device before each iteration whether to continue.
 
     Args:
         compiled: A compiled function: any object with ``as_text`` and ``memory_analysis``.
-        thunks: From :func:`compile_for`. Without it no graph is known, and each kernel is taken for
-            a launch of its own.
+        thunks: From :func:`compile_for`. Without it the graphs are unknown, and each kernel counts
+            as one launch.
 
     Raises:
         ValueError: If no loop has a known number of iterations.
@@ -98,7 +99,7 @@ def inspect(compiled: Any, thunks: str = "") -> Program:
     body = loop.called("body")
     step = _body(module, body, None)
     whole = _body(module, module.entry if around is None else around.called("body"), body)
-    if around is not None and around.trips is None:  # its own condition
+    if around is not None and around.trips is None:  # add its own condition
         condition = tuple(module.kernels(around.called("condition")))
         whole = Body(whole.kernels + condition, whole.launches + len(condition), whole.waits + 1)
     if launches := _launches(thunks, len(step.kernels)):
@@ -109,15 +110,19 @@ def inspect(compiled: Any, thunks: str = "") -> Program:
 
 
 def predict(program: Program, gpu: GPU, local_steps: int, wait: float = 20e-6) -> float:
-    """Return the predicted seconds of a run of so many local steps.
+    """Return the predicted seconds of a run of ``local_steps`` local steps.
 
     ``rounds · (S · t(step) + t(round) + waits · 20 µs)``, where ``t`` of a body is the longer of
     ``launches · 4 µs`` (the host) and the sum over its kernels of
     ``max(2 µs, bytes / bandwidth + flops / rate)`` (the device, one kernel after another).
 
-    Assumed: the host runs ahead but where it waits; a graph is launched as fast as a kernel; no
-    byte comes from a cache, though a step's arrays of a small batch fit into 50 MB of it; no kernel
-    ends within 2 µs; products reach ``gpu.flops``. None of that was measured.
+    None of these assumptions was measured:
+
+    - The host runs ahead of the device except when it waits.
+    - Launching a graph is as fast as launching a kernel.
+    - No byte comes from a cache, although the arrays of a small batch would fit into 50 MB of it.
+    - Every kernel takes at least 2 µs.
+    - Matrix products reach ``gpu.flops``.
     """
     a_round = program.local_steps * program.step.seconds(gpu) + program.round.seconds(gpu)
     return local_steps / program.local_steps * (a_round + program.round.waits * wait)
@@ -126,14 +131,14 @@ def predict(program: Program, gpu: GPU, local_steps: int, wait: float = 20e-6) -
 def _loops(
     module: Module, name: str | None, around: Instruction | None = None
 ) -> Iterator[tuple[Instruction | None, Instruction]]:
-    """Yield every loop and the one around it."""
+    """Yield pairs of each loop's enclosing loop (or None) and the loop itself."""
     for loop in module.loops(name):
         yield around, loop
         yield from _loops(module, loop.called("body"), loop)
 
 
 def _body(module: Module, name: str | None, left_out: str | None) -> Body:
-    """Return a computation with its loops run once, but the one whose body is ``left_out``."""
+    """Return a computation with each loop run once, except the loop with body ``left_out``."""
     kernels, waits = tuple(module.kernels(name)), 0
     for instruction in module[name].values():
         call = instruction.opcode.startswith("custom-call") and instruction.target
@@ -152,7 +157,7 @@ def _body(module: Module, name: str | None, left_out: str | None) -> Body:
 
 
 class _Thunk(NamedTuple):
-    """A line of XLA's list, and the lines under it."""
+    """A line of XLA's list of thunks, and the lines nested under it."""
 
     kind: str
     condition: bool
@@ -164,13 +169,13 @@ class _Thunk(NamedTuple):
         return sum(thunk.launches() for thunk in self.under)
 
     def kernels(self) -> int:
-        """Count those of its body, without the loops within."""
+        """Return the number of kernels in its body, without inner loops."""
         inner = (x for x in self.under if x.kind != "kWhile" and not x.condition)
         return sum(x.kernels() for x in inner) if self.under else 1
 
 
 def _launches(thunks: str, kernels: int) -> tuple[int, int] | None:
-    """Return the launches of a local step, which has that many kernels, and of the round's rest."""
+    """Return the launches of the loop body nearest to ``kernels`` kernels, and of the rest."""
     stack, condition = [_Thunk("", False, [])], False
     around: list[tuple[_Thunk, _Thunk]] = []
     for line in thunks.splitlines():

@@ -1,4 +1,4 @@
-"""GPUs to compile for, whether or not one is there."""
+"""Compiles for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from jax.experimental import topologies
 
 
 class GPU(NamedTuple):
-    """What a prediction needs of a GPU, and XLA's description of it.
+    """The figures of a GPU that a prediction needs, and XLA's description of it.
 
     Attributes:
-        bandwidth: Bytes a second between GPU and its memory.
-        memory: Bytes.
-        flops: Float32 operations a second with TF32 products; NVIDIA promises 494e12, which thin
-            products like a ResNet20's do not come near.
+        name: Its full name.
+        bandwidth: Bytes per second between the GPU and its memory.
+        memory: Size of its memory in bytes.
+        flops: Float32 operations per second with TF32 products. NVIDIA's data sheet says 494e12;
+            thin products like those of ResNet20 stay far below.
     """
 
     name: str
@@ -56,12 +57,12 @@ GPUS = {
 
 
 def target(name: str) -> jax.sharding.SingleDeviceSharding:
-    """Return where arrays of a program for a GPU of ``GPUS`` live; no such GPU need be there.
+    """Return the sharding of arrays on a GPU of ``GPUS``, which need not be present.
 
     Raises:
-        NotImplementedError: If JAX's CUDA plugin is not there.
+        NotImplementedError: If JAX's CUDA plugin is not installed.
     """
-    # It asks libraries for their versions that do not answer where no GPU's driver is.
+    # The plugin asks CUDA libraries for their versions, which fails without a GPU driver.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     topology = topologies.get_topology_desc(
         "one", "cuda", target_config=GPUS[name].description, topology="1x1x1"
@@ -70,7 +71,7 @@ def target(name: str) -> jax.sharding.SingleDeviceSharding:
 
 
 def abstract(tree: Any, sharding: Any = None, leading: tuple[int, ...] = ()) -> Any:
-    """Return the tree's arrays without their values, with leading axes added."""
+    """Return the tree with abstract arrays (shape and dtype only), with leading axes added."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (*leading, *jnp.shape(x)), jnp.result_type(x), sharding=sharding
@@ -80,9 +81,9 @@ def abstract(tree: Any, sharding: Any = None, leading: tuple[int, ...] = ()) -> 
 
 
 def compile_for(sharding: Any, function: Any, args: Sequence[Any]) -> tuple[Any, str]:
-    """Return a jitted function compiled for a target, and what its runtime launches.
+    """Compile a jitted function for a target; return it and XLA's list of thunks.
 
-    The latter is XLA's list of thunks, which says which kernels a graph holds; "" if there is none.
+    The list says which kernels each graph contains; it is "" if XLA wrote none.
     """
     lowered = function.lower(*abstract(args, sharding))
     with tempfile.TemporaryDirectory() as folder:

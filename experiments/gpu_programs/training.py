@@ -1,4 +1,4 @@
-"""The compiled stretch of a simulated run, ready to be compiled for any device."""
+"""The program of one segment of a simulated run, ready to compile for any device."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
 def training(
     convolution: Literal["xla", "matmul"], together: int = 1, model: str = "resnet20"
 ) -> tuple[Callable, list[Any]]:
-    """Return a stretch of a simulated run and its arguments, abstract ones.
+    """Return the program of a segment of a simulated run, and its abstract arguments.
 
     Args:
         convolution: How convolutions are computed.
-        together: Runs of one program, side by side under ``jax.vmap``: they share data, step
-            numbers and the number of groups.
+        together: Number of runs in one program under ``jax.vmap``. They share data, step numbers
+            and the number of groups.
         model: See :func:`experiments.models.make`.
     """
     network = models.make(model, 10, (32, 32, 3), convolution=convolution)
-    none: Any = None  # the loss looks at no split
+    none: Any = None  # the loss does not use the splits
     cifar10 = data.Dataset("cifar10", none, none, 10, (0.5,) * 3, (0.25,) * 3, padding=4)
     method = make_method("orlomo", WORKERS)
     round_fn = method.local_round(
@@ -68,7 +68,7 @@ def training(
 
 
 def _batches(images: Any, labels: Any) -> Any:
-    """Return the training batches of abstract arrays."""
+    """Return the batch function over abstract images and labels."""
     batch_fn = data.shuffled_batches(
         data.Split(jnp.zeros(0), jnp.zeros(TRAIN_SIZE, jnp.int8)), BATCH_SIZE, LOCAL_STEPS
     )

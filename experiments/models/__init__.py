@@ -19,7 +19,7 @@ from experiments.models.squeezenet import SqueezeNet
 from orlomo_jax import from_nnx
 
 BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
-# It runs once: optimised, a ResNet20's takes 6 s to compile, so 1.5 s.
+# Initialisation runs only once, and compiles much faster without optimisation.
 QUICK_TO_COMPILE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -33,7 +33,7 @@ class Network(NamedTuple):
     Attributes:
         init: ``init(key) -> (params, model_state)``; params are float32.
         loss_fn: ``loss_fn(params, model_state, (images, labels), key)``, the mean cross-entropy in
-            the library's form and in training mode.
+            training mode, with the library's signature.
         predict: ``predict(params, model_state, images)``, the logits float32[batch, classes] in
             evaluation mode.
     """
@@ -52,21 +52,21 @@ def make(
     dtype=jnp.float32,
     convolution: Literal["auto", Form] = "auto",
 ) -> Network:
-    """Return the network of that name.
+    """Return a network by name.
 
     Args:
         name: One of ``NAMES``.
         num_classes: The number of logits.
-        image_shape: (height, width, channels), or anything that an MLP flattens.
-        width: Scales the channels of a convolutional network, and the MLP's 64 hidden units: 1 is
-            the paper's, less is slim.
-        dtype: In which features are computed, float32 or bfloat16.
-        convolution: How convolutions are computed, see :mod:`experiments.models.layers`: the same
-            parameters and, to rounding, the same numbers. ``auto`` is ``matmul`` on a CPU and
-            ``xla`` elsewhere.
+        image_shape: (height, width, channels); any shape for an MLP, which flattens it.
+        width: Factor on the channels of a convolutional network, or on the MLP's 64 hidden units;
+            the paper uses 1.
+        dtype: Dtype of features, float32 or bfloat16.
+        convolution: How convolutions are computed, see :mod:`experiments.models.layers`. Parameters
+            are the same, results differ by rounding. ``auto`` is ``matmul`` on a CPU and ``xla``
+            elsewhere.
 
     Raises:
-        ValueError: If there is no such network, or it needs images and there are none.
+        ValueError: If the name is unknown, or the network cannot use this ``image_shape``.
 
     Example:
         >>> network = make("resnet20", 10, (32, 32, 3))
@@ -86,7 +86,9 @@ def make(
     if convolution == "auto":
         convolution = "matmul" if jax.default_backend() == "cpu" else "xla"
     if name == "squeezenet" and min(image_shape[:2]) < 8:
-        raise ValueError(f"squeezenet halves images thrice, got {image_shape[:2]}: pool less")
+        raise ValueError(
+            f"squeezenet halves images three times, got {image_shape[:2]}: use a smaller `pool`"
+        )
     shape = {"channels": image_shape[-1], "layers": Layers(convolution, dtype)}
     if name == "squeezenet":
         build = partial(SqueezeNet, num_classes, width=width, **shape)

@@ -1,13 +1,13 @@
-"""The layers of the image networks, in two forms with the same parameters.
+"""Layers of the image networks, in two forms with the same parameters.
 
-``xla``: XLA's convolution on float[batch, height, width, channels].
+``xla`` uses XLA's convolution on float[batch, height, width, channels].
 
-``matmul``: a convolution as one matrix product, kernel × patches, on float[channels, height, width,
-batch]: the shifted images that make up the patches are then copied in long runs. XLA's CPU backend
-runs the gradient of its own convolution inside a loop 6 to 39 times slower than outside it; matrix
-products it runs as fast anywhere, and under ``vmap`` they stay matrix products.
+``matmul`` computes a convolution as one matrix product, kernel × patches, on float[channels,
+height, width, batch]. In this layout the patches are copied in long contiguous runs. XLA's CPU
+backend runs the gradient of its own convolution much slower inside a loop than outside. Matrix
+products are as fast in a loop, and stay matrix products under ``vmap``.
 
-Height and width are axes 1 and 2 in both, so that a network is written once.
+Height and width are axes 1 and 2 in both forms, so that a network is written once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Layers:
     """Makes layers of one form.
 
     Attributes:
-        form: How convolutions are computed, and with it the layout of features.
-        dtype: In which features are computed; parameters are float32.
+        form: How convolutions are computed; it also sets the layout of features.
+        dtype: Dtype of features; parameters are float32.
     """
 
     form: Form = "xla"
@@ -62,7 +62,7 @@ class Layers:
             channels,
             (kernel_size, kernel_size),
             strides=(stride, stride),
-            padding=((pad, pad), (pad, pad)),  # PyTorch's at stride 2 too: "SAME" pads (0, 1)
+            padding=((pad, pad), (pad, pad)),  # as in PyTorch; "SAME" pads (0, 1) at stride 2
             use_bias=bias,
             kernel_init=HE_NORMAL,
             dtype=self.dtype,
@@ -87,7 +87,7 @@ class Layers:
 
 
 class MatmulConv(nnx.Conv):
-    """An ``nnx.Conv`` of float[channels, height, width, batch], as a matrix product."""
+    """An ``nnx.Conv`` on float[channels, height, width, batch], as a matrix product."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map float[channels_in, height, width, batch] to float[channels, …, batch]."""
@@ -104,7 +104,7 @@ class MatmulConv(nnx.Conv):
 
 
 def patches(x: jax.Array, kernel_size, strides, padding) -> jax.Array:
-    """Return what each output pixel sees, float[kernel pixels · channels, height, width, batch].
+    """Return each output pixel's inputs, float[kernel pixels · channels, height, width, batch].
 
     Example:
         >>> row = jnp.arange(3.0).reshape(1, 1, 3, 1)
@@ -122,5 +122,5 @@ def patches(x: jax.Array, kernel_size, strides, padding) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Return the maxima of 2×2 windows, in either layout."""
+    """Return the maxima of 2×2 windows; both layouts work."""
     return nnx.max_pool(x, (2, 2), (2, 2))

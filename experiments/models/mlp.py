@@ -34,7 +34,7 @@ def logits(params: list[dict[str, jax.Array]], images: jax.Array, dtype=jnp.floa
 
 
 def loss_fn(params, model_state, batch, key, *, dtype=jnp.float32):
-    """Return the mean cross-entropy of a batch (images, labels), in the library's form."""
+    """Return the mean cross-entropy of a batch (images, labels), as the library expects it."""
     del key
     images, labels = batch
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images, dtype), labels)

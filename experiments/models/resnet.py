@@ -23,7 +23,7 @@ class Block(nnx.Module):
         self.norm2 = layers.norm(channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map features of channels_in channels to a block's features."""
+        """Map features with ``channels_in`` channels to features with ``channels``."""
         shortcut = x
         if self.widen:
             before = self.widen // 2
@@ -51,13 +51,13 @@ class ResNet(nnx.Module):
         layers: Layers,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialise the parameters, float32 whatever features are computed in.
+        """Initialise the float32 parameters.
 
         Args:
-            blocks: n ≥ 1, the blocks of a stage.
+            blocks: n ≥ 1, the number of blocks in a stage.
             num_classes: The number of logits.
             width: w ≥ 1.
-            channels: Those of an image.
+            channels: The channels of an image.
             layers: The form of the layers; the logits are float32.
             rngs: The source of the initial parameters.
         """

@@ -1,7 +1,7 @@
-"""SqueezeNet for small images: simple bypass, BatchNorm after every convolution but the last.
+"""SqueezeNet for small images, in Flax NNX.
 
-Iandola et al. 2016, with a 3×3 stem at stride 1 and 2×2 max-pooling after the stem, fire 4 and
-fire 8.
+Iandola et al. 2016 with simple bypass, a 3×3 stem at stride 1, 2×2 max-pooling after the stem,
+fire 4 and fire 8, and BatchNorm after every convolution except the last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flax import nnx
 
 from experiments.models.layers import Layers, max_pool
 
-# (channels out, channels of the squeeze, max-pooling after it); fire 2 … fire 9
+# (output channels, squeeze channels, whether max-pooling follows) of fire 2, …, fire 9
 FIRES = (
     (128, 16, False),
     (128, 16, False),
@@ -39,12 +39,12 @@ class Unit(nnx.Module):
         self.norm = layers.norm(channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map features of channels_in channels to the unit's."""
+        """Map features with ``channels_in`` channels to features with ``channels``."""
         return nnx.relu(self.norm(self.conv(x)))
 
 
 class Fire(nnx.Module):
-    """A 1×1 squeeze, then 1×1 and 3×3 expansions side by side."""
+    """A 1×1 squeeze, then parallel 1×1 and 3×3 expansions."""
 
     def __init__(
         self, channels_in: int, channels: int, squeeze: int, layers: Layers, rngs: nnx.Rngs
@@ -56,7 +56,7 @@ class Fire(nnx.Module):
         self.expand3 = Unit(squeeze, channels // 2, 3, layers, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map features of channels_in channels to those of ``channels``."""
+        """Map features with ``channels_in`` channels to features with ``channels``."""
         x = self.squeeze(x)
         return jnp.concatenate([self.expand1(x), self.expand3(x)], axis=self.channel_axis)
 
@@ -64,7 +64,7 @@ class Fire(nnx.Module):
 class SqueezeNet(nnx.Module):
     """SqueezeNet: 734 986 parameters for 10 classes, 781 156 for 100.
 
-    PyTorch's biases stay in the convolutions, also before a BatchNorm.
+    As in PyTorch, convolutions have biases even before a BatchNorm.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class SqueezeNet(nnx.Module):
         layers: Layers,
         rngs: nnx.Rngs,
     ) -> None:
-        """Initialise the parameters, float32 whatever features are computed in.
+        """Initialise the float32 parameters.
 
         Args:
             num_classes: The number of logits.
-            width: Scales all channel counts.
-            channels: Those of an image.
+            width: Factor on all channel counts.
+            channels: The channels of an image.
             layers: The form of the layers; the logits are float32.
             rngs: The source of the initial parameters.
         """
