@@ -31,7 +31,8 @@ class TaskTable:
 
     Attributes:
         step: t, the number of reports applied.
-        held: The task_id of every busy worker.
+        held: The task id of every busy worker.
+        rounds: How many tasks each worker was sent.
 
     Example:
         >>> table = TaskTable("orlomo", num_workers=2, synchronous=False)
@@ -46,7 +47,7 @@ class TaskTable:
         self.name, self.num_workers, self.synchronous = name, num_workers, synchronous
         self.step = 0
         self.held: dict[int, TaskId] = {}
-        self._rounds = [0] * num_workers
+        self.rounds = [0] * num_workers
         self._reported_at = [-1] * num_workers
 
     @property
@@ -91,8 +92,8 @@ class TaskTable:
                 f"worker {worker} has reported in this round: {self.name} dispatches "
                 f"it again at step {version + self.num_workers}, not at step {self.step}"
             )
-        task_id = self.held[worker] = TaskId(worker, self._rounds[worker], version)
-        self._rounds[worker] += 1
+        task_id = self.held[worker] = TaskId(worker, self.rounds[worker], version)
+        self.rounds[worker] += 1
         return task_id
 
     def release(self, worker: int) -> TaskId:
@@ -119,7 +120,7 @@ class TaskTable:
         """Return everything as JSON-able data."""
         return {
             "step": self.step,
-            "rounds": list(self._rounds),
+            "rounds": list(self.rounds),
             "reported_at": list(self._reported_at),
             "held": [list(task_id) for task_id in self.held.values()],
         }
@@ -143,4 +144,4 @@ class TaskTable:
             counts = check_count("round", round), check_count("dispatched_at", index, 0, step)
             held[worker] = TaskId(self.check_worker(worker), *counts)
         self.step, self.held = step, held
-        self._rounds, self._reported_at = rounds, reported_at
+        self.rounds, self._reported_at = rounds, reported_at

@@ -66,6 +66,8 @@ class ParameterServer:
 
     Attributes:
         step: t, the number of reports applied.
+        table: The task table.
+        tasks: The outstanding task of every busy worker.
         schedule: The schedule of γ as a ``jax.tree_util.Partial``, or None if γ is constant.
 
     Raises:
@@ -108,8 +110,8 @@ class ParameterServer:
         contract.check_learning_rate("local_learning_rate", first)
         self.method, self.num_workers = method, method.num_workers
         self._lock = threading.RLock()
-        self._tasks: dict[int, Task] = {}
-        self._table = TaskTable(method.name, self.num_workers, method.synchronous)
+        self.tasks: dict[int, Task] = {}
+        self.table = TaskTable(method.name, self.num_workers, method.synchronous)
         params, model_state = own((params, model_state))
         params, model_state = bound((params, model_state), params)
         with_momentum = method.worker_momentum is not None
@@ -132,7 +134,7 @@ class ParameterServer:
     @property
     def step(self) -> int:
         """t, the number of reports applied."""
-        return self._table.step
+        return self.table.step
 
     @property
     @_transaction
@@ -188,7 +190,7 @@ class ParameterServer:
     @_transaction
     def held(self, worker: int) -> Task | None:
         """Return the outstanding task of ``worker``, or None."""
-        return self._tasks.get(self._table.check_worker(worker))
+        return self.tasks.get(self.table.check_worker(worker))
 
     @_transaction
     def dispatch(self, worker: int) -> Task:
@@ -199,8 +201,8 @@ class ParameterServer:
                 reported in this round.
         """
         self.view()  # raises before anything changes
-        task = Task(self._table.dispatch(worker), self.to_send())
-        self._tasks[task.id.worker] = task
+        task = Task(self.table.dispatch(worker), self.to_send())
+        self.tasks[task.id.worker] = task
         return task
 
     @_transaction
@@ -213,7 +215,7 @@ class ParameterServer:
         Raises:
             ValueError: If the worker is unknown or idle.
         """
-        return self._tasks.pop(self._table.release(worker).worker)
+        return self.tasks.pop(self.table.release(worker).worker)
 
     @_transaction
     def receive(self, report: Report) -> tuple[int, ...]:
@@ -229,7 +231,7 @@ class ParameterServer:
                 shape or dtype, there is a NaN or an Inf, or the weight of the model state is not in
                 [0, 1]. Nothing has changed then.
         """
-        self._check_report(report)
+        self.check_report(report)
         state, shared = self.view(), self._handed_out is not None
         step_fn = server_step(self.method, not shared, not self._rule_state_shared)
         self._state = step_fn(
@@ -249,8 +251,8 @@ class ParameterServer:
             self._buffers.retire(state.params)
         self._handed_out, self._rule_state_shared, self._rounded = None, False, None
         worker = int(report.id.worker)
-        del self._tasks[worker]
-        return self._table.receive(worker)
+        del self.tasks[worker]
+        return self.table.receive(worker)
 
     @_transaction
     def export(self) -> Export:
@@ -258,14 +260,14 @@ class ParameterServer:
 
         Callers may share the arrays: copy one before you donate it.
         """
-        exported = Export(self._table, self.view(), self._tasks)
-        self._state, self._handed_out, self._tasks = None, None, {}
+        exported = Export(self.table, self.view(), self.tasks)
+        self._state, self._handed_out, self.tasks = None, None, {}
         return exported
 
     @_transaction
     def import_(self, exported: Export) -> None:
         """Replace everything with what an engine has advanced."""
-        self._table, self._state, self._tasks = exported
+        self.table, self._state, self.tasks = exported
         self._share_all()
 
     @_transaction
@@ -275,11 +277,9 @@ class ParameterServer:
         Tasks of the same version share one copy. Arrays are lists of leaves: :meth:`restore`
         knows the structures.
         """
-        versions = {
-            str(task.id.dispatched_at): _leaves(task.start) for task in self._tasks.values()
-        }
+        versions = {str(task.id.dispatched_at): _leaves(task.start) for task in self.tasks.values()}
         arrays = {"state": _leaves(self.view()), "versions": versions}
-        return jax.device_get(arrays), self._table.snapshot()
+        return jax.device_get(arrays), self.table.snapshot()
 
     @_transaction
     def restore(self, arrays: dict[str, Any], table: dict[str, Any]) -> None:
@@ -298,11 +298,11 @@ class ParameterServer:
             int(index): RoundInput(*_unflatten(start, version))
             for index, version in (arrays["versions"] or {}).items()
         }
-        self._tasks = {
+        self.tasks = {
             worker: Task(task_id, versions[task_id.dispatched_at])
             for worker, task_id in restored.held.items()
         }
-        self._state, self._table = new, restored
+        self._state, self.table = new, restored
         self._share_all()
 
     def _share_all(self) -> None:
@@ -332,9 +332,9 @@ class ParameterServer:
             self._handed_out = self._buffers.lend(self.view().params)
         return self._handed_out
 
-    def _check_report(self, report: Report) -> None:
+    def check_report(self, report: Report) -> None:
         """Raise ReportRejected unless the report may be applied."""
-        self._schema.validate(report, self._table)
+        self._schema.validate(report, self.table)
         if jax.tree.leaves(self.view().model_state):
             delay = self.step - int(report.id.dispatched_at)
             weight = merge_weight_on_host(self.method.merge_weight, self.step, delay)

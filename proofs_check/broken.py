@@ -17,7 +17,6 @@ import optax
 
 from orlomo_jax import (
     ParameterServer,
-    Task,
     delay_adaptive,
     local_momentum_sgd,
     orlomo,
@@ -205,19 +204,20 @@ class ServerOneLate(ParameterServer):
     def dispatch(self, worker):
         """Return a task; its index is wrong from step 2 on."""
         task = super().dispatch(worker)
-        if self.step > 1 and task.dispatched_at == self.step:
-            task = task._replace(dispatched_at=task.dispatched_at - 1)
-            self._held[worker] = task
+        if self.step > 1 and task.id.dispatched_at == self.step:
+            task = task._replace(id=task.id._replace(dispatched_at=self.step - 1))
+            self.tasks[worker] = task
         return task
 
 
 class ServerThatTakesAnything(ParameterServer):
     """A server that applies reports it should reject."""
 
-    def _check_report(self, report):
-        if report.worker < self.num_workers and self.held(report.worker) is None:
-            self._held[report.worker] = Task(*report[:3], None, None, None, self._params)
-            self._books.dispatch(report.worker)
+    def check_report(self, report):
+        """Accept the report; dispatch to its worker first if it is idle."""
+        worker = report.id.worker
+        if worker < self.num_workers and self.held(worker) is None:
+            self.dispatch(worker)
 
 
 def without_past_descent(num_workers: int, **options: Any) -> optax.GradientTransformationExtraArgs:

@@ -82,7 +82,7 @@ def long_method(make_method: Callable[..., Method], name: str, num_workers: int)
     rates = {} if name == "prsgdm" else {
         "learning_rate": reference.global_rate, "delay_weight": reference.delay_weight
     }  # fmt: skip
-    return make_method(name, num_workers, BETA, **rates)
+    return make_method(name, num_workers, 3, momentum=BETA, **rates)
 
 
 gamma = jax.tree_util.Partial(reference.gamma)
@@ -96,7 +96,7 @@ class ServerRun:
         name: The method.
         timeline: The arrivals and events.
         seed: Seed of the reports.
-        resumes: Whether to save and restore, then lend and settle, the server after every step.
+        resumes: Whether to save and restore, then export and import, the server after every step.
     """
 
     def __init__(
@@ -113,7 +113,6 @@ class ServerRun:
         self.server = subject.parameter_server(
             method,
             jnp.asarray(reference.START),
-            num_workers,
             jnp.asarray(reference.START_STATE),
             local_learning_rate=gamma,
         )
@@ -147,7 +146,7 @@ class ServerRun:
                 self._dispatch(other)
             if self._resumes:
                 self._must("a snapshot", self.server.restore, *self.server.snapshot())
-                self._must("the lent state", self.server.settle, self.server.lend())
+                self._must("the exported state", self.server.import_, self.server.export())
             self._compare_server()
 
     def _must(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -175,17 +174,17 @@ class ServerRun:
             self.comparison.fail(f"worker {worker} does not hold a task")
         du, dw = self._draws.normal(size=(2, 2))
         update = LocalUpdate(dw, du if self._reports_momentum else None)
-        at = task.worker, task.round, task.dispatched_at
-        return Report(*at, update, self._draws.normal(size=1))
+        return Report(task.id, update, self._draws.normal(size=1))
 
     def _compare_task(self, task: Task | None, want: Sent) -> None:
-        self.comparison.same("a task", tuple(task or ())[:3], tuple(want[:3]))
+        self.comparison.same("a task", task and tuple(task.id), tuple(want[:3]))
         for field in Sent._fields[3:]:
-            self.comparison.close(f"a task's {field}", getattr(task, field), getattr(want, field))
+            got = getattr(task and task.start, field)
+            self.comparison.close(f"a task's {field}", got, getattr(want, field))
 
     def _compare_held(self) -> None:
         tasks = map(self.server.held, range(self._timeline.num_workers))
-        held = {task[0]: tuple(task[:3]) for task in tasks if task is not None}
+        held = {task.id.worker: tuple(task.id) for task in tasks if task is not None}
         wanted = {worker: tuple(sent[:3]) for worker, sent in self.want.held.items()}
         self.comparison.same("the workers' tasks", held, wanted)
 
@@ -194,23 +193,25 @@ class ServerRun:
         self.comparison.close("w", self.server.params, self.want.params)
         self.comparison.close("the model state", self.server.model_state, self.want.model_state)
         if self._has_momentum:
-            self.comparison.close("u", momentum_of(self.server.state), self.want.momentum)
+            self.comparison.close(
+                "u", momentum_of(self.server.state.rule_state), self.want.momentum
+            )
         self._compare_held()
 
     def _reject_all(self, good: Report) -> None:
         """Send invalid calls before a good report; each must be rejected and change nothing."""
-        worker, round, index = good[:3]
+        worker, round, index = good.id
         nothing, momentum = np.full(2, np.nan), good.update.momentum
         delta = np.asarray(good.update.delta)
         other = None if self._reports_momentum else delta
         bad = [
             ("a duplicate", "stale", self._old),
             ("a lost report", "stale", self._lost),
-            ("another round", "stale", good._replace(round=round + 1)),
-            ("another round", "stale", good._replace(round=round - 1) if round else None),
-            ("another version", "stale", good._replace(dispatched_at=index + 1)),
-            ("another version", "stale", good._replace(dispatched_at=index - 1) if index else None),
-            ("an unknown worker", "malformed", good._replace(worker=self._timeline.num_workers)),
+            ("another round", "stale", _of(good, round=round + 1)),
+            ("another round", "stale", _of(good, round=round - 1) if round else None),
+            ("another version", "stale", _of(good, dispatched_at=index + 1)),
+            ("another version", "stale", _of(good, dispatched_at=index - 1) if index else None),
+            ("an unknown worker", "malformed", _of(good, worker=self._timeline.num_workers)),
             ("NaN", "not finite", good._replace(update=LocalUpdate(nothing, momentum))),
             ("finite=False", "not finite", good._replace(finite=np.bool_(False))),
             ("another shape", "malformed", good._replace(update=LocalUpdate(delta[:1], momentum))),
@@ -240,6 +241,11 @@ class ServerRun:
         except ValueError:
             return
         self.comparison.fail(f"{what} is not rejected")
+
+
+def _of(report: Report, **fields: int) -> Report:
+    """Return the report with another task id."""
+    return report._replace(id=report.id._replace(**fields))
 
 
 def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | None]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax import ArrivalTrace
+from orlomo_jax import ArrivalTrace, Compiled
 from proofs_check import reference
 from proofs_check.exhaustive import momentum_of
 from proofs_check.long_runs import ALLOWED, WORKERS, Comparison, Difference, gamma, long_method
@@ -22,10 +22,10 @@ from proofs_check.reference import BETA, Timeline
 from proofs_check.registry import Outcome, Size, Subject, holds
 
 LOCAL_STEPS = 3
-ENGINES: dict[str, dict[str, Any]] = {
-    "driven from Python": {"compiled": False},
-    "compiled": {"compiled": True, "worker_axis": "loop"},
-    "compiled, rounds together": {"compiled": True, "worker_axis": "map", "compute_batch": 3},
+ENGINES: dict[str, Any] = {
+    "eager": "eager",
+    "compiled": Compiled("loop"),
+    "compiled, rounds together": Compiled("map", max_batch=3),
 }
 
 
@@ -105,14 +105,15 @@ def _compare(subject: Subject, case: dict[str, Any], comparison: Comparison) -> 
     method = long_method(subject.make_method, name, num_workers)
     result = subject.simulate(
         method,
-        method.local_round(loss_fn, LOCAL_STEPS, weight_decay=reference.WEIGHT_DECAY),
+        None,
         batch_fn,
         jnp.asarray(reference.START),
-        trace,
+        round_fn=method.local_round(loss_fn, weight_decay=reference.WEIGHT_DECAY),
+        trace=trace,
         key=key,
         model_state=jnp.asarray(reference.START_STATE),
         local_learning_rate=gamma,
-        **ENGINES[case["engine"]],
+        engine=ENGINES[case["engine"]],
     )
     history = result.history
     comparison.at(0)
@@ -127,7 +128,7 @@ def _compare(subject: Subject, case: dict[str, Any], comparison: Comparison) -> 
     comparison.close("w at the end", result.params, want.params)
     comparison.close("the model state at the end", result.model_state, want.model_state)
     if name != "al_sgd":
-        comparison.close("u at the end", momentum_of(result.state), want.momentum)
+        comparison.close("u at the end", momentum_of(result.rule_state), want.momentum)
 
 
 def examine(subject: Subject, case: dict[str, Any]) -> tuple[Comparison, str | None]:

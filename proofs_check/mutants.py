@@ -10,8 +10,6 @@ from unittest import mock
 
 import numpy as np
 
-from orlomo_jax import Report
-
 
 class Mutant(NamedTuple):
     """A fault: a wrong function that replaces one of the library.
@@ -46,90 +44,97 @@ def at_step(faulty: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
 
 def _ticket(**difference: int) -> Callable[..., Any]:
-    """Return a faulty ``Books.dispatch``: these differences are added to the ticket's fields."""
+    """Return a faulty ``Books.dispatch``: these differences are added to the id's fields."""
 
-    def dispatch(method, books, worker):
-        ticket = method(books, worker)
-        changes = {name: abs(getattr(ticket, name) + by) for name, by in difference.items()}
-        books.held[worker] = ticket._replace(**changes)
-        return books.held[worker]
+    def dispatch(method, table, worker):
+        task_id = method(table, worker)
+        changes = {name: abs(getattr(task_id, name) + by) for name, by in difference.items()}
+        table.held[worker] = task_id._replace(**changes)
+        return table.held[worker]
 
     return dispatch
 
 
-def _resets_round(method, books, worker):
-    books._rounds[worker] = 0 if books._rounds[worker] else 1
-    return method(books, worker)
+def _resets_round(method, table, worker):
+    table.rounds[worker] = 0 if table.rounds[worker] else 1
+    return method(table, worker)
 
 
 def _moves(steps: int) -> Callable[..., Any]:
-    def receive(method, books, worker):
-        waiting = method(books, worker)
-        books.step += steps
+    def receive(method, table, worker):
+        waiting = method(table, worker)
+        table.step += steps
         return waiting
 
     return receive
 
 
-def _barrier(method, books, worker):
-    waiting = method(books, worker)
-    if not books.synchronous:
+def _barrier(method, table, worker):
+    waiting = method(table, worker)
+    if not table.synchronous:
         return waiting
-    return () if waiting else tuple(range(books.num_workers))
+    return () if waiting else tuple(range(table.num_workers))
 
 
-def _nobody_waits(method, books, worker):
-    waiting = method(books, worker)
+def _nobody_waits(method, table, worker):
+    waiting = method(table, worker)
     return () if waiting else (worker,)
 
 
-def _keeps_ticket(method, books, worker):
-    return books.held[worker]
+def _keeps_id(method, table, worker):
+    return table.held[worker]
 
 
 def _keeps_task(method, server, worker):
-    task = server._held[worker]
+    task = server.tasks[worker]
     method(server, worker)
-    server._books.dispatch(worker)
-    server._held[worker] = task
+    server.table.dispatch(worker)
+    server.tasks[worker] = task
     return task
+
+
+def _moved(task):
+    start = task.start._replace(params=task.start.params + 2.0**-20)
+    return task._replace(start=start)
 
 
 def _old_version(method, server, worker):
     task = method(server, worker)
-    server._held[worker] = task._replace(params=task.params + 2.0**-20)
-    return server._held[worker]
+    server.tasks[worker] = _moved(task)
+    return server.tasks[worker]
 
 
 def _old_everything(method, server, worker):
     task = method(server, worker)
-    index = abs(task.dispatched_at - 1)
-    task = task._replace(dispatched_at=index, params=task.params + 2.0**-20)
-    server._held[worker] = task
-    server._books.held[worker] = server._books.held[worker]._replace(dispatched_at=index)
+    index = abs(task.id.dispatched_at - 1)
+    task = _moved(task)._replace(id=task.id._replace(dispatched_at=index))
+    server.tasks[worker] = task
+    server.table.held[worker] = server.table.held[worker]._replace(dispatched_at=index)
     return task
 
 
 def _old_learning_rate(method, server, worker):
     task = method(server, worker)
-    rate = task.local_learning_rate * (1 + 2.0**-20)
-    server._held[worker] = task._replace(local_learning_rate=rate)
-    return server._held[worker]
+    rate = task.start.local_learning_rate * (1 + 2.0**-20)
+    start = task.start._replace(local_learning_rate=rate)
+    server.tasks[worker] = task._replace(start=start)
+    return server.tasks[worker]
 
 
 def _takes(*kinds: str) -> Callable[..., Any]:
-    """Return a faulty ``_check_report`` that accepts these kinds of invalid report."""
+    """Return a faulty ``check_report`` that accepts these kinds of invalid report."""
 
     def check(method, server, report):
         try:
             method(server, report)
         except ValueError as error:
-            held = isinstance(report, Report) and report.worker in server._held
+            worker = report.id.worker
+            held = worker in server.tasks
             kind = getattr(error, "reason", "") if held else "of nobody"
             if kind not in kinds:
                 raise
-            if kind == "of nobody" and report.worker < server.num_workers:
-                server._held[report.worker] = server._books.dispatch(report.worker)
+            if kind == "of nobody" and worker < server.num_workers:
+                server.tasks[worker] = server.table.dispatch(worker)
             elif kind == "of nobody":
                 raise
 
@@ -140,7 +145,7 @@ def _counts_refusals(method, server, report):
     try:
         method(server, report)
     except ValueError:
-        server._books.step += 1
+        server.table.step += 1
         raise
 
 
@@ -152,7 +157,7 @@ def _numerics(fault: Callable[..., Any]) -> Callable[[Any, int], Any]:
             step_fn = factory(method, False, False)
 
             def run(*args):
-                return fault(step_fn, *args) if int(args[6]) == step else step_fn(*args)
+                return fault(step_fn, *args) if int(args[5]) == step else step_fn(*args)
 
             return run
 
@@ -162,48 +167,53 @@ def _numerics(fault: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
 
 def _twice(step_fn, *args):
-    params, state, merging, _ = step_fn(*args)
-    return step_fn([], params, state, merging, *args[4:])
+    state = step_fn(*args)
+    rest = state._replace(params=None, rule_state=None)
+    return step_fn([], state.params, state.rule_state, rest, *args[4:])
 
 
 def _dropped(step_fn, *args):
-    return *args[1:4], step_fn(*args)[3]
+    rate = step_fn(*args).local_learning_rate
+    return args[3]._replace(params=args[1], rule_state=args[2], local_learning_rate=rate)
 
 
 def _not_merged(step_fn, *args):
-    params, state, _, rate = step_fn(*args)
-    return params, state, args[3], rate
+    before, after = args[3], step_fn(*args)
+    pending = before.pending_model_state
+    return after._replace(model_state=before.model_state, pending_model_state=pending)
 
 
 def _wrong_delay(step_fn, *args):
-    return step_fn(*args[:7], np.int32(args[7] - 1), *args[8:])
+    report = args[4]
+    task_id = report.id._replace(dispatched_at=np.int32(report.id.dispatched_at - 1))
+    return step_fn(*args[:4], report._replace(id=task_id), *args[5:])
 
 
 def _old_rate(step_fn, *args):
-    params, state, merging, rate = step_fn(*args)
-    return params, state, merging, rate * (1 + 2.0**-20)
+    state = step_fn(*args)
+    return state._replace(local_learning_rate=state.local_learning_rate * (1 + 2.0**-20))
 
 
-_BOOKS, _SERVER = "orlomo_jax.books:Books", "orlomo_jax.server:ParameterServer"
+_TABLE, _SERVER = "orlomo_jax.books:TaskTable", "orlomo_jax.server:ParameterServer"
 _NUMERICS = "orlomo_jax.server:server_step"
 SERVER: dict[str, Mutant] = {
     "a version one step early": Mutant(
-        f"{_BOOKS}.dispatch", at_step(_ticket(dispatched_at=-1))),
-    "a round counted twice": Mutant(f"{_BOOKS}.dispatch", at_step(_ticket(round=1))),
-    "a round counter reset": Mutant(f"{_BOOKS}.dispatch", at_step(_resets_round)),
-    "a step skipped": Mutant(f"{_BOOKS}.receive", at_step(_moves(1))),
-    "a step not counted": Mutant(f"{_BOOKS}.receive", at_step(_moves(-1))),
-    "a barrier that opens too early or too late": Mutant(f"{_BOOKS}.receive", at_step(_barrier)),
-    "a worker forgotten": Mutant(f"{_BOOKS}.receive", at_step(_nobody_waits)),
-    "a ticket kept after its loss": Mutant(f"{_BOOKS}.release", at_step(_keeps_ticket)),
+        f"{_TABLE}.dispatch", at_step(_ticket(dispatched_at=-1))),
+    "a round counted twice": Mutant(f"{_TABLE}.dispatch", at_step(_ticket(round=1))),
+    "a round counter reset": Mutant(f"{_TABLE}.dispatch", at_step(_resets_round)),
+    "a step skipped": Mutant(f"{_TABLE}.receive", at_step(_moves(1))),
+    "a step not counted": Mutant(f"{_TABLE}.receive", at_step(_moves(-1))),
+    "a barrier that opens too early or too late": Mutant(f"{_TABLE}.receive", at_step(_barrier)),
+    "a worker forgotten": Mutant(f"{_TABLE}.receive", at_step(_nobody_waits)),
+    "an id kept after its loss": Mutant(f"{_TABLE}.release", at_step(_keeps_id)),
     "a task kept after its loss": Mutant(f"{_SERVER}.release", at_step(_keeps_task)),
     "parameters that are not the newest": Mutant(f"{_SERVER}.dispatch", at_step(_old_version)),
     "an old version with its step": Mutant(f"{_SERVER}.dispatch", at_step(_old_everything)),
     "γ of another step": Mutant(f"{_SERVER}.dispatch", at_step(_old_learning_rate)),
-    "a stale report accepted": Mutant(f"{_SERVER}._check_report", at_step(_takes("stale"))),
-    "a lost report accepted": Mutant(f"{_SERVER}._check_report", at_step(_takes("of nobody"))),
-    "NaN accepted": Mutant(f"{_SERVER}._check_report", at_step(_takes("not finite"))),
-    "a refusal counted as a step": Mutant(f"{_SERVER}._check_report", at_step(_counts_refusals)),
+    "a stale report accepted": Mutant(f"{_SERVER}.check_report", at_step(_takes("stale"))),
+    "a lost report accepted": Mutant(f"{_SERVER}.check_report", at_step(_takes("of nobody"))),
+    "NaN accepted": Mutant(f"{_SERVER}.check_report", at_step(_takes("not finite"))),
+    "a refusal counted as a step": Mutant(f"{_SERVER}.check_report", at_step(_counts_refusals)),
     "a report applied twice": Mutant(_NUMERICS, _numerics(_twice)),
     "a report dropped": Mutant(_NUMERICS, _numerics(_dropped)),
     "a model state not merged": Mutant(_NUMERICS, _numerics(_not_merged)),

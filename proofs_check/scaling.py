@@ -64,8 +64,8 @@ def error(method: Method, round_fn, trace: ArrivalTrace, gamma, local_steps, see
     """Return E‖∇F(w_t)‖² per coordinate, averaged over the steps t ≥ ``skip`` of a run."""
     every = max(1, trace.num_steps // 100)
     result = simulate(
-        method, round_fn, batch_fn(local_steps, SIGMA), jnp.ones(COORDINATES), trace,
-        key=jax.random.key(seed), local_learning_rate=gamma,
+        method, None, batch_fn(local_steps, SIGMA), jnp.ones(COORDINATES), round_fn=round_fn,
+        trace=trace, key=jax.random.key(seed), local_learning_rate=gamma,
         evaluate=_mean_square, evaluate_every=every,
     )  # fmt: skip
     values = [e.metrics["error"] for e in result.history.evaluations if e.step >= skip]
@@ -78,7 +78,7 @@ def _mean_square(params, model_state):
 
 
 def _method(subject: Subject, num_workers: int) -> Method:
-    return Method("orlomo", subject.rule(num_workers, momentum=BETA), BETA, False, num_workers)
+    return Method("orlomo", subject.rule(num_workers, momentum=BETA), num_workers, 1, BETA)
 
 
 def _trace(num_workers: int, num_steps: int, seed: int) -> ArrivalTrace:
@@ -146,7 +146,7 @@ def stationary_error(subject: Subject, size: Size) -> Iterator[Outcome]:
                 order = np.arange(count) % num_workers
                 trace = ArrivalTrace.from_workers(order.tolist(), num_workers, synchronous=True)
                 rule = subject.prsgdm(num_workers)
-                method = Method(name, rule, BETA, True, num_workers)
+                method = Method(name, rule, num_workers, 1, BETA, synchronous=True)
             else:
                 count = steps
                 trace, method = _trace(num_workers, count, size.seed), _method(subject, num_workers)

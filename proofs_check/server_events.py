@@ -47,7 +47,9 @@ def _method(subject: Subject, num_workers: int, beta: float) -> Method:
         learning_rate=lambda step: by_step[step % len(BY_STEP)],
         delay_weight=delay_adaptive(num_workers),
     )
-    return Method("subject", rule, beta if subject.worker_momentum else None, False, num_workers)
+    return Method(
+        "subject", rule, num_workers, LOCAL_STEPS, beta if subject.worker_momentum else None
+    )
 
 
 @lru_cache(maxsize=64)
@@ -73,9 +75,7 @@ class Ledger:
         self.subject, self.num_workers, self.beta = subject, num_workers, beta
         self.method = _method(subject, num_workers, beta)
         self.params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
-        self.server = subject.parameter_server(
-            self.method, self.params, num_workers, local_learning_rate=GAMMA
-        )
+        self.server = subject.parameter_server(self.method, self.params, local_learning_rate=GAMMA)
         self.present = set(range(num_workers)) - absent
         self.held: dict[int, int] = {}  # worker to its entry in the ledger
         self.old: Report | None = None
@@ -96,12 +96,9 @@ class Ledger:
             "b": jnp.cos(jnp.arange(LOCAL_STEPS) * (number + 1.0)),
         }
         result = _round(self.method.worker_momentum)(
-            task.params, None, batch, task.local_learning_rate, jax.random.key(0)
+            task.start.params, None, batch, task.start.local_learning_rate, jax.random.key(0)
         )
-        self.reports.append(
-            Report(worker, task.round, task.dispatched_at, result.update, None, result.loss,
-                   result.finite)
-        )  # fmt: skip
+        self.reports.append(Report(task.id, result.update, None, result.loss, result.finite))
         self.held[worker] = number
         self.index.append(len(self.used))
         self.arrival.append(-1)
@@ -139,9 +136,9 @@ class Ledger:
             bad = self.reports[self.held[worker]]
         assert bad is not None
         if kind == "wrong index":
-            bad = bad._replace(dispatched_at=bad.dispatched_at + 1)
+            bad = bad._replace(id=bad.id._replace(dispatched_at=bad.id.dispatched_at + 1))
         if kind == "unknown worker":
-            bad = bad._replace(worker=self.num_workers)
+            bad = bad._replace(id=bad.id._replace(worker=self.num_workers))
         if kind == "not finite":
             delta = jax.tree.map(lambda x: x * jnp.nan, bad.update.delta)
             bad = bad._replace(
@@ -159,7 +156,7 @@ class Ledger:
         return False
 
     def _server(self) -> tuple[np.ndarray, np.ndarray]:
-        u = momentum_of(self.server.state)
+        u = momentum_of(self.server.state.rule_state)
         return np.asarray(ravel_pytree(u)[0]), np.asarray(ravel_pytree(self.server.params)[0])
 
     def residual(self) -> tuple[float, float]:

@@ -32,9 +32,8 @@ def weights(data_key, worker, round):
 
 def _wrong_step_keys(subject: Subject, name: str, round_keys: jax.Array) -> int:
     """Return how many local steps have a key other than fold_in(key, step), or a repeated key."""
-    method = subject.make_method(name, 2)
     for local_steps in (1, 2, 5):
-        round_fn = method.local_round(draw_loss, local_steps)
+        round_fn = subject.make_method(name, 2, local_steps).local_round(draw_loss)
 
         def step_keys(key, round_fn=round_fn, local_steps=local_steps):
             batches = jnp.ones(local_steps)
@@ -55,16 +54,16 @@ def _simulated_draws(subject: Subject, engine: str, num_steps: int, seed: int) -
     # Worker 0 runs almost all rounds, so its round counter reaches almost the number of steps.
     workers = np.where(np.arange(num_steps) % 32 == 31, 1 + np.arange(num_steps) // 32 % 3, 0)
     trace, key = ArrivalTrace.from_workers(workers, 4), jax.random.key(seed)
-    method = subject.make_method("orlomo", 4)
+    method = subject.make_method("orlomo", 4, len(WEIGHTS))
     result = subject.simulate(
         method,
-        method.local_round(draw_loss, len(WEIGHTS)),
+        draw_loss,
         weights,
         jnp.zeros(2),
-        trace,
+        trace=trace,
         key=key,
         local_learning_rate=0.1,
-        **ENGINES[engine],
+        engine=ENGINES[engine],
     )
     _, noise_key = jax.random.split(key)
 
@@ -135,11 +134,11 @@ def worker_weight_decay(subject: Subject, size: Size) -> Iterator[Outcome]:
     allowed, gammas = 2.0**-44, (0.0, 0.125, 0.01)
     with jax.enable_x64(True):
         for name, local_steps in product(("orlomo", "prsgdm", "al_sgd", "local_ormo_da"), (1, 4)):
-            method = subject.make_method(name, 2, BETA)
+            method = subject.make_method(name, 2, local_steps, momentum=BETA)
             beta = method.worker_momentum
             for decay, scale in ((0.5, 1.0), (0.0625, 0.25)):
                 round_fn = method.local_round(
-                    _quadratic, local_steps, weight_decay=decay,
+                    _quadratic, weight_decay=decay,
                     gradient_transform=optax.scale(scale) if scale != 1 else None,
                 )  # fmt: skip
                 for gamma in gammas:
