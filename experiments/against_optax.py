@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import optax
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 from experiments import execution, runs
 from experiments.checks import check
 from experiments.decoded import DataError
 from experiments.terminal import accept_any_terminal
-from experiments.train import progress_bar, reporter
+from orlomo_jax import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,24 @@ def compare(
     data_dir: Path | None = None,
     evaluations: int = 4,
     controls: int = 1,
-    progress: Progress | None = None,
+    console: Console | None = None,
 ) -> Comparison:
-    """Train by this library and by optax loops, with a progress bar for each."""
-    progress = Progress(disable=True) if progress is None else progress
+    """Train by this library and by optax loops, with a progress bar for each on a console."""
     parts = execution.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     every = max(1, num_steps // evaluations)
-    on_step = reporter(progress, "simulated", run.epochs, num_steps)
-    _, result = execution.execute(run, data_dir, evaluate_every=every, on_step=on_step)
+    bars = [] if console is None else [ProgressBar("simulated", console)]
+    _, result = execution.execute(run, data_dir, evaluate_every=every, callbacks=bars)
     params, model_state, key = execution.beginning(run, parts)
     schedule = execution.schedule(run.learning_rate, num_steps)
 
     def by_optax(label: str, params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
         metrics, last = {}, params
-        states = plain_optax(run, parts, schedule, params, model_state, key)
-        bar = progress.add_task(label, total=num_steps, rate="")
-        for step, (last, merged) in enumerate(islice(states, num_steps), 1):
-            progress.update(bar, completed=step)
+        states = islice(plain_optax(run, parts, schedule, params, model_state, key), num_steps)
+        shown = track(
+            states, label, num_steps, console=console, transient=True, disable=console is None
+        )
+        for step, (last, merged) in enumerate(shown, 1):
             if step % every == 0 or step == num_steps:
                 metrics[step] = _floats(parts.evaluate(last, merged))
         return last, metrics
@@ -180,9 +180,8 @@ def main(args: Sequence[str] | None = None) -> None:
         AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
     )
     try:
-        with progress_bar(Console(stderr=True)) as progress:
-            options = (settings.evaluations, settings.controls, progress)
-            comparison = compare(settings.run, settings.data_dir, *options)
+        options = (settings.evaluations, settings.controls, Console(stderr=True))
+        comparison = compare(settings.run, settings.data_dir, *options)
     except (DataError, ValueError) as error:
         raise SystemExit(str(error)) from None
     difference = allowed = 0.0

@@ -126,7 +126,9 @@ def be_the_victim(settings: Chaos, folder: Path) -> None:
     row, _ = execution.execute(
         settings.run(),
         checkpoint=Checkpoints(folder, every=200),
-        inject=Poison(settings.poison_share, settings.seed + 1000 * attempt, folder / "poison.txt"),
+        fault_injector=Poison(
+            settings.poison_share, settings.seed + 1000 * attempt, folder / "poison.txt"
+        ),
         max_failures=20,
         audit=True,
     )

@@ -24,10 +24,9 @@ from orlomo_jax import (
     Health,
     Method,
     RayWorkers,
-    StepRecord,
-    Threads,
+    ThreadWorkers,
     TrainingResult,
-    Workers,
+    WorkerPool,
     make_method,
     narrow_reports,
     simulate,
@@ -44,7 +43,7 @@ def execute(
     data_dir: Path | None = None,
     *,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    callbacks: Sequence[Any] = (),
     checkpoint: Checkpoints | None = None,
     replay: ArrivalTrace | None = None,
     form: Form | None = None,
@@ -57,7 +56,7 @@ def execute(
         run: The run to train.
         data_dir: The TFDS data_dir; None is the default.
         evaluate_every: Global iterations between evaluations; None is a twentieth of the run.
-        on_step: See :func:`orlomo_jax.simulate`.
+        callbacks: See :func:`orlomo_jax.simulate`.
         checkpoint: Where to save, and to resume from.
         replay: Arrivals to repeat instead of the scenario's (simulated runs).
         form: How the rounds are computed.
@@ -78,17 +77,17 @@ def execute(
         "local_learning_rate": schedule(run.learning_rate, num_steps),
         "evaluate": parts.evaluate,
         "evaluate_every": evaluate_every or max(1, num_steps // 20),
-        "on_step": on_step,
+        "callbacks": callbacks,
+        "round_fn": parts.round_fn,
         "checkpoint": checkpoint,
     }
-    job = (parts.method, parts.round_fn, parts.batch_fn, params)
+    job = (parts.method, None, parts.batch_fn, params)
     start = time.perf_counter()
     if run.runtime == "simulated":
         if replay is None:
-            shared |= {"worker_axis": form.worker_axis, "compute_batch": form.compute_batch}
-            result = simulate(*job, run.trace(num_steps), **shared)
+            result = simulate(*job, trace=run.trace(num_steps), engine=form.engine, **shared)
         else:  # by the same programs that the workers ran
-            result = simulate(*job, replay, compiled=False, **shared)
+            result = simulate(*job, trace=replay, engine="eager", **shared)
     else:
         workers = _workers(run, Ray() if ray is None else ray)
         result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
@@ -103,7 +102,7 @@ def execute_together(
     data_dir: Path | None = None,
     *,
     evaluate_every: int | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
+    callbacks: Sequence[Any] = (),
     checkpoint: Checkpoints | None = None,
     stop: Callable[[], bool] | None = None,
     form: Form | None = None,
@@ -114,7 +113,7 @@ def execute_together(
         runs: Runs that differ only in seed, learning rate and scenario.
         data_dir: See :func:`execute`.
         evaluate_every: See :func:`execute`.
-        on_step: Called with the steps of the first run.
+        callbacks: They see the first run only.
         checkpoint: One for all runs.
         stop: Called after each compiled segment; True saves the runs and ends the call.
         form: How the rounds of a single run are computed; several runs use only its convolution.
@@ -139,11 +138,10 @@ def execute_together(
         [run_start(run, parts, num_steps) for run in runs],
         evaluate=parts.evaluate,
         evaluate_every=evaluate_every or max(1, num_steps // 20),
-        on_step=on_step,
+        callbacks=callbacks,
         checkpoint=checkpoint,
         stop=stop,
-        worker_axis=form.worker_axis,
-        compute_batch=form.compute_batch,
+        engine=form.engine,
     )
     if results is None:
         return None
@@ -171,12 +169,12 @@ class Ray:
     """GPUs that Ray reserves for each worker; with 0 it computes on the CPU."""
 
 
-def _workers(run: Run, ray: Ray) -> Workers:
+def _workers(run: Run, ray: Ray) -> WorkerPool:
     """Return real workers, slowed down as the scenario says."""
     times = run.compute_times().mean_times(run.workers)
     slowdowns = (times / times.min()).tolist()
     if run.runtime == "threads":
-        return Threads(run.workers, slowdowns=slowdowns)
+        return ThreadWorkers(run.workers, slowdowns=slowdowns)
     options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
     if ray.gpus_per_worker:
         options["num_gpus"] = ray.gpus_per_worker
@@ -218,9 +216,9 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
         dtype=jnp.dtype(run.dtype),
         convolution=convolution,
     )
-    method = make_method(run.method, run.workers, run.momentum)
+    method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
     loss_fn = source.training_loss(network.loss_fn)
-    round_fn = method.local_round(loss_fn, run.local_iterations, weight_decay=run.weight_decay)
+    round_fn = method.local_round(loss_fn, weight_decay=run.weight_decay)
     if run.wire != "float32":
         round_fn = narrow_reports(round_fn, run.wire)
     return Parts(

@@ -29,7 +29,7 @@ from experiments import data, records
 from experiments.figures import LABELS, TITLES, draw_band
 from experiments.models import mlp
 from experiments.terminal import accept_any_terminal
-from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate, simulate_arrivals
+from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Experiment:
             self.train, config.batch_size, config.local_iterations
         )
         self.methods = {
-            name: make_method(name, config.workers, config.momentum) for name in METHOD_NAMES
+            name: make_method(
+                name, config.workers, config.local_iterations, momentum=config.momentum
+            )
+            for name in METHOD_NAMES
         }
         per_report = config.batch_size * config.local_iterations
         reports = config.epochs * len(self.train.labels) // per_report
@@ -94,10 +97,6 @@ class Experiment:
                 f"`epochs` must give each worker a report, got epochs={config.epochs}, {reports} "
                 f"reports in total"
             )
-        self.rounds = {
-            name: method.local_round(mlp.loss_fn, config.local_iterations)
-            for name, method in self.methods.items()
-        }
         self.compute_times = heterogeneous(config.slow_fraction, config.slowdown, config.variation)
 
         @jax.jit
@@ -111,27 +110,21 @@ class Experiment:
     def run(self, name: str, learning_rate: float, seed: int, on_step) -> dict[str, Any]:
         """Train once and return the run's row."""
         config, method = self.config, self.methods[name]
-        trace = simulate_arrivals(
-            self.compute_times,
-            config.workers,
-            self.num_steps,
-            config.local_iterations,
-            seed,
-            synchronous=method.synchronous,
-        )
         init_key, run_key = jax.random.split(jax.random.key(seed))
         start = time.perf_counter()
         result = simulate(
             method,
-            self.rounds[name],
+            mlp.loss_fn,
             self.batch_fn,
             mlp.init(init_key, (64, config.hidden, 10)),
-            trace,
+            num_steps=self.num_steps,
+            compute_times=self.compute_times,
+            trace_seed=seed,
             key=run_key,
             local_learning_rate=learning_rate,
             evaluate=self.evaluate,
             evaluate_every=max(1, self.num_steps // 20),
-            on_step=on_step,
+            callbacks=[on_step],
         )
         evaluations = result.history.evaluations
         curve: dict[str, list] = {"virtual_time": [evaluation.time for evaluation in evaluations]}
@@ -148,8 +141,8 @@ class Experiment:
             "status": "finished" if finished else "diverged",
             "diverged_at": result.diverged_at,
             "num_steps": self.num_steps,
-            "max_delay": int(trace.max_delay),
-            "virtual_time": float(trace.times[-1]),
+            "max_delay": int(result.trace.max_delay),
+            "virtual_time": float(result.trace.times[-1]),
             "wall_time": time.perf_counter() - start,
             "train_loss": curve["train_loss"][-1] if finished else None,
             "test_accuracy": curve["test_accuracy"][-1] if finished else None,

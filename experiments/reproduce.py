@@ -30,7 +30,7 @@ from experiments.decoded import DataError
 from experiments.runs import Run
 from experiments.terminal import accept_any_terminal
 from experiments.together import Task, Way
-from experiments.train import progress_bar, reporter
+from orlomo_jax import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,7 @@ def label_of(runs: Sequence[Run]) -> str:
 
 def carry_out(task: Task, runs: Sequence[Run], console: Console) -> list[dict[str, Any]]:
     """Carry out runs with a progress bar; print the outcome of each."""
-    with progress_bar(console) as progress:
-        show = reporter(progress, label_of(runs), runs[0].epochs, task.num_steps(runs[0]))
-        rows = task.carry_out(runs, show)
+    rows = task.carry_out(runs, [ProgressBar(label_of(runs), console)])
     for row in rows:
         label = label_of([Run(**row["run"])])
         if row["status"] == "failed":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from experiments.checks import check
 from orlomo_jax import (
     ArrivalTrace,
+    Compiled,
     ComputeTimes,
     heterogeneous,
     homogeneous,
@@ -29,6 +30,13 @@ class Form:
     """The largest number of rounds computed together; by default as many as possible."""
     convolution: Literal["auto", "xla", "matmul"] = "auto"
     """Convolutions by XLA, or as matrix products."""
+
+    @property
+    def engine(self) -> Any:
+        """The ``engine`` of :func:`orlomo_jax.simulate`."""
+        if (self.worker_axis, self.compute_batch) == ("auto", None):
+            return "auto"
+        return Compiled(self.worker_axis, self.compute_batch)
 
 
 PAPER_STEPS = 15_625

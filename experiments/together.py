@@ -13,7 +13,7 @@ import multiprocessing
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from experiments import cells, execution, records
 from experiments.decoded import DataError
 from experiments.runs import Form, Run
-from orlomo_jax import Checkpoints, StepRecord
+from orlomo_jax import Checkpoints
 
 CACHE = Path(".cache")
 """Folder of checkpoints and compiled programs."""
@@ -88,22 +88,20 @@ class Task:
         parts = execution.assemble(run, self.data_dir, self.way.form(self.form).convolution)
         return run.num_steps(len(parts.train.labels))
 
-    def carry_out(
-        self, runs: Sequence[Run], on_step: Callable[[StepRecord], None] | None = None
-    ) -> list[dict[str, Any]]:
+    def carry_out(self, runs: Sequence[Run], callbacks: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Carry out runs that go together; return the rows of those that end before the deadline.
 
         The others are saved, and resume when they are carried out again. A failure is a row too.
 
         Args:
             runs: At most ``way.count`` runs of one family.
-            on_step: Called with the steps of the first run, unless processes compute the runs.
+            callbacks: They see the first run only, unless processes compute the runs.
 
         Raises:
             DataError: If the data is missing or damaged.
         """
         if self.way.how != "processes":
-            return self._in_this_process(runs, on_step)
+            return self._in_this_process(runs, callbacks)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(len(runs), context) as pool:
             rows = [row for [row] in filter(None, pool.map(self._by_itself, runs))]
@@ -113,7 +111,7 @@ class Task:
         return self._in_this_process([run])
 
     def _in_this_process(
-        self, runs: Sequence[Run], on_step: Callable[[StepRecord], None] | None = None
+        self, runs: Sequence[Run], callbacks: Sequence[Any] = ()
     ) -> list[dict[str, Any]]:
         clock, folder = Clock(self.deadline), _folder(runs)
         note, checkpoint, before = folder / "seconds", None, 0.0
@@ -126,7 +124,7 @@ class Task:
                 runs,
                 self.data_dir,
                 evaluate_every=max(1, num_steps // cells.curve_points(runs[0])),
-                on_step=on_step,
+                callbacks=callbacks,
                 checkpoint=checkpoint,
                 stop=clock.stop,
                 form=self.way.form(self.form),

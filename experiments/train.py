@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import execution, records, runs
 from experiments.decoded import DataError
@@ -28,10 +25,13 @@ from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
     ArrivalTrace,
     AuditFailure,
+    Callback,
     Checkpoints,
+    HealthLog,
     Journal,
+    ProgressBar,
     RayWorkers,
-    StepRecord,
+    TensorBoard,
     WorkersGone,
 )
 
@@ -66,71 +66,6 @@ class Train:
     """How the rounds are computed."""
     ray: execution.Ray = field(default_factory=execution.Ray)
     """Where Ray's workers run, and with which resources."""
-
-
-@contextmanager
-def progress_bar(console: Console):
-    """Yield a rich progress bar; the run's figures are in its description."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
-
-
-def reporter(
-    progress: Progress, label: str, epochs: float, num_steps: int
-) -> Callable[[StepRecord], None]:
-    """Return an ``on_step`` that updates one bar, and reads the device at most once a second."""
-    bar = progress.add_task(label, total=num_steps, rate="")
-    start, first, looked = time.monotonic(), None, 0.0
-    shown = {"loss": "–", "accuracy": "–"}
-
-    def on_step(record: StepRecord) -> None:
-        nonlocal first, looked
-        first = record.step if first is None else first
-        now = time.monotonic()
-        if record.evaluation is not None:
-            shown["accuracy"] = f"{record.evaluation['test_accuracy']:.2f}%"
-        elif now - looked < 1.0 and record.step != num_steps:
-            return
-        looked = now
-        shown["loss"] = f"{float(record.loss):.4f}"
-        rate = (record.step - first) / max(now - start, 1e-9)
-        progress.update(
-            bar,
-            completed=record.step,
-            rate=f"{rate:.1f}/s",
-            description=f"{label} epoch {epochs * record.step / num_steps:.1f} loss "
-            f"{shown['loss']} accuracy {shown['accuracy']} delay {record.delay}",
-        )
-
-    return on_step
-
-
-def tensorboard_writer(folder: Path) -> Callable[[StepRecord], None]:
-    """Return an ``on_step`` that logs each evaluation, with its step and virtual time."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise SystemExit(
-            "--tensorboard needs tensorboardX: pip install 'orlomo-jax[experiments]'"
-        ) from None
-    writer = SummaryWriter(str(folder))
-
-    def on_step(record: StepRecord) -> None:
-        if record.evaluation is None:
-            return
-        scalars = {**record.evaluation, "loss": float(record.loss), "delay": record.delay}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, record.step, walltime=record.time)
-        writer.flush()
-
-    return on_step
 
 
 def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
@@ -222,12 +157,11 @@ def _trace_path(settings: Train) -> Path:
 class _Prepared(NamedTuple):
     """The checked inputs and outputs of a run, in addition to its settings."""
 
-    num_steps: int
     trace_path: Path
     checkpoint: Checkpoints | None
     replay: ArrivalTrace | None
     journal: Path | None
-    listeners: list[Callable[[StepRecord], None]]
+    callbacks: list[Callback]
 
 
 def _prepare(settings: Train) -> _Prepared:
@@ -237,7 +171,7 @@ def _prepare(settings: Train) -> _Prepared:
     num_steps = run.num_steps(len(execution.assemble(run, settings.data_dir).train.labels))
     replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
     _check_runtime(settings)
-    num_steps = run.trace(num_steps).num_steps  # raises if the scenario is impossible
+    run.trace(num_steps)  # raises if the scenario is impossible
     if settings.output.resolve() == trace_path.resolve():
         raise ValueError(f"--trace must be another file than --output, got {trace_path}")
     records.check_writable(settings.output)
@@ -249,8 +183,8 @@ def _prepare(settings: Train) -> _Prepared:
         journal = trace_path.with_suffix(".arrivals.jsonl")
         Journal.set_aside(journal)
     folder = settings.tensorboard
-    listeners = [] if folder is None else [tensorboard_writer(folder)]
-    return _Prepared(num_steps, trace_path, checkpoint, replay, journal, listeners)
+    callbacks: list[Callback] = [] if folder is None else [TensorBoard(folder)]
+    return _Prepared(trace_path, checkpoint, replay, journal, callbacks)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -259,38 +193,34 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = tyro.cli(Train, prog="python -m experiments.train", args=args, description=__doc__)
     console, run = Console(), settings.run
     try:
-        num_steps, trace_path, checkpoint, replay, journal, listeners = _prepare(settings)
+        trace_path, checkpoint, replay, journal, callbacks = _prepare(settings)
     except (DataError, OSError, ValueError, ImportError, MemoryError) as error:
         raise SystemExit(str(error)) from None
-    with progress_bar(console) as progress:
-        listeners.append(reporter(progress, run.method, run.epochs, num_steps))
-
-        def on_step(record: StepRecord) -> None:
-            for listen in listeners:
-                listen(record)
-
-        try:
-            row, result = execution.execute(
-                run,
-                settings.data_dir,
-                evaluate_every=settings.evaluate_every,
-                on_step=on_step,
-                on_health=lambda health: console.print(str(health), highlight=False),
-                checkpoint=checkpoint,
-                replay=replay,
-                form=settings.form,
-                ray=settings.ray,
-                audit=settings.audit,
-                journal=journal,
-            )
-        except (WorkersGone, AuditFailure) as error:
-            kept = journal or settings.checkpoint_dir
-            raise SystemExit(f"{error}; all arrivals so far are in {kept}") from None
-        except (OSError, ValueError) as error:  # such as a full disk
-            raise SystemExit(str(error)) from None
-        except KeyboardInterrupt:
-            go_on = "" if checkpoint is None else "; --resume continues from the newest checkpoint"
-            raise SystemExit(f"interrupted{go_on}") from None
+    callbacks += [
+        ProgressBar(run.method, console),
+        HealthLog(log=lambda health: console.print(health, highlight=False)),
+    ]
+    try:
+        row, result = execution.execute(
+            run,
+            settings.data_dir,
+            evaluate_every=settings.evaluate_every,
+            callbacks=callbacks,
+            checkpoint=checkpoint,
+            replay=replay,
+            form=settings.form,
+            ray=settings.ray,
+            audit=settings.audit,
+            journal=journal,
+        )
+    except (WorkersGone, AuditFailure) as error:
+        kept = journal or settings.checkpoint_dir
+        raise SystemExit(f"{error}; all arrivals so far are in {kept}") from None
+    except (OSError, ValueError) as error:  # such as a full disk
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        go_on = "" if checkpoint is None else "; --resume continues from the newest checkpoint"
+        raise SystemExit(f"interrupted{go_on}") from None
     if result.health is not None:
         console.print(str(result.health), highlight=False)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 from experiments import data, models
 from experiments.benchmarks import gpu_profile
 from experiments.benchmarks.measure import Row, in_turn, rate, seconds
-from orlomo_jax import heterogeneous, make_method, simulate, simulate_arrivals
+from orlomo_jax import Compiled, make_method, simulate
 
 Convolution = Literal["xla", "matmul"]
 FORMS: tuple[Convolution, ...] = ("xla", "matmul")
@@ -117,11 +117,11 @@ def _training(sizes: Sizes, form: Convolution, dtype: str) -> Training:
     split, padding = _split(sizes.examples, sizes.image), sizes.image // 8
     source = data.Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.25,) * 3, padding)
     loss_fn = source.training_loss(_network(sizes, form, dtype).loss_fn)
-    method = make_method("orlomo", WORKERS)
+    method = make_method("orlomo", WORKERS, sizes.local_steps)
     return Training(
         loss_fn,
         method,
-        method.local_round(loss_fn, sizes.local_steps, weight_decay=1e-3, unroll=1),
+        method.local_round(loss_fn, weight_decay=1e-3, unroll=1),
         data.shuffled_batches(split, sizes.batch, sizes.local_steps),
         *_start(sizes),
     )
@@ -149,16 +149,15 @@ def run_segment(sizes: Sizes, axis: Any, form: Convolution, dtype: str) -> None:
     run, num_steps = _training(sizes._replace(rounds=0), form, dtype), sizes.rounds
     result = simulate(
         run.method,
-        run.round_fn,
+        None,
         run.batch_fn,
         run.params,
-        simulate_arrivals(heterogeneous(), WORKERS, num_steps, sizes.local_steps, 0),
+        round_fn=run.round_fn,
+        num_steps=num_steps,
         key=jax.random.key(0),
         model_state=run.model_state,
         local_learning_rate=0.01,
-        compiled=True,
-        worker_axis=axis,
-        compute_batch=None if axis == "loop" else 4,
+        engine=Compiled(axis, None if axis == "loop" else 4),
     )
     jax.block_until_ready(result.params)
 

@@ -14,7 +14,7 @@ import numpy as np
 from experiments import execution, runs
 from experiments.benchmarks.measure import Row, of_pairs
 from experiments.models import mlp
-from orlomo_jax import RayWorkers, Threads, make_method, train
+from orlomo_jax import RayWorkers, ThreadWorkers, make_method, train
 
 WARM = 0.2
 """Share of a run's reports that is not timed, while processes start and programs compile."""
@@ -26,14 +26,15 @@ def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
     method, round_fn, batch_fn, params = job
     result = train(
         method,
-        round_fn,
+        None,
         batch_fn,
         params,
         workers,
+        round_fn=round_fn,
         num_steps=num_steps,
         key=jax.random.key(0),
         local_learning_rate=1e-3,
-        on_step=lambda record: stamps.append(time.perf_counter()),
+        callbacks=[lambda record: stamps.append(time.perf_counter())],
     )
     assert result.status == "finished"
     warm = int(WARM * num_steps)
@@ -55,8 +56,8 @@ def threads(repeats: int) -> Iterator[Row]:
         batches = jnp.ones((*shape, widths[0])), jnp.zeros(shape, jnp.int32)
         key = jax.random.key(0)  # made once, since making a key outside of a program is slow
         for num_workers in (1, 2):
-            method = make_method("orlomo", num_workers)
-            round_fn = method.local_round(mlp.loss_fn, num_local_steps)
+            method = make_method("orlomo", num_workers, num_local_steps)
+            round_fn = method.local_round(mlp.loss_fn)
             job = (method, round_fn, lambda key, worker, round, b=batches: b, params)
             figures, limits = [], []
             for _ in range(min(repeats, 5) + 1):  # the first compiles
@@ -64,7 +65,7 @@ def threads(repeats: int) -> Iterator[Row]:
                 for _ in range(num_steps):
                     jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
                 limits.append(num_steps / (time.perf_counter() - begin))
-                figures.append(_rate(job, Threads(num_workers), num_steps))
+                figures.append(_rate(job, ThreadWorkers(num_workers), num_steps))
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             name = (
                 f"threads, K={num_workers}, MLP of {size}, S={num_local_steps}, batch {batch_size}"
@@ -126,8 +127,8 @@ def ray_round_trips(repeats: int) -> Iterator[Row]:
     import ray
 
     num_workers, batches = 2, jnp.ones((1, 1))
-    method = make_method("orlomo", num_workers)
-    round_fn = method.local_round(_vector_loss, 1)
+    method = make_method("orlomo", num_workers, 1)
+    round_fn = method.local_round(_vector_loss)
     job = (method, round_fn, lambda key, worker, round: batches)
     begun_here = not ray.is_initialized()
     if begun_here:

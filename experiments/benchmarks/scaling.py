@@ -91,19 +91,19 @@ def memory(repeats: int) -> Iterator[Row]:
 
 def peak(size: int, num_workers: int, compiled: bool, dtype: str = "float32") -> None:
     """Print the growth of this process's peak memory over a run, in MB."""
-    method = make_method("orlomo", num_workers)
-    round_fn = method.local_round(_quadratic, 1)
+    method = make_method("orlomo", num_workers, 1)
 
     def run(size: int) -> None:
         result = simulate(
             method,
-            round_fn,
+            _quadratic,
             _no_data,
             jnp.ones(size, dtype),
-            simulate_arrivals(one_slow_worker(2), num_workers, 4 * num_workers + 4, 1, 0),
+            num_steps=4 * num_workers + 4,
+            compute_times=one_slow_worker(2),
             key=jax.random.key(0),
             local_learning_rate=0.01,
-            compiled=compiled,
+            engine="compiled" if compiled else "eager",
         )
         jax.block_until_ready(result.params)
 

@@ -62,7 +62,7 @@ def masters(repeats: int) -> Iterator[Row]:
 
 def _receiving(size: int, leaves: int, finite: bool | None, dtype: Any = None) -> Any:
     params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), _ones(size, leaves))
-    server = ParameterServer(make_method("orlomo", 8), params, 8, local_learning_rate=1)
+    server = ParameterServer(make_method("orlomo", 8, 1), params, local_learning_rate=1)
     update = LocalUpdate(_ones(size, leaves), _ones(size, leaves))
     for worker in range(8):
         server.dispatch(worker)
@@ -70,10 +70,10 @@ def _receiving(size: int, leaves: int, finite: bool | None, dtype: Any = None) -
     def cycle(worker: int) -> Any:
         task = server.held(worker)
         assert task is not None
-        report = Report(task.worker, task.round, task.dispatched_at, update, finite=finite)
+        report = Report(task.id, update, finite=finite)
         del task  # a worker releases its task too, so that the server may reuse the memory
         server.receive(report)
-        return server.dispatch(worker).params
+        return server.dispatch(worker).start.params
 
     for worker in range(8):  # makes all versions distinct
         cycle(worker)

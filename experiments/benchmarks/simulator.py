@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from experiments import models
 from experiments.benchmarks.measure import Row, in_turn, of_pairs, rate, seconds
 from experiments.models import mlp
-from orlomo_jax import ArrivalTrace, Method, make_method, one_slow_worker, simulate
+from orlomo_jax import ArrivalTrace, Compiled, Method, make_method, one_slow_worker, simulate
 from orlomo_jax import simulate_arrivals as arrivals_of
 
 APPFL_JOB = Path(__file__).with_name("appfl_job.py")
@@ -46,10 +46,11 @@ class Job(NamedTuple):
         """Run the job in the simulator."""
         result = simulate(
             self.method,
-            self.round_fn,
+            None,
             jax.tree_util.Partial(_same, self.batches),
             self.params,
-            self.trace,
+            round_fn=self.round_fn,
+            trace=self.trace,
             key=jax.random.key(0),
             model_state=self.model_state,
             local_learning_rate=0.01,
@@ -89,7 +90,7 @@ def simulator(repeats: int) -> Iterator[Row]:
     """Measure global iterations per second of the eager and the compiled engine."""
     small = _small()
     for form, bar in (("compiled", 1.2), ("driven from Python", 0.5)):
-        run = partial(small.simulated, compiled=form == "compiled")
+        run = partial(small.simulated, engine=form)
         (timing,) = in_turn(repeats, run, small.rounds)
         name = f"simulator, {form}, {small.name}"
         yield rate(name, small.trace.num_steps, timing, "iterations/s", "bare rounds", bar)
@@ -113,7 +114,7 @@ def axes(repeats: int) -> Iterator[Row]:
         jobs.append((f", {form}", job, convolving, min(repeats, 3)))
     for form, job, chosen, count in jobs:
         for axis in ("loop", "map", "vmap"):
-            run = partial(job.simulated, compiled=True, worker_axis=axis)
+            run = partial(job.simulated, engine=Compiled(axis))
             (timing,) = in_turn(count, run, chosen.simulated)
             name = f"{job.name}: {axis}{form}"
             yield rate(name, job.trace.num_steps, timing, "iterations/s", "as chosen")
@@ -135,7 +136,7 @@ def against_appfl(repeats: int, python: Path) -> Iterator[Row]:
     are imported, the longer this takes.
     """
     job = _small()
-    job.simulated(compiled=True)
+    job.simulated(engine="compiled")
     for collect, num_steps, against in (
         (True, 4, "APPFL 1.12"),
         (False, 400, "APPFL 1.12, never collecting garbage"),
@@ -145,7 +146,7 @@ def against_appfl(repeats: int, python: Path) -> Iterator[Row]:
             command = [str(python), str(APPFL_JOB), str(num_steps), str(collect)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             limits.append(num_steps / float(done.stdout))
-            figures.append(job.trace.num_steps / seconds(partial(job.simulated, compiled=True)))
+            figures.append(job.trace.num_steps / seconds(partial(job.simulated, engine="compiled")))
         name = f"simulator, compiled, {job.name}"
         yield of_pairs(name, figures, limits, "iterations/s", against, 80.0)
 
@@ -184,12 +185,12 @@ def _small() -> Job:
 def _job(name, loss_fn, params, model_state, batches, num_workers, num_steps) -> Job:
     images, _ = batches
     num_local_steps, batch_size = images.shape[:2]
-    method = make_method("orlomo", num_workers)
+    method = make_method("orlomo", num_workers, num_local_steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Job(
         f"{name} of {size}, S={num_local_steps}, batch {batch_size}, K={num_workers}",
         method,
-        method.local_round(loss_fn, num_local_steps),
+        method.local_round(loss_fn),
         params,
         model_state,
         batches,

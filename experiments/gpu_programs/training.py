@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from experiments import data, execution, models
 from experiments.gpu_programs.targets import abstract
 from orlomo_jax import make_method
-from orlomo_jax.compiled import LENGTH, Carry, Version, stretch_program
-from orlomo_jax.rounds import RoundMetrics, fused_round
-from orlomo_jax.server_step import sent_dtypes
+from orlomo_jax.compiled import LENGTH, Carry, segment_program
+from orlomo_jax.state import ServerState, leaf_dtypes
 from orlomo_jax.together import RUN_AXES, over_runs
+from orlomo_jax.workload import RoundInput, RoundMetrics, round_program
 
 WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
 
@@ -33,23 +33,23 @@ def training(
     network = models.make(model, 10, (32, 32, 3), convolution=convolution)
     none: Any = None  # the loss does not use the splits
     cifar10 = data.Dataset("cifar10", none, none, 10, (0.5,) * 3, (0.25,) * 3, padding=4)
-    method = make_method("orlomo", WORKERS)
+    method = make_method("orlomo", WORKERS, LOCAL_STEPS)
     round_fn = method.local_round(
-        cifar10.training_loss(network.loss_fn), LOCAL_STEPS, weight_decay=1e-3, unroll=1
+        cifar10.training_loss(network.loss_fn), weight_decay=1e-3, unroll=1
     )
     images = jax.ShapeDtypeStruct((TRAIN_SIZE, 32, 32, 3), jnp.uint8)
     labels: Any = jax.ShapeDtypeStruct((TRAIN_SIZE,), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
 
     def start(params, model_state):
-        version = Version(params, model_state, None, jnp.float32(0))
-        slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (WORKERS, *x.shape)), version)
-        state, metrics = method.rule.init(params), RoundMetrics(jnp.zeros(LENGTH), {})
-        rate, first_bad = version.local_learning_rate, jnp.int32(-1)
-        return Carry(params, state, model_state, model_state, rate, slots, first_bad, metrics)
+        rate = jnp.float32(0)
+        state = ServerState(params, method.rule.init(params), model_state, None, rate)
+        task = RoundInput(params, model_state, None, rate)
+        slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (WORKERS, *x.shape)), task)
+        return Carry(state, slots, jnp.int32(-1), RoundMetrics(jnp.zeros(LENGTH), {}))
 
     sent = jax.eval_shape(network.init, key)
-    run = stretch_program(method, WORKERS, fused_round(round_fn), "loop", 1, sent_dtypes(sent))
+    run = segment_program(method, round_program(round_fn), "loop", 1, leaf_dtypes(sent))
     args = [
         _batches(images, labels),
         execution.schedule(0.1, 7812),
