@@ -11,7 +11,9 @@ import numpy as np
 
 from orlomo_jax.fingerprint import fingerprint
 from orlomo_jax.methods import Method
+from orlomo_jax.server import ParameterServer
 from orlomo_jax.step import merge_weight_on_host
+from orlomo_jax.workload import Workload
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
@@ -30,6 +32,23 @@ JAX_SETTINGS = (
 """Those that change what is computed."""
 
 
+def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
+    """Return the identity of one run: method, rates, trees, keys, round and batches."""
+    round_fn, batch_fn, *keys = workload
+    state, sent = server.view(), iter(server.sent_dtypes)
+    return {
+        **of_method(server.method),
+        "num_workers": server.num_workers,
+        "synchronous": server.method.synchronous,
+        **of_rate(server),
+        "params": of_tree(state.params, sent),
+        "model_state": of_tree(state.model_state, sent),
+        "rule_state": of_tree(state.rule_state),
+        **of_keys(*keys),
+        **of_work(round_fn, batch_fn),
+    }
+
+
 def of_method(method: Method) -> dict[str, Any]:
     """Return the identity of a method, JSON-able: its fingerprint, and η as a function."""
     identity: dict[str, Any] = {"method": method.name} | dict(method.fingerprint)
@@ -40,18 +59,15 @@ def of_method(method: Method) -> dict[str, Any]:
     return identity
 
 
-def of_rate(schedule: Callable | None, constant: Any) -> dict[str, Any]:
-    """Return the identity of γ: its value, or its schedule's values and what that carries.
-
-    Example:
-        >>> of_rate(None, np.float32(0.1)), of_rate(lambda step: 0.1 / (step + 1), None)
-        ({'local_learning_rate': ['0.1']}, {'local_learning_rate': ['0.1', '0.05', '0.009091', ...
-    """
-    if schedule is None:
+def of_rate(server: ParameterServer) -> dict[str, Any]:
+    """Return the identity of γ: its value, or its schedule's values and what that carries."""
+    if server.schedule is None:
+        constant = server.view().local_learning_rate
         return {"local_learning_rate": [str(np.asarray(constant))]}
     # Four digits each: platforms round a schedule differently.
-    rates = [f"{float(schedule(step)):.4g}" for step in POINTS]
-    return {"local_learning_rate": rates} | fingerprint(schedule, "local_learning_rate.schedule")
+    rates = [f"{float(server.schedule(step)):.4g}" for step in POINTS]
+    schedule = fingerprint(server.schedule, "local_learning_rate.schedule")
+    return {"local_learning_rate": rates} | schedule
 
 
 def of_tree(tree: PyTree[Array], sent: Iterable[Any] = ()) -> list[str]:

@@ -6,10 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orlomo_jax.checkpoint import Checkpoints, Saved
-from orlomo_jax.identity import of_keys, of_work
 from orlomo_jax.recorder import RunRecorder
-from orlomo_jax.server import ParameterServer
-from orlomo_jax.workload import Workload
 
 
 class RunSaver:
@@ -56,9 +53,3 @@ class RunSaver:
         arrays, of_runs = zip(*(recorder.snapshot() for recorder in self._recorders), strict=True)
         notes["runs"] = list(of_runs)
         self.checkpoint.save_run(step, {"runs": list(arrays)}, notes, self._identity(step))
-
-
-def run_identity(server: ParameterServer, workload: Workload) -> dict[str, Any]:
-    """Return the identity of one run: method, rates, trees, keys, round and batches."""
-    round_fn, batch_fn, *keys = workload
-    return server.identity() | of_keys(*keys) | of_work(round_fn, batch_fn)

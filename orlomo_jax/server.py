@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orlomo_jax import identity
 from orlomo_jax.arrays import beside, bound, own
 from orlomo_jax.books import TaskId, TaskTable
 from orlomo_jax.buffers import Buffers
@@ -165,23 +164,6 @@ class ParameterServer:
         if self._state is None:
             raise RuntimeError("the server's state is exported: import it first")
         return self._state
-
-    def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with this one, JSON-able."""
-        state, sent = self.view(), iter(self.sent_dtypes)
-        return {
-            **identity.of_method(self.method),
-            "num_workers": self.num_workers,
-            "synchronous": self.method.synchronous,
-            **self.rate_identity(),
-            "params": identity.of_tree(state.params, sent),
-            "model_state": identity.of_tree(state.model_state, sent),
-            "rule_state": identity.of_tree(state.rule_state),
-        }
-
-    def rate_identity(self) -> dict[str, Any]:
-        """Return the part of the identity that says what γ is."""
-        return identity.of_rate(self.schedule, self.view().local_learning_rate)
 
     def check_form(self, report: Report) -> None:
         """Raise TypeError or ValueError unless a report's trees are like the server's."""

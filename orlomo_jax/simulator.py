@@ -16,13 +16,13 @@ from orlomo_jax.callbacks import AnyCallback
 from orlomo_jax.checkpoint import JOURNAL, Checkpoints, Saved
 from orlomo_jax.engine import Compiled, Eager, choose, make_engine
 from orlomo_jax.history import TrainingResult
-from orlomo_jax.identity import of_keys
+from orlomo_jax.identity import of_keys, of_rate, of_run
 from orlomo_jax.interrupts import put_off_interrupts
 from orlomo_jax.methods import Method, round_of
 from orlomo_jax.pure import check_pure
 from orlomo_jax.recorder import Recording, RunRecorder
 from orlomo_jax.rules import contract
-from orlomo_jax.saving import RunSaver, run_identity
+from orlomo_jax.saving import RunSaver
 from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.together import Alone, Together
@@ -340,9 +340,9 @@ def _identity(runs: Sequence[_Run], settings: Eager | Compiled, step: int) -> di
             f"`trace` must have the {step} steps that the run to resume has made, got "
             f"{trace.num_steps}"
         )
-    identity = {"run by": "simulate", "together": len(runs)} | run_identity(server, workload)
+    identity = {"run by": "simulate", "together": len(runs)} | of_run(server, workload)
     for index, run in enumerate(others, 1):
-        own = run.server.rate_identity() | of_keys(*run.workload[2:])
+        own = of_rate(run.server) | of_keys(*run.workload[2:])
         identity |= {f"{name} of run {index}": value for name, value in own.items()}
     identity |= {"engine": type(settings).__name__} | asdict(settings)
     return identity | {"trace": [run.trace.digest(step) for run in runs]}

@@ -16,6 +16,7 @@ from orlomo_jax.callbacks import AnyCallback
 from orlomo_jax.checkpoint import JOURNAL, Checkpoints
 from orlomo_jax.checks import check_count, check_number
 from orlomo_jax.history import TrainingResult
+from orlomo_jax.identity import of_run
 from orlomo_jax.journal import Journal
 from orlomo_jax.methods import Method, round_of
 from orlomo_jax.pure import check_pure
@@ -26,7 +27,7 @@ from orlomo_jax.runtimes.driver import Driver, RunOptions
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
-from orlomo_jax.saving import RunSaver, run_identity
+from orlomo_jax.saving import RunSaver
 from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.workload import Workload, check_key
@@ -173,7 +174,7 @@ def _train(
     absent = {"absent": sorted(options.membership.absent)}
     identity = {"num_workers": method.num_workers, "synchronous": method.synchronous}
     if checkpoint is not None or path is not None:
-        identity = {"run by": "train"} | run_identity(server, workload)
+        identity = {"run by": "train"} | of_run(server, workload)
     saved = None if checkpoint is None else checkpoint.newest_of(identity)
     journal = Journal(identity | absent, path)
     with contextlib.closing(journal):
