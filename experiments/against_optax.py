@@ -28,9 +28,9 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import execution, runs
+from experiments import config, runner
 from experiments.checks import check
-from experiments.decoded import DataError
+from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import ProgressBar
 
@@ -39,8 +39,8 @@ from orlomo_jax import ProgressBar
 class AgainstOptax:
     """Settings of the comparison."""
 
-    run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(
-        default_factory=lambda: runs.Run(
+    run: Annotated[config.Run, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: config.Run(
             workers=1, local_iterations=1, epochs=1, learning_rate=0.02
         )
     )
@@ -88,20 +88,20 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    run: runs.Run,
+    run: config.Run,
     data_dir: Path | None = None,
     evaluations: int = 4,
     controls: int = 1,
     console: Console | None = None,
 ) -> Comparison:
     """Train by this library and by optax loops, with a progress bar for each on a console."""
-    parts = execution.assemble(run, data_dir)
+    parts = runner.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     every = max(1, num_steps // evaluations)
     bars = [] if console is None else [ProgressBar("simulated", console)]
-    _, result = execution.execute(run, data_dir, evaluate_every=every, callbacks=bars)
-    params, model_state, key = execution.beginning(run, parts)
-    schedule = execution.schedule(run.learning_rate, num_steps)
+    _, result = runner.execute(run, data_dir, evaluate_every=every, callbacks=bars)
+    params, model_state, key = runner.beginning(run, parts)
+    schedule = runner.schedule(run.learning_rate, num_steps)
 
     def by_optax(label: str, params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
         metrics, last = {}, params
@@ -129,8 +129,8 @@ def compare(
 
 
 def plain_optax(
-    run: runs.Run,
-    parts: execution.Parts,
+    run: config.Run,
+    parts: runner.Parts,
     schedule: optax.Schedule,
     params: Any,
     model_state: Any,

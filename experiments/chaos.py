@@ -34,9 +34,11 @@ import psutil
 import tyro
 from rich.console import Console
 
-from experiments import data, execution, runs
+from experiments import config, runner
+from experiments.data import datasets
 from experiments.terminal import accept_any_terminal
-from orlomo_jax import Checkpoints, Journal, LocalUpdate, RayWorkers, Report
+from orlomo_jax import Checkpointer, LocalUpdate, RayWorkers, Report
+from orlomo_jax.recording import Journal
 
 POISONS = {
     "not finite": "not finite",
@@ -70,9 +72,9 @@ class Chaos:
     victim: bool = False
     """Run as the driver that is killed (used by the command itself)."""
 
-    def run(self) -> runs.Run:
+    def run(self) -> config.Run:
         """Return the job: OrLoMo and an MLP on digits."""
-        return runs.Run(
+        return config.Run(
             method="orlomo",
             model="mlp",
             dataset="digits",
@@ -123,9 +125,9 @@ def be_the_victim(settings: Chaos, folder: Path) -> None:
     """Train on Ray with poisoned reports; resume if an earlier driver was killed."""
     attempt = len(list(folder.glob("attempt*")))
     (folder / f"attempt{attempt}").touch()
-    row, _ = execution.execute(
+    row, _ = runner.execute(
         settings.run(),
-        checkpoint=Checkpoints(folder, every=200),
+        checkpoint=Checkpointer(folder, every=200),
         fault_injector=Poison(
             settings.poison_share, settings.seed + 1000 * attempt, folder / "poison.txt"
         ),
@@ -208,8 +210,8 @@ def judge(settings: Chaos, folder: Path) -> Iterator[tuple[str, str, bool]]:
     row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
     journal = Journal.load(folder / "arrivals.jsonl")
     trace, simulated = journal.trace(), replace(settings.run(), runtime="simulated")
-    again, _ = execution.execute(simulated, replay=trace)
-    calm, _ = execution.execute(simulated)
+    again, _ = runner.execute(simulated, replay=trace)
+    calm, _ = runner.execute(simulated)
     same = row["parameters"] == again["parameters"]
     yield "the replay in the simulator has the same parameters", row["parameters"], same
     tags = set(zip(trace.workers.tolist(), trace.rounds.tolist(), strict=True))
@@ -251,7 +253,7 @@ def main(args: Sequence[str] | None = None) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         begin, killed = time.monotonic(), Counter()
-        num_steps = settings.run().num_steps(len(data.digits()[0].labels))
+        num_steps = settings.run().num_steps(len(datasets.digits()[0].labels))
         for victim in shoot(settings, folder, num_steps):
             killed[victim] += 1
             console.print(

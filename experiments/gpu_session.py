@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments import decoded, folders, packed, records
-from experiments.decoded import Arrays, DataError
+from experiments import records
+from experiments.data import folders, packed, tfds_cache
+from experiments.data.tfds_cache import Arrays, DataError
 from experiments.terminal import accept_any_terminal
 
 REHEARSED = "workers=16,dataset=cifar10,model=resnet20,local_iterations=32,method=orlomo|prsgdm"
@@ -53,13 +54,13 @@ def steps(session: Session, deadline: float) -> Iterator[list[str]]:
     Raises:
         DataError: If a packed data set is missing or damaged.
     """
-    data_dir = (session.data_dir or decoded.default_data_dir()).expanduser()
+    data_dir = (session.data_dir or tfds_cache.default_data_dir()).expanduser()
     for folder in session.packed:
         try:
             name = folders.read_manifest(folder.expanduser()).name
         except ValueError as error:
             raise DataError(f"{error}: copy the packed data again") from None
-        if not decoded.arrays_folder(name, data_dir).exists():
+        if not tfds_cache.arrays_folder(name, data_dir).exists():
             yield ["prepare", "--unpack", str(folder), "--data-dir", str(data_dir)]
     rows = session.output / "benchmarks.jsonl"
     if not rows.exists():

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments import execution, runs
-from experiments.decoded import DataError
+from experiments import config, runner
+from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 
 
@@ -30,8 +30,8 @@ from experiments.terminal import accept_any_terminal
 class MergedStatistics:
     """Settings of the comparison."""
 
-    run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(
-        default_factory=lambda: runs.Run(
+    run: Annotated[config.Run, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: config.Run(
             model="resnet8", width=0.5, pool=4, batch_size=16, epochs=12
         )
     )
@@ -42,9 +42,7 @@ class MergedStatistics:
     """Largest allowed difference of the accuracies, in percentage points."""
 
 
-def recomputed(
-    parts: execution.Parts, params: Any, model_state: Any, num_batches: int = 100
-) -> Any:
+def recomputed(parts: runner.Parts, params: Any, model_state: Any, num_batches: int = 100) -> Any:
     """Return the statistics of one pass over the training set, with augmented images.
 
     They are running averages, so after 100 batches the weight of ``model_state`` is 0.9¹⁰⁰ = 3e-5.
@@ -68,14 +66,14 @@ def recomputed(
     return over(parts.train, params, model_state)
 
 
-def accuracies(run: runs.Run, data_dir: Path | None = None) -> dict[str, float]:
+def accuracies(run: config.Run, data_dir: Path | None = None) -> dict[str, float]:
     """Train, and return the test accuracy with merged, recomputed and initial statistics."""
-    parts = execution.assemble(run, data_dir)
+    parts = runner.assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
-    _, result = execution.execute(run, data_dir, evaluate_every=num_steps)
+    _, result = runner.execute(run, data_dir, evaluate_every=num_steps)
     if result.status != "finished":
         raise ValueError(f"`learning_rate` must let the run finish, got {run.learning_rate:g}")
-    _, initial, _ = execution.beginning(run, parts)
+    _, initial, _ = runner.beginning(run, parts)
     statistics = {
         "merged": result.model_state,
         "recomputed": recomputed(parts, result.params, initial),

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from experiments import decoded, folders, packed
-from experiments.decoded import SOURCES, DataError
+from experiments.data import folders, packed, tfds_cache
+from experiments.data.tfds_cache import SOURCES, DataError
 from experiments.terminal import accept_any_terminal
 
 Name = Literal["cifar10", "cifar100", "tiny-imagenet"]
@@ -72,12 +72,12 @@ def prepare(name: str, source: Path, data_dir: Path) -> dict[str, int]:
         DataError: If the source is missing, damaged or not this data set, the data set is already
             there, or a package is not installed. Nothing is written then.
     """
-    target = decoded.folder(name, data_dir)
+    target = tfds_cache.folder(name, data_dir)
     if target.exists():
         raise DataError(f"{target} is already there: remove it to prepare {name} again")
     if not source.exists():
         raise DataError(f"there is no {source}: get {SOURCES[name].archive}")
-    decoded.need_tfds()
+    tfds_cache.need_tfds()
     try:
         content = CONTENTS[name](_open(source))
         with folders.written_whole(target) as unfinished:
@@ -164,7 +164,7 @@ def _reader(root: Path) -> Callable[[str], bytes]:
 
 
 def _tiny_imagenet(files: Files) -> Content:
-    from experiments import tiny_imagenet
+    from experiments.data import tiny_imagenet
 
     return Content(
         {"label": tiny_imagenet.class_names(files.read)},
@@ -269,13 +269,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Prepare, pack or unpack a data set from the command line."""
     accept_any_terminal()
     config = tyro.cli(Config, prog="python -m experiments.prepare", args=args, description=__doc__)
-    data_dir = (config.data_dir or decoded.default_data_dir()).expanduser()
+    data_dir = (config.data_dir or tfds_cache.default_data_dir()).expanduser()
     try:
         _check_flags(config)
         target = str(config.target)
         if config.source is not None:
             name, counts = target, prepare(target, config.source.expanduser(), data_dir)
-            place = decoded.folder(name, data_dir)
+            place = tfds_cache.folder(name, data_dir)
         elif config.pack is not None:
             place = Path(target).expanduser()
             name, counts, files = packed.pack(config.pack, place, config.parts, data_dir)
@@ -283,7 +283,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(f"{place / file}: {size} bytes")
         else:
             name, counts, _ = packed.unpack(Path(target), data_dir)
-            place = decoded.arrays_folder(name, data_dir)
+            place = tfds_cache.arrays_folder(name, data_dir)
     except (DataError, OSError) as error:
         raise SystemExit(str(error)) from None
     for split, count in counts.items():

@@ -25,11 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import data, records
-from experiments.figures import LABELS, TITLES, draw_band
+from experiments import records
+from experiments.data import datasets
 from experiments.models import mlp
+from experiments.paper.figures import LABELS, TITLES, draw_band
 from experiments.terminal import accept_any_terminal
-from orlomo_jax import METHOD_NAMES, heterogeneous, make_method, simulate
+from orlomo_jax import heterogeneous, make_method, simulate
+from orlomo_jax.methods import METHOD_NAMES
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Experiment:
     def __init__(self, config: Config) -> None:
         """Load the data and prepare the methods."""
         self.config = config
-        self.train, test = data.digits()
-        self.batch_fn = data.shuffled_batches(
+        self.train, test = datasets.digits()
+        self.batch_fn = datasets.shuffled_batches(
             self.train, config.batch_size, config.local_iterations
         )
         self.methods = {

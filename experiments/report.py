@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments import cells, figures, records
+from experiments import records
 from experiments.benchmarks import chart
-from experiments.runs import Run
-from experiments.search import Rows, Search, cell_of, recorded, search
+from experiments.config import Run
+from experiments.paper import figures, tables
+from experiments.paper.search import Rows, Search, cell_of, recorded, search
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import ArrivalTrace
 
@@ -46,7 +47,7 @@ class Report:
 class Entry(NamedTuple):
     """Our runs of one cell at the chosen learning rate, and the paper's number."""
 
-    number: cells.Number
+    number: tables.Number
     run: Run
     search: Search
     rows: list[dict[str, Any]]
@@ -67,16 +68,16 @@ class Entry(NamedTuple):
         return f" ± {self.std():.{places}f}" if len(self.rows) > 1 else ""
 
 
-def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
+def entries(table: int, rows: Rows, scale: tables.Scale) -> Iterator[Entry]:
     """Yield each recorded cell of a table once, in the paper's order."""
     by_cell: dict[Run, Rows] = {}
     for done, row in rows.items():
         by_cell.setdefault(cell_of(done), {})[done] = row
     seen = set()
-    for number in cells.paper_numbers():
+    for number in tables.paper_numbers():
         if number.table != table:
             continue
-        for form in cells.forms(number):
+        for form in tables.paper_runs(number):
             run = cell_of(scale.shrink(form))
             if run not in by_cell or (run, number.metric) in seen:
                 continue
@@ -90,7 +91,7 @@ def entries(table: int, rows: Rows, scale: cells.Scale) -> Iterator[Entry]:
             yield Entry(number, run, found, finished)
 
 
-def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
+def table_lines(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
     """Return a table as Markdown lines, [] if none of its cells is recorded."""
     found = list(entries(table, rows, scale))
     if not found:
@@ -107,7 +108,7 @@ def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
         model, metric, dataset = key
         members = {place: group for place, group in groups.items() if place[:3] == key}
         paper = next(iter(next(iter(members.values())).values())).number.run
-        names = list(cells.METHODS)
+        names = list(tables.METHODS)
         lines += [
             f"**{figures.LABELS[metric]}, {model} on {dataset}** (paper: {paper.model} on "
             f"{paper.dataset}); ours ± std (n) / paper's ± std / difference; time: PRSGDm's "
@@ -117,7 +118,7 @@ def table_lines(table: int, rows: Rows, scale: cells.Scale) -> list[str]:
             "|---|---|---|" + "---|" * (len(names) + 3),
         ]
         for (*_, scenario, workers, local_iterations), group in members.items():
-            numbers = [_against_paper(group.get(method)) for method in cells.METHODS.values()]
+            numbers = [_against_paper(group.get(method)) for method in tables.METHODS.values()]
             lines.append(
                 f"| {scenario} | {workers} | {local_iterations} | {' | '.join(numbers)} | "
                 f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} | "
@@ -162,7 +163,7 @@ def _against_paper(entry: Entry | None) -> str:
 
 
 def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
-    titles = {method: name for name, method in cells.METHODS.items()}
+    titles = {method: name for name, method in tables.METHODS.items()}
     values = {
         titles[method]: entry.mean() if ours else entry.number.mean
         for method, entry in group.items()
@@ -183,7 +184,7 @@ def _slower(group: dict[str, Entry]) -> str:
     return f"{times[0] / times[1]:.2f}×"
 
 
-def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
+def provenance(rows: Rows, scale: tables.Scale) -> list[str]:
     """Return lines that state the scale, the devices and the statuses of the runs."""
     environments = Counter(
         (row["environment"]["device"], row["environment"]["cpus"], row["environment"]["jax"])
@@ -208,13 +209,13 @@ def provenance(rows: Rows, scale: cells.Scale) -> list[str]:
     ]
 
 
-def build(rows: Rows, scale: cells.Scale, output: Path) -> None:
+def build(rows: Rows, scale: tables.Scale, output: Path) -> None:
     """Write report.md and every figure that the records cover."""
     lines = [f"# Results at the scale “{scale.name}”", "", *provenance(rows, scale)]
-    for table in cells.SOURCES:
+    for table in tables.SOURCES:
         lines += table_lines(table, rows, scale)
-    for figure, (table, metrics) in cells.FIGURES.items():
-        wanted = {cell_of(scale.shrink(run)) for run in cells.figure_runs(figure)}
+    for figure, (table, metrics) in tables.FIGURES.items():
+        wanted = {cell_of(scale.shrink(run)) for run in tables.figure_runs(figure)}
         curves = [
             (entry.run, entry.rows)
             for entry in entries(table, rows, scale)
@@ -262,7 +263,7 @@ def _made(settings: Report) -> Path:
         figures.draw_timeline(ArrivalTrace.load(settings.trace), output / "timeline")
         return output / "timeline.png"
     output = settings.output or records.RESULTS / settings.scale
-    scale = cells.SCALES[settings.scale]
+    scale = tables.SCALES[settings.scale]
     path = settings.records or records.RESULTS / f"{scale.name}.jsonl"
     rows = recorded(path)
     if not rows:

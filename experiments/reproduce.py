@@ -24,12 +24,13 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments import cells, choice, records, search, together
+from experiments import records
 from experiments.checks import check
-from experiments.decoded import DataError
-from experiments.runs import Run
+from experiments.config import Run
+from experiments.data.tfds_cache import DataError
+from experiments.paper import choice, search, tables, tasks
+from experiments.paper.tasks import Task, Way
 from experiments.terminal import accept_any_terminal
-from experiments.together import Task, Way
 from orlomo_jax import ProgressBar
 
 
@@ -65,7 +66,7 @@ class Reproduce:
     """The largest number of runs at the same time."""
 
 
-def wanted_runs(settings: Reproduce, scale: cells.Scale) -> list[Run]:
+def wanted_runs(settings: Reproduce, scale: tables.Scale) -> list[Run]:
     """Return the cells to run, in order.
 
     Raises:
@@ -74,20 +75,20 @@ def wanted_runs(settings: Reproduce, scale: cells.Scale) -> list[Run]:
     if settings.table is not None and settings.figure is not None:
         raise ValueError("give either --table or --figure")
     if settings.table is not None:
-        at_paper = cells.table_runs(settings.table)
+        at_paper = tables.table_runs(settings.table)
     elif settings.figure is not None:
-        at_paper = cells.figure_runs(settings.figure)
+        at_paper = tables.figure_runs(settings.figure)
     elif settings.budget is not None:
-        at_paper = cells.table_runs(1) + cells.table_runs(2)
+        at_paper = tables.table_runs(1) + tables.table_runs(2)
     else:
         raise ValueError("give either --table or --figure, or a --budget")
-    selected = cells.select(at_paper, settings.only)
+    selected = tables.select(at_paper, settings.only)
     if settings.budget is not None:
-        selected = sorted(selected, key=cells.importance)
+        selected = sorted(selected, key=tables.importance)
     return list(dict.fromkeys(search.cell_of(scale.shrink(run)) for run in selected))
 
 
-def choose_way(settings: Reproduce, path: Path, run: Run, scale: cells.Scale, log: Any) -> Way:
+def choose_way(settings: Reproduce, path: Path, run: Run, scale: tables.Scale, log: Any) -> Way:
     """Return how runs share the device; measure it once per file of records if it is not given."""
     if settings.together == "vmap":
         return Way("vmap", settings.at_once, "matmul")
@@ -145,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = tyro.cli(
         Reproduce, prog="python -m experiments.reproduce", args=args, description=__doc__
     )
-    scale = cells.SCALES[settings.scale]
+    scale = tables.SCALES[settings.scale]
     path = settings.output or records.RESULTS / f"{scale.name}.jsonl"
     console = Console()
     try:
@@ -167,7 +168,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if settings.budget is not None:
             _prepare_device()
         way = choose_way(settings, path, wanted[0], scale, console.print)
-        task = Task(way, scale.form, scale.checkpoint_every, settings.data_dir, deadline)
+        task = Task(way, scale.compute, scale.checkpoint_every, settings.data_dir, deadline)
         families: dict[Run, list[Run]] = {}
         for run in wanted:
             families.setdefault(way.family(run), []).append(run)
@@ -175,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> None:
             list(families.values()), rows, scale, seeds, breadth_first=settings.budget is not None
         )
         for runs in (group for wave in waves for group in way.groups(wave)):
-            in_time = time.time() + startup_time(rows) + together.SAVING < deadline
+            in_time = time.time() + startup_time(rows) + tasks.SAVING < deadline
             if not in_time:
                 break
             new = carry_out(task, runs, console)
@@ -185,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
             in_time = len(new) == len(runs)
             if not in_time:
                 break
-            together.forget(runs)
+            tasks.forget(runs)
     except (DataError, OSError) as error:  # such as a full disk
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
@@ -204,7 +205,7 @@ def _prepare_device() -> None:
     """Let processes share the GPU's memory, and let later calls reuse compiled programs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = str((together.CACHE / "compiled").absolute())
+        folder = str((tasks.CACHE / "compiled").absolute())
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
 

@@ -19,28 +19,28 @@ from typing import Annotated, NamedTuple
 import tyro
 from rich.console import Console
 
-from experiments import execution, records, runs
-from experiments.decoded import DataError
+from experiments import config, records, runner
+from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
     ArrivalTrace,
-    AuditFailure,
     Callback,
-    Checkpoints,
+    Checkpointer,
     HealthLog,
-    Journal,
     ProgressBar,
     RayWorkers,
     TensorBoard,
-    WorkersGone,
 )
+from orlomo_jax.recording import Journal
+from orlomo_jax.runtimes import WorkersLostError
+from orlomo_jax.server import AuditError
 
 
 @dataclass(frozen=True)
 class Train:
     """Settings of one training run."""
 
-    run: Annotated[runs.Run, tyro.conf.OmitArgPrefixes] = field(default_factory=runs.Run)
+    run: Annotated[config.Run, tyro.conf.OmitArgPrefixes] = field(default_factory=config.Run)
     """The run to train."""
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
@@ -62,15 +62,15 @@ class Train:
     """A trace, or the arrivals.jsonl of a killed run: repeat its arrivals in the simulator."""
     audit: bool = False
     """Check Lemmas 1 and 2 on the server at each step (real runtimes, OrLoMo)."""
-    form: runs.Form = field(default_factory=runs.Form)
+    compute: config.ComputeOptions = field(default_factory=config.ComputeOptions)
     """How the rounds are computed."""
-    ray: execution.Ray = field(default_factory=execution.Ray)
+    ray: runner.Ray = field(default_factory=runner.Ray)
     """Where Ray's workers run, and with which resources."""
 
 
-def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
+def _claim(path: Path, settings: Train, checkpoint: Checkpointer) -> None:
     """Write a run's settings to its checkpoint folder, or raise ValueError if others are there."""
-    mine = asdict(settings.run) | {"convolution": settings.form.convolution}
+    mine = asdict(settings.run) | {"convolution": settings.compute.convolution}
     if not path.exists():
         if checkpoint.steps():
             raise ValueError(
@@ -90,7 +90,7 @@ def _claim(path: Path, settings: Train, checkpoint: Checkpoints) -> None:
         raise ValueError(f"{path} is of a run with another {', '.join(others)}")
 
 
-def _arrivals(path: Path, run: runs.Run, num_steps: int) -> ArrivalTrace:
+def _arrivals(path: Path, run: config.Run, num_steps: int) -> ArrivalTrace:
     """Read the arrivals to repeat; raise ValueError unless they fit the run."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -119,10 +119,10 @@ def _check_runtime(settings: Train) -> None:
         raise ValueError(f"--evaluate-every must be ≥ 1, got {settings.evaluate_every}")
     if run.runtime == "simulated" and settings.audit:
         raise ValueError("--audit needs --runtime threads or ray")
-    together = (settings.form.worker_axis, settings.form.compute_batch)
+    together = (settings.compute.worker_axis, settings.compute.compute_batch)
     if together != ("auto", None) and (run.runtime != "simulated" or settings.replay is not None):
         raise ValueError(
-            "--form.worker-axis and --form.compute-batch apply only to simulated runs: real "
+            "--compute.worker-axis and --compute.compute-batch apply only to simulated runs: real "
             "workers, and replays of their runs, compute each round alone"
         )
     if run.runtime != "simulated":
@@ -131,13 +131,13 @@ def _check_runtime(settings: Train) -> None:
         RayWorkers(run.workers)  # raises if Ray is not installed
 
 
-def _checkpoints(settings: Train) -> Checkpoints | None:
+def _checkpoints(settings: Train) -> Checkpointer | None:
     folder = settings.checkpoint_dir
     if folder is None:
         if settings.resume:
             raise ValueError("--resume needs --checkpoint-dir")
         return None
-    checkpoint = Checkpoints(folder, settings.checkpoint_every)
+    checkpoint = Checkpointer(folder, settings.checkpoint_every)
     if not settings.resume and (checkpoint.steps() or (folder / "arrivals.jsonl").exists()):
         raise ValueError(
             f"{folder} holds checkpoints: add --resume to continue from the newest, or choose "
@@ -158,7 +158,7 @@ class _Prepared(NamedTuple):
     """The checked inputs and outputs of a run, in addition to its settings."""
 
     trace_path: Path
-    checkpoint: Checkpoints | None
+    checkpoint: Checkpointer | None
     replay: ArrivalTrace | None
     journal: Path | None
     callbacks: list[Callback]
@@ -168,7 +168,7 @@ def _prepare(settings: Train) -> _Prepared:
     """Check the settings and prepare the files before anything is computed."""
     run, trace_path = settings.run, settings.trace or _trace_path(settings)
     checkpoint = _checkpoints(settings)
-    num_steps = run.num_steps(len(execution.assemble(run, settings.data_dir).train.labels))
+    num_steps = run.num_steps(len(runner.assemble(run, settings.data_dir).train.labels))
     replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
     _check_runtime(settings)
     run.trace(num_steps)  # raises if the scenario is impossible
@@ -201,19 +201,19 @@ def main(args: Sequence[str] | None = None) -> None:
         HealthLog(log=lambda health: console.print(health, highlight=False)),
     ]
     try:
-        row, result = execution.execute(
+        row, result = runner.execute(
             run,
             settings.data_dir,
             evaluate_every=settings.evaluate_every,
             callbacks=callbacks,
             checkpoint=checkpoint,
             replay=replay,
-            form=settings.form,
+            compute=settings.compute,
             ray=settings.ray,
             audit=settings.audit,
             journal=journal,
         )
-    except (WorkersGone, AuditFailure) as error:
+    except (WorkersLostError, AuditError) as error:
         kept = journal or settings.checkpoint_dir
         raise SystemExit(f"{error}; all arrivals so far are in {kept}") from None
     except (OSError, ValueError) as error:  # such as a full disk

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from orlomo_jax.rules import contract
+from orlomo_jax import trees
+from orlomo_jax.trees import Array, PyTree
 
-if TYPE_CHECKING:
-    from flax import nnx
-    from jaxtyping import Array, PyTree
-
-    Criterion = Callable[[Any, Any], Array | tuple[Array, PyTree[Array]]]
+Criterion: TypeAlias = Callable[[Any, Any], Array | tuple[Array, PyTree]]
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,21 @@ class Model(NamedTuple):
         predict: ``predict(params, model_state, *inputs)``, the module's output in evaluation mode.
     """
 
-    params: PyTree[Array]
-    model_state: PyTree[Array]
+    params: PyTree
+    model_state: PyTree
     loss_fn: Callable
     predict: Callable
 
 
 def from_nnx(
-    module: nnx.Module, criterion: Criterion, *, wrt: Any = None, train_mode: bool = True
+    module: Any, criterion: Criterion, *, wrt: Any = None, train_mode: bool = True
 ) -> Model:
     """Return a Flax NNX module and a criterion as a :class:`Model`.
 
     Args:
-        module: Its ``nnx.Param`` variables are trained; every other variable except random-number
-            state is model state. It is only read. Under ``nnx.eval_shape`` it may be abstract.
+        module: An ``nnx.Module``; it is only read. Its ``nnx.Param`` variables are trained; every
+            other variable except random-number state is model state. Under ``nnx.eval_shape`` it
+            may be abstract.
         criterion: ``criterion(module, batch)`` returns the scalar loss of a batch, or the loss and
             a dict of metrics.
         wrt: Which variables are trained: an nnx filter, such as ``nnx.LoRAParam``; None is
@@ -108,7 +106,7 @@ def from_nnx(
         module, trained, nnx.Param, nnx.RngState, ...
     )
     params, rng_state, model_state = map(nnx.to_pure_dict, (params, rng_state, model_state))
-    contract.check_numbers("model_state", model_state)
+    trees.check_numbers("model_state", model_state)
     streams, structure = jax.tree.flatten(rng_state)
     kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
 

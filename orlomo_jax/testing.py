@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax.history import TrainingResult
-from orlomo_jax.host_batches import HostBatches
 from orlomo_jax.methods import METHOD_NAMES, make_method
+from orlomo_jax.recording.history import TrainingResult
 from orlomo_jax.runtimes import TaskOutcome, WorkerPool, train
-from orlomo_jax.simulator import simulate
-from orlomo_jax.workload import Workload
+from orlomo_jax.simulation.simulate import simulate
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.workload import Workload
 
 _S = 2
 

@@ -25,20 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Importing a module registers its checks. They run in the order of these imports.
-from proofs_check import symbolic  # isort: skip
-from proofs_check import constants  # isort: skip
-from proofs_check import exhaustive  # isort: skip
-from proofs_check import one_step  # isort: skip
-from proofs_check import details  # isort: skip
-from proofs_check import randomized  # isort: skip
-from proofs_check import server_events  # isort: skip
-from proofs_check import long_runs  # isort: skip
-from proofs_check import long_simulations  # isort: skip
-from proofs_check import worker_details  # isort: skip
-from proofs_check import statistical  # isort: skip
-from proofs_check import degenerate  # isort: skip
-from proofs_check import scaling  # isort: skip
+from proofs_check import checks  # importing it registers the checks
 from proofs_check.claims import PAPER, Claims
 from proofs_check.registry import CHECKS, SMALL, STATEMENTS, Outcome, Size, Subject, run
 
@@ -52,12 +39,9 @@ __all__ = [
     "Size",
     "Subject",
     "check",
+    "checks",
     "run",
 ]
-_REGISTERED = (
-    symbolic, constants, exhaustive, one_step, details, randomized, server_events, long_runs,
-    long_simulations, worker_details, statistical, degenerate, scaling,
-)  # fmt: skip
 
 
 def check(

@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from proofs_check import mapping, replays
-from proofs_check.extras import require
+from proofs_check import counterexamples, coverage
+from proofs_check.optional import require
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, Subject, chosen, run
 
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from_stdin = args.replay == "-"
             text = sys.stdin.buffer.read() if from_stdin else Path(args.replay).read_bytes()
             content = json.loads(text)
-            residual, allowance = replays.replay(
+            residual, allowance = counterexamples.replay(
                 _subject(args.rule or content.get("rule"), not args.no_worker_momentum), content
             )
             held = residual <= allowance
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, AttributeError) as error:
         p.error(str(error))
     if args.map:
-        for line in mapping.lines(_note if sys.stderr.isatty() else None):
+        for line in coverage.lines(_note if sys.stderr.isatty() else None):
             print(line)
         return 0
     began = time.perf_counter()
@@ -191,7 +191,7 @@ def _counterexamples(failed: list[Outcome], size: Size, rule: str | None) -> lis
     for outcome in failed:
         if outcome.check not in by_check or _arrivals(outcome) < _arrivals(by_check[outcome.check]):
             by_check[outcome.check] = outcome
-    files = [(replays.as_json(o, size, rule), _arrivals(o)) for o in by_check.values()]
+    files = [(counterexamples.as_json(o, size, rule), _arrivals(o)) for o in by_check.values()]
     return [file for file, _ in sorted(files, key=lambda pair: pair[1])]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orlomo_jax
 from proofs_check.claims import PAPER, Claims
-from proofs_check.extras import MissingPackage, require
+from proofs_check.optional import MissingPackage, require
 
 
 class Statement(NamedTuple):

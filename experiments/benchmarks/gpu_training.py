@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, models
+from experiments import models
 from experiments.benchmarks import gpu_profile
 from experiments.benchmarks.measure import Row, in_turn, rate, seconds
+from experiments.data import datasets
 from orlomo_jax import Compiled, make_method, simulate
 
 Convolution = Literal["xla", "matmul"]
@@ -106,23 +107,25 @@ class Training(NamedTuple):
 
 
 @cache
-def _split(examples: int, image: int) -> data.Split:
+def _split(examples: int, image: int) -> datasets.Split:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (examples, image, image, 3), np.uint8)
-    return data.Split(jnp.asarray(images), jnp.asarray(random.integers(0, 10, examples, np.int32)))
+    return datasets.Split(
+        jnp.asarray(images), jnp.asarray(random.integers(0, 10, examples, np.int32))
+    )
 
 
 @cache
 def _training(sizes: Sizes, form: Convolution, dtype: str) -> Training:
     split, padding = _split(sizes.examples, sizes.image), sizes.image // 8
-    source = data.Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.25,) * 3, padding)
+    source = datasets.Dataset("cifar10", split, split, 10, (0.5,) * 3, (0.25,) * 3, padding)
     loss_fn = source.training_loss(_network(sizes, form, dtype).loss_fn)
     method = make_method("orlomo", WORKERS, sizes.local_steps)
     return Training(
         loss_fn,
         method,
         method.local_round(loss_fn, weight_decay=1e-3, unroll=1),
-        data.shuffled_batches(split, sizes.batch, sizes.local_steps),
+        datasets.shuffled_batches(split, sizes.batch, sizes.local_steps),
         *_start(sizes),
     )
 

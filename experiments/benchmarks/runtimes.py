@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import execution, runs
+from experiments import config, runner
 from experiments.benchmarks.measure import Row, of_pairs
 from experiments.models import mlp
 from orlomo_jax import RayWorkers, ThreadWorkers, make_method, train
@@ -154,7 +154,7 @@ def race(repeats: int) -> Iterator[Row]:
     first in virtual time.
     """
     target, grid = 0.005, (0.03, 0.1, 0.3)
-    base = runs.Run(
+    base = config.Run(
         model="mlp",
         width=8,
         dataset="digits",
@@ -185,8 +185,8 @@ def race(repeats: int) -> Iterator[Row]:
     )
 
 
-def _time_to(target: float, run: runs.Run, clock: str) -> float:
-    row, _ = execution.execute(run, evaluate_every=run.workers)
+def _time_to(target: float, run: config.Run, clock: str) -> float:
+    row, _ = runner.execute(run, evaluate_every=run.workers)
     curve = row["curve"]
     reached = [t for t, loss in zip(curve[clock], curve["train_loss"], strict=True)
                if loss is not None and loss <= target]  # fmt: skip

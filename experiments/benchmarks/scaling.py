@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.benchmarks.measure import Row, fresh_process, in_turn, rate
 from experiments.benchmarks.simulator import perceptron
-from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, simulate, simulate_arrivals
+from orlomo_jax import ArrivalTrace, make_method, one_slow_worker, sample_trace, simulate
 
 DTYPES = ("float32", "bfloat16")
 
@@ -53,7 +53,7 @@ def arrivals(repeats: int) -> Iterator[Row]:
     times = np.random.default_rng(0).random(count)
 
     def ours() -> ArrivalTrace:
-        return simulate_arrivals(one_slow_worker(5), num_workers, count, 8, 0)
+        return sample_trace(one_slow_worker(5), num_workers, count, 8, 0)
 
     (timing,) = in_turn(min(repeats, 3), ours, lambda: np.argsort(times, kind="stable"))
     name = f"arrivals, T={count}, K={num_workers}"

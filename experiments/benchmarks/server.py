@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.measure import Row, in_turn, rate
-from orlomo_jax import LocalUpdate, ParameterServer, Report, all_finite, make_method, orlomo
+from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method, orlomo
+from orlomo_jax.trees import all_finite
 
 SIZES = ((10_000_000, 1), (50_000_000, 1), (10_000_000, 200), (50_000_000, 200))
 """Pairs (parameters, leaves)."""

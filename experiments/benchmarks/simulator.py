@@ -15,7 +15,7 @@ from experiments import models
 from experiments.benchmarks.measure import Row, in_turn, of_pairs, rate, seconds
 from experiments.models import mlp
 from orlomo_jax import ArrivalTrace, Compiled, Method, make_method, one_slow_worker, simulate
-from orlomo_jax import simulate_arrivals as arrivals_of
+from orlomo_jax import sample_trace as arrivals_of
 
 APPFL_JOB = Path(__file__).with_name("appfl_job.py")
 """The script that times APPFL's simulator; it runs in an environment with APPFL."""

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import data, execution, models
+from experiments import models, runner
+from experiments.data import datasets
 from experiments.gpu_programs.targets import abstract
 from orlomo_jax import make_method
-from orlomo_jax.compiled import LENGTH, Carry, segment_program
-from orlomo_jax.state import ServerState, leaf_dtypes
-from orlomo_jax.together import RUN_AXES, over_runs
-from orlomo_jax.workload import RoundInput, RoundMetrics, round_program
+from orlomo_jax.server.state import ServerState, leaf_dtypes
+from orlomo_jax.simulation.compiled import LENGTH, Carry, segment_program
+from orlomo_jax.simulation.together import RUN_AXES, over_runs
+from orlomo_jax.worker.workload import RoundInput, RoundMetrics, round_program
 
 WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
 
@@ -32,7 +33,7 @@ def training(
     """
     network = models.make(model, 10, (32, 32, 3), convolution=convolution)
     none: Any = None  # the loss does not use the splits
-    cifar10 = data.Dataset("cifar10", none, none, 10, (0.5,) * 3, (0.25,) * 3, padding=4)
+    cifar10 = datasets.Dataset("cifar10", none, none, 10, (0.5,) * 3, (0.25,) * 3, padding=4)
     method = make_method("orlomo", WORKERS, LOCAL_STEPS)
     round_fn = method.local_round(
         cifar10.training_loss(network.loss_fn), weight_decay=1e-3, unroll=1
@@ -52,7 +53,7 @@ def training(
     run = segment_program(method, round_program(round_fn), "loop", 1, leaf_dtypes(sent))
     args = [
         _batches(images, labels),
-        execution.schedule(0.1, 7812),
+        runner.schedule(0.1, 7812),
         jax.eval_shape(start, *sent),
         jax.ShapeDtypeStruct((7, LENGTH), jnp.int32),
         jnp.int32(0),
@@ -69,7 +70,7 @@ def training(
 
 def _batches(images: Any, labels: Any) -> Any:
     """Return the batch function over abstract images and labels."""
-    batch_fn = data.shuffled_batches(
-        data.Split(jnp.zeros(0), jnp.zeros(TRAIN_SIZE, jnp.int8)), BATCH_SIZE, LOCAL_STEPS
+    batch_fn = datasets.shuffled_batches(
+        datasets.Split(jnp.zeros(0), jnp.zeros(TRAIN_SIZE, jnp.int8)), BATCH_SIZE, LOCAL_STEPS
     )
     return jax.tree.unflatten(jax.tree.structure(batch_fn), (images, labels))

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from experiments.models import mlp
-from experiments.models.layers import Form, Layers
+from experiments.models.layers import ConvImpl, Layers
 from experiments.models.resnet import ResNet
 from experiments.models.squeezenet import SqueezeNet
 from orlomo_jax import from_nnx
@@ -50,7 +50,7 @@ def make(
     *,
     width: float = 1.0,
     dtype=jnp.float32,
-    convolution: Literal["auto", Form] = "auto",
+    convolution: Literal["auto", ConvImpl] = "auto",
 ) -> Network:
     """Return a network by name.
 

@@ -20,30 +20,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Form = Literal["xla", "matmul"]
+ConvImpl = Literal["xla", "matmul"]
 HE_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes layers of one form.
+    """Makes layers with one implementation of convolutions.
 
     Attributes:
-        form: How convolutions are computed; it also sets the layout of features.
+        convolution: How convolutions are computed; it also sets the layout of features.
         dtype: Dtype of features; parameters are float32.
     """
 
-    form: Form = "xla"
+    convolution: ConvImpl = "xla"
     dtype: Any = jnp.float32
 
     @property
     def channel_axis(self) -> int:
         """The axis of the channels."""
-        return 0 if self.form == "matmul" else -1
+        return 0 if self.convolution == "matmul" else -1
 
     def arrange(self, images: jax.Array) -> jax.Array:
         """Put float[batch, height, width, channels] into the layout of features."""
-        return images.transpose(3, 1, 2, 0) if self.form == "matmul" else images
+        return images.transpose(3, 1, 2, 0) if self.convolution == "matmul" else images
 
     def conv(
         self,
@@ -57,7 +57,7 @@ class Layers:
     ) -> nnx.Conv:
         """Return a convolution with an odd kernel, He-initialised."""
         pad = kernel_size // 2
-        return (nnx.Conv if self.form == "xla" else MatmulConv)(
+        return (nnx.Conv if self.convolution == "xla" else MatmulConv)(
             channels_in,
             channels,
             (kernel_size, kernel_size),
@@ -83,7 +83,7 @@ class Layers:
     def average(self, features: jax.Array) -> jax.Array:
         """Return the means over height and width, float32[batch, channels]."""
         means = features.mean((1, 2), dtype=jnp.float32)
-        return means.T if self.form == "matmul" else means
+        return means.T if self.convolution == "matmul" else means
 
 
 class MatmulConv(nnx.Conv):

@@ -58,7 +58,7 @@ class ResNet(nnx.Module):
             num_classes: The number of logits.
             width: w ≥ 1.
             channels: The channels of an image.
-            layers: The form of the layers; the logits are float32.
+            layers: How layers are computed; the logits are float32.
             rngs: The source of the initial parameters.
         """
         self.layers = layers

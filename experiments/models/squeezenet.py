@@ -82,7 +82,7 @@ class SqueezeNet(nnx.Module):
             num_classes: The number of logits.
             width: Factor on all channel counts.
             channels: The channels of an image.
-            layers: The form of the layers; the logits are float32.
+            layers: How layers are computed; the logits are float32.
             rngs: The source of the initial parameters.
         """
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base, contract
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Int
+from orlomo_jax import trees
+from orlomo_jax.rules import contract, ordering
+from orlomo_jax.rules.learning_rate import DelayWeight, global_learning_rate
+from orlomo_jax.trees import Array
 
 
 class ALSGDState(NamedTuple):
@@ -21,13 +21,13 @@ class ALSGDState(NamedTuple):
         step: t, the number of reports received, int32[].
     """
 
-    step: Int[Array, ""]
+    step: Array
 
 
 def al_sgd(
     num_workers: int,
     learning_rate: float | optax.Schedule = 1.0,
-    delay_weight: base.DelayWeight | None = None,
+    delay_weight: DelayWeight | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Asynchronous local SGD: w_{t+1} = w_t − η_t Δw (Algorithm 1, line 7).
 
@@ -60,10 +60,10 @@ def al_sgd(
     References:
         `arXiv:2601.12322 <https://arxiv.org/abs/2601.12322>`_, Algorithm 1.
     """
-    rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
+    rate = global_learning_rate(num_workers, learning_rate, delay_weight)
 
-    def init(params: contract.Params) -> ALSGDState:
-        contract.check_floating("params", params)
+    def init(params: trees.Params) -> ALSGDState:
+        trees.check_floating("params", params)
         return ALSGDState(jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
@@ -71,7 +71,7 @@ def al_sgd(
         report = contract.check_report(updates, params, rule="al_sgd", momentum=False)
         index = contract.check_dispatched_at(dispatched_at, state.step)
         eta = jax.lax.optimization_barrier(rate(state.step, state.step - index))
-        new_updates = base.combine([(-eta, report.delta)], like=report.delta)  # Alg. 1, l. 7
-        return new_updates, ALSGDState(base.increment(state.step))
+        new_updates = trees.combine([(-eta, report.delta)], like=report.delta)  # Alg. 1, l. 7
+        return new_updates, ALSGDState(ordering.increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)

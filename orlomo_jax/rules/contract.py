@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core as jax_core
 
+from orlomo_jax import trees
 from orlomo_jax.checks import check_count, check_nonnegative, check_number
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, PyTree
-
-    Params: TypeAlias = PyTree[Array]
+from orlomo_jax.trees import Array, Params
 
 
 class LocalUpdate(NamedTuple):
@@ -29,24 +26,6 @@ class LocalUpdate(NamedTuple):
 
     delta: Params
     momentum: Params | None = None
-
-
-def check_floating(name: str, tree: Params) -> None:
-    """Raise TypeError unless every leaf is floating or complex; the message names the path."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            where = f"{name}{jax.tree_util.keystr(path)}"
-            raise TypeError(f"`{name}` must have floating leaves, got {dtype} at {where}")
-
-
-def check_numbers(name: str, tree: Any) -> None:
-    """Raise TypeError unless every leaf is an array of numbers or flags."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
-            where = f"{name}{jax.tree_util.keystr(path)}"
-            raise TypeError(f"`{name}` must have numeric leaves, got {dtype} at {where}")
 
 
 def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
@@ -70,31 +49,12 @@ def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool)
             "run momentum SGD (local_momentum_sgd with momentum=0.9, say)"
         )
     if like is not None:
-        check_like("LocalUpdate.delta", report.delta, like)
+        trees.check_like("LocalUpdate.delta", report.delta, like)
     if momentum:
-        check_like("LocalUpdate.momentum", report.momentum, report.delta if like is None else like)
+        trees.check_like(
+            "LocalUpdate.momentum", report.momentum, report.delta if like is None else like
+        )
     return report
-
-
-def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -> None:
-    """Raise ValueError unless ``tree`` has the structure, shapes (and dtypes) of ``like``."""
-    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
-    if structure != expected:
-        raise ValueError(f"`{name}` must have the structure {expected}, got {structure}")
-    for (path, leaf), reference in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
-    ):
-        where = f"{name}{jax.tree_util.keystr(path)}"
-        if np.shape(leaf) != np.shape(reference):
-            wanted = np.shape(reference)
-            raise ValueError(f"`{where}` must have shape {wanted}, got shape {np.shape(leaf)}")
-        if dtypes and (dtype := own_dtype(leaf)) != own_dtype(reference):
-            raise ValueError(f"`{where}` must be {own_dtype(reference)}, got {dtype}")
-
-
-def own_dtype(leaf: Any) -> np.dtype:
-    """Return a leaf's dtype as it is: float64 of a NumPy array even where JAX would narrow it."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def check_num_workers(num_workers: Any) -> int:

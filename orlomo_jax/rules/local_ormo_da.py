@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base, contract
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+from orlomo_jax import trees
+from orlomo_jax.rules import contract, ordering
+from orlomo_jax.rules.learning_rate import DelayWeight, global_learning_rate
+from orlomo_jax.trees import Array
 
 
 class LocalOrMoDAState(NamedTuple):
@@ -21,15 +21,15 @@ class LocalOrMoDAState(NamedTuple):
         momentum: u_t, a tree like params.
     """
 
-    step: Int[Array, ""]
-    momentum: contract.Params
+    step: Array
+    momentum: trees.Params
 
 
 def local_ormo_da(
     num_workers: int,
-    momentum: float | Float[Array, ""] = 0.9,
+    momentum: float | Array = 0.9,
     learning_rate: float | optax.Schedule = 1.0,
-    delay_weight: base.DelayWeight | None = None,
+    delay_weight: DelayWeight | None = None,
     *,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,11 +74,11 @@ def local_ormo_da(
     """
     num_workers = contract.check_num_workers(num_workers)
     contract.check_momentum(momentum)
-    rate = base.global_learning_rate(num_workers, learning_rate, delay_weight)
+    rate = global_learning_rate(num_workers, learning_rate, delay_weight)
     without_momentum = isinstance(momentum, int | float) and momentum == 0
 
-    def init(params: contract.Params) -> LocalOrMoDAState:
-        return LocalOrMoDAState(jnp.zeros([], jnp.int32), base.zeros(params, accumulator_dtype))
+    def init(params: trees.Params) -> LocalOrMoDAState:
+        return LocalOrMoDAState(jnp.zeros([], jnp.int32), trees.zeros(params, accumulator_dtype))
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
@@ -86,17 +86,17 @@ def local_ormo_da(
             updates, state.momentum, rule="local_ormo_da", momentum=False
         )
         index = contract.check_dispatched_at(dispatched_at, state.step)
-        c = base.ordered_coefficients(
+        c = ordering.ordered_coefficients(
             state.step, index, num_workers, momentum, rate(state.step, state.step - index)
         )
-        new_momentum = base.combine(  # Alg. 3: the momentum half of OrLoMo's with Δw for Δu
+        new_momentum = trees.combine(  # Alg. 3: the momentum half of OrLoMo's with Δw for Δu
             [(c.decay, state.momentum), (c.weight, report.delta)], like=state.momentum
         )
         if without_momentum:
             descent = [(-c.rate, report.delta)]
         else:  # (1−β^{n+1})/(1−β) = 1 + Σ_{j=1..n} β^j
             descent = [(-(c.rate + c.correction), report.delta), (-c.opens, new_momentum)]
-        new_updates = base.combine(descent, like=report.delta)
-        return new_updates, LocalOrMoDAState(base.increment(state.step), new_momentum)
+        new_updates = trees.combine(descent, like=report.delta)
+        return new_updates, LocalOrMoDAState(ordering.increment(state.step), new_momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)

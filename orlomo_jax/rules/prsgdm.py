@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax.rules import base, contract
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Int
+from orlomo_jax import trees
+from orlomo_jax.rules import contract, ordering
+from orlomo_jax.trees import Array
 
 
 class PRSGDmState(NamedTuple):
@@ -25,9 +24,9 @@ class PRSGDmState(NamedTuple):
             in float32 or wider. The first report of the next round starts it anew.
     """
 
-    step: Int[Array, ""]
-    momentum: contract.Params
-    pending: tuple[contract.Params, contract.Params]
+    step: Array
+    momentum: trees.Params
+    pending: tuple[trees.Params, trees.Params]
 
 
 def prsgdm(
@@ -78,11 +77,11 @@ def prsgdm(
     """
     num_workers = contract.check_num_workers(num_workers)
 
-    def init(params: contract.Params) -> PRSGDmState:
+    def init(params: trees.Params) -> PRSGDmState:
         return PRSGDmState(
             step=jnp.zeros([], jnp.int32),
-            momentum=base.zeros(params, accumulator_dtype),
-            pending=(base.zeros(params, jnp.float32), base.zeros(params, jnp.float32)),
+            momentum=trees.zeros(params, accumulator_dtype),
+            pending=(trees.zeros(params, jnp.float32), trees.zeros(params, jnp.float32)),
         )
 
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
@@ -94,13 +93,13 @@ def prsgdm(
         keep, share = jax.lax.optimization_barrier(
             (jnp.where(first, 0.0, 1.0), jnp.where(last, 1 / num_workers, 0.0))
         )
-        pending = base.combine([(keep, state.pending), (1.0, tuple(report))], like=state.pending)
+        pending = trees.combine([(keep, state.pending), (1.0, tuple(report))], like=state.pending)
         momentum = jax.tree.map(
             lambda mean, u: jnp.where(last, mean, u),
-            base.combine([(share, pending[1])], like=state.momentum),
+            trees.combine([(share, pending[1])], like=state.momentum),
             state.momentum,
         )
-        new_updates = base.combine([(-share, pending[0])], like=report.delta)
-        return new_updates, PRSGDmState(base.increment(state.step), momentum, pending)
+        new_updates = trees.combine([(-share, pending[0])], like=report.delta)
+        return new_updates, PRSGDmState(ordering.increment(state.step), momentum, pending)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,6 +1,6 @@
 """Real asynchrony: a parameter server and workers that take the time they take."""
 
-from orlomo_jax.runtimes.driver import WorkersGone as WorkersGone
+from orlomo_jax.runtimes.driver import WorkersLostError as WorkersLostError
 from orlomo_jax.runtimes.membership import Membership as Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome as TaskOutcome
 from orlomo_jax.runtimes.protocol import WorkerPool as WorkerPool

@@ -9,19 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from orlomo_jax.audit import Audit
-from orlomo_jax.books import TaskId
-from orlomo_jax.interrupts import put_off_interrupts
-from orlomo_jax.journal import Arrival
-from orlomo_jax.order import TraceEvent
-from orlomo_jax.plan import apply_event
-from orlomo_jax.recorder import RunRecorder
-from orlomo_jax.reports import Reason, Report, ReportRejected, Task
+from orlomo_jax.recording.interrupts import put_off_interrupts
+from orlomo_jax.recording.journal import Arrival
+from orlomo_jax.recording.recorder import RunRecorder
+from orlomo_jax.recording.saver import RunSaver
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
-from orlomo_jax.saving import RunSaver
-from orlomo_jax.workload import Workload
+from orlomo_jax.server.audit import Audit
+from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.traces.events import apply_event
+from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
 """Seconds between two looks at clocks and memberships."""
@@ -29,7 +29,7 @@ _POLL = 0.2
 _log = logging.getLogger("orlomo_jax")
 
 
-class WorkersGone(RuntimeError):
+class WorkersLostError(RuntimeError):
     """Raised when no worker is left, or a synchronous method lost one. Progress has been saved."""
 
 
@@ -225,7 +225,7 @@ class Driver:
     def _receive(self, report: Report, outcome: TaskOutcome) -> None:
         try:
             waiting = self.server.receive(report)
-        except ReportRejected as error:
+        except RejectedReportError as error:
             self._reject(report, error)
             return
         worker = int(report.id.worker)
@@ -240,7 +240,7 @@ class Driver:
                 self._submit(task)
         self._record(report, arrival)
 
-    def _reject(self, report: Any, error: ReportRejected) -> None:
+    def _reject(self, report: Any, error: RejectedReportError) -> None:
         """Log a rejected report; the worker loses its round, if the report was of it."""
         self.log.rejected(report, error)
         _log.warning("rejected a report, %s: %s", error.reason, error)
@@ -297,7 +297,7 @@ class Driver:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
             cause = None if (last := self.given_up.get(worker)) is None else last.exception
             others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
-            raise WorkersGone(
+            raise WorkersLostError(
                 f"worker {worker} is gone at step {self.server.step} of "
                 f"{self.recorder.recording.num_steps} and {waits}: {why}{others}"
             ) from cause

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from orlomo_jax.books import TaskId
 from orlomo_jax.checks import check_number
-from orlomo_jax.reports import Report, Task
-from orlomo_jax.workload import RoundMetrics, Workload
+from orlomo_jax.server.reports import Report, Task
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 
 class TaskOutcome(NamedTuple):

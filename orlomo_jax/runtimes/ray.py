@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from orlomo_jax.arrays import on_host
-from orlomo_jax.books import TaskId
 from orlomo_jax.checks import check_count
-from orlomo_jax.host_batches import HostBatches
-from orlomo_jax.reports import Report, Task
 from orlomo_jax.rules import LocalUpdate
-from orlomo_jax.runtimes import settings
-from orlomo_jax.runtimes.actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
+from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
-from orlomo_jax.workload import RoundInput, RoundMetrics, Workload
+from orlomo_jax.runtimes.ray_actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
+from orlomo_jax.server.placement import to_numpy
+from orlomo_jax.server.reports import Report, Task
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0
 """Seconds in which a cluster must answer."""
@@ -42,7 +42,7 @@ class RayWorkers:
     An actor is never restarted or retried by Ray itself, so that no report can be applied twice:
     the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
     travel once to each host; Δw and Δu travel in the dtype of
-    :func:`~orlomo_jax.narrow_reports`, where the round is of it. An actor keeps the memory that its
+    :func:`~orlomo_jax.cast_reports`, where the round is of it. An actor keeps the memory that its
     rounds free, for the next. It computes under the JAX settings of the caller of ``train``,
     contexts such as ``jax.enable_x64(True)`` included; the default device is not one of them.
 
@@ -128,7 +128,7 @@ class RayWorkers:
         known = self._ray.put((workload.round_fn, batch_fn, keys, impl))
         self._known = Known(
             versions=versions(),
-            settings=settings.portable(settings.capture()),
+            settings=jax_settings.portable(jax_settings.capture()),
             gpu=bool(self._options.get("num_gpus")),
             narrow=self._narrow,
             workload=[known],
@@ -146,7 +146,7 @@ class RayWorkers:
         """Send a task; tasks of one version share an object."""
         worker, round, version = task.id
         if self._version is None or self._version[0] != version:
-            start = RoundInput(*on_host(task.start))
+            start = RoundInput(*to_numpy(task.start))
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
             self._version = (version, self._ray.put(start), size)
             self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(start.params)]

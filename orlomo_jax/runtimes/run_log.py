@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import optax
 
-from orlomo_jax.books import TaskId
-from orlomo_jax.health import Health, Meter
-from orlomo_jax.journal import Arrival, Journal
-from orlomo_jax.recorder import RunRecorder
-from orlomo_jax.reports import Report, ReportRejected
-from orlomo_jax.runtimes import metrics
+from orlomo_jax.recording.health import Health, Meter
+from orlomo_jax.recording.journal import Arrival, Journal
+from orlomo_jax.recording.recorder import RunRecorder
+from orlomo_jax.runtimes import metric_rows
 from orlomo_jax.runtimes.protocol import TaskOutcome
-from orlomo_jax.state import start_momentum
-from orlomo_jax.workload import RoundMetrics
+from orlomo_jax.server.reports import RejectedReportError, Report
+from orlomo_jax.server.state import start_momentum
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.worker.workload import RoundMetrics
 
 _norm = jax.jit(optax.tree.norm)
 
@@ -56,7 +56,7 @@ class RunLog:
         if round_metrics is not None:
             loss, others = float(round_metrics.loss), round_metrics.metrics
         task_id = TaskId(*map(int, report.id))
-        arrival = Arrival(*task_id, self.seconds(), loss, metrics.as_row(others))
+        arrival = Arrival(*task_id, self.seconds(), loss, metric_rows.as_row(others))
         self.journal.arrived(arrival)
         return arrival
 
@@ -64,11 +64,11 @@ class RunLog:
         """Count an applied report, and tell the recorder."""
         delay = self.recorder.step - arrival.dispatched_at
         self.meter.applied(arrival.worker, delay)
-        stacked = metrics.stacked([arrival.metrics], self.recorder.like.metrics)
+        stacked = metric_rows.stacked([arrival.metrics], self.recorder.like.metrics)
         of_round = jax.tree.map(lambda x: x[0], stacked)
         self.recorder.applied(RoundMetrics(arrival.loss, of_round))
 
-    def rejected(self, report: Any, error: ReportRejected) -> None:
+    def rejected(self, report: Any, error: RejectedReportError) -> None:
         """Write down a rejected report."""
         self.meter.rejected[error.reason] += 1
         worker = report.id[0] if isinstance(report, Report) and report.id else None

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from orlomo_jax.arrays import on_host
 from orlomo_jax.checks import check_count
-from orlomo_jax.host_batches import HostBatches
-from orlomo_jax.reports import Task
-from orlomo_jax.runtimes import settings
+from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
-from orlomo_jax.workload import RoundMetrics, Workload
+from orlomo_jax.server.placement import to_numpy
+from orlomo_jax.server.reports import Task
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for the rounds that its threads are in."""
@@ -85,7 +85,7 @@ class ThreadWorkers:
         if not self._free.acquire(blocking=False):
             raise RuntimeError("these workers are in another run: make others, or wait for its end")
         self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
-        self._settings = settings.capture()
+        self._settings = jax_settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
         self._workloads = {
@@ -175,7 +175,7 @@ class _Thread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        with settings.using(self._settings):
+        with jax_settings.using(self._settings):
             self._serve()
 
     def _serve(self) -> None:
@@ -207,7 +207,7 @@ class _Thread:
             self._prepared = True
         result, metrics, _ = self._workload.run(worker, round, start)
         jax.block_until_ready(result)  # or reports would arrive in the order of their dispatches
-        finite, metrics = on_host((result.finite, metrics))
+        finite, metrics = to_numpy((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
         return TaskOutcome(task.id, report, RoundMetrics(*metrics))
 
@@ -221,7 +221,7 @@ def _on_device(workload: Workload, device: Any) -> Workload:
 
 
 def _default_devices() -> Sequence[Any]:
-    default = settings.capture()["default_device"]
+    default = jax_settings.capture()["default_device"]
     if default is None or isinstance(default, str):
         return jax.devices(default)
     return [default]

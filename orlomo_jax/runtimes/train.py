@@ -5,54 +5,52 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import optax
 
-from orlomo_jax.arrays import explicit_mesh, own, with_auto_axes
-from orlomo_jax.audit import Audit, check_auditable
-from orlomo_jax.callbacks import AnyCallback
-from orlomo_jax.checkpoint import JOURNAL, Checkpoints
+from orlomo_jax import trees
 from orlomo_jax.checks import check_count, check_number
-from orlomo_jax.history import TrainingResult
-from orlomo_jax.identity import of_run
-from orlomo_jax.journal import Journal
-from orlomo_jax.methods import Method, round_of
-from orlomo_jax.pure import check_pure
-from orlomo_jax.recorder import Recording, RunRecorder, ServerSource
-from orlomo_jax.reports import Report
-from orlomo_jax.rules import contract
+from orlomo_jax.methods.method import Method, round_of
+from orlomo_jax.recording.callbacks import AnyCallback
+from orlomo_jax.recording.checkpoint import JOURNAL, Checkpointer
+from orlomo_jax.recording.history import TrainingResult
+from orlomo_jax.recording.identity import of_run
+from orlomo_jax.recording.journal import Journal
+from orlomo_jax.recording.recorder import Recording, RunRecorder, ServerSource
+from orlomo_jax.recording.saver import RunSaver
 from orlomo_jax.runtimes.driver import Driver, RunOptions
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
-from orlomo_jax.saving import RunSaver
-from orlomo_jax.schedules import check_schedules
-from orlomo_jax.server import ParameterServer
-from orlomo_jax.workload import Workload, check_key
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, PyTree
-
-    from orlomo_jax.recorder import Evaluate
+from orlomo_jax.server.audit import Audit, check_auditable
+from orlomo_jax.server.parameter_server import ParameterServer
+from orlomo_jax.server.placement import as_jax_arrays, explicit_mesh, with_auto_axes
+from orlomo_jax.server.reports import Report
+from orlomo_jax.server.schedules import check_schedules
+from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.worker.batch_check import check_batch_fn
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.protocols import BatchFn, Evaluate, LossFn, RoundFn
+from orlomo_jax.worker.workload import Workload, check_key
 
 
 def train(
     method: Method,
-    loss_fn: Callable | None,
-    batch_fn: Callable,
-    params: contract.Params,
+    loss_fn: LossFn | None,
+    batch_fn: BatchFn | HostBatches,
+    params: trees.Params,
     workers: WorkerPool,
     *,
     num_steps: int,
     key: Array,
-    model_state: PyTree[ArrayLike] = None,
+    model_state: PyTree = None,
     local_learning_rate: float | optax.Schedule,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     callbacks: Sequence[AnyCallback] = (),
-    checkpoint: Checkpoints | None = None,
+    checkpoint: Checkpointer | None = None,
     journal: str | os.PathLike[str] | None = None,
     membership: Membership | None = None,
     round_timeout: float = 600.0,
@@ -60,7 +58,7 @@ def train(
     max_failures: int = 3,
     audit: bool = False,
     fault_injector: Callable[[Report], Iterable[Report]] | None = None,
-    round_fn: Callable | None = None,
+    round_fn: RoundFn | None = None,
 ) -> TrainingResult:
     """Train on real workers; their reports are applied in the order in which they arrive.
 
@@ -71,11 +69,11 @@ def train(
     sent the newest parameters. A rejected report loses its round too. If a worker raises in the
     first round of a run, the exception is raised here at once.
 
-    With ``checkpoint``, a :class:`~orlomo_jax.Journal` of the arrivals is written next to the
-    checkpoints. A run whose process was killed resumes from the newest checkpoint, repeats (here,
-    one by one) the rounds that the journal has beyond it, and gives every worker its task back:
-    no applied report is lost or applied twice. Callbacks see the repeated steps too. Ctrl-C saves a
-    checkpoint first; a second one does not wait for it.
+    With ``checkpoint``, a :class:`~orlomo_jax.recording.Journal` of the arrivals is written next to
+    the checkpoints. A run whose process was killed resumes from the newest checkpoint, repeats
+    (here, one by one) the rounds that the journal has beyond it, and gives every worker its task
+    back: no applied report is lost or applied twice. Callbacks see the repeated steps too. Ctrl-C
+    saves a checkpoint first; a second one does not wait for it.
 
     Args:
         method: A :class:`~orlomo_jax.Method`: the server rule, K and S.
@@ -93,7 +91,7 @@ def train(
         evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
         callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
             :class:`~orlomo_jax.StepRecord`. One can end the run.
-        checkpoint: Where to save, and to resume from; :class:`~orlomo_jax.Checkpoints` says what
+        checkpoint: Where to save, and to resume from; :class:`~orlomo_jax.Checkpointer` says what
             must be the same. ``num_steps`` may have become larger.
         journal: File of the arrivals; None is ``arrivals.jsonl`` next to the checkpoints, or no
             file without checkpoints. If the file exists, its run is continued.
@@ -115,8 +113,8 @@ def train(
         Inf in their reports, or if the final parameters have one.
 
     Raises:
-        WorkersGone: If no worker is left, or a synchronous method lost one.
-        AuditFailure: If ``audit`` finds that the server contradicts a lemma.
+        WorkersLostError: If no worker is left, or a synchronous method lost one.
+        AuditError: If ``audit`` finds that the server contradicts a lemma.
         ValueError: If an argument is out of range, or ``checkpoint`` or journal are of another run
             or do not match.
         BlockingIOError: If another process writes to the journal, or another run to the folder of
@@ -140,12 +138,12 @@ def train(
     check_key(key)
     if audit:
         check_auditable(method)
-    contract.check_floating("params", params)
+    trees.check_floating("params", params)
     server = ParameterServer(
         method, _bound(params), model_state, local_learning_rate=local_learning_rate
     )
     workload = Workload.of(round_of(method, loss_fn, round_fn), batch_fn, key)
-    check_pure(workload.batch_fn, key)
+    check_batch_fn(workload.batch_fn, key)
     check_schedules(method, server.schedule, num_steps)
     path = journal if checkpoint is None or journal else checkpoint.directory / JOURNAL
     with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
@@ -165,7 +163,7 @@ def _train(
     workers: WorkerPool,
     recording: Recording,
     options: RunOptions,
-    checkpoint: Checkpoints | None,
+    checkpoint: Checkpointer | None,
     path: Any,
     audit: bool,
 ) -> TrainingResult:
@@ -235,10 +233,10 @@ def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> 
         )
 
 
-def _bound(params: contract.Params) -> contract.Params:
+def _bound(params: trees.Params) -> trees.Params:
     """Return parameters that are bound to devices, as merged ones are: one server step compiles."""
 
     def leaf(x):  # a copy, since the server may write over the memory of its own
         return x if x.committed else jax.device_put(x, x.sharding, may_alias=False)
 
-    return jax.tree.map(leaf, with_auto_axes(own(params)))
+    return jax.tree.map(leaf, with_auto_axes(as_jax_arrays(params)))

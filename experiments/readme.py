@@ -1,0 +1,137 @@
+"""Write the README's numbers from the committed rows; ``python -m experiments.readme``.
+
+It replaces everything between ``<!-- block NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import quickstart, records, report
+from experiments.benchmarks import chart
+from experiments.paper import tables
+from experiments.paper.search import recorded
+from experiments.records import RESULTS
+from proofs_check.registry import STATEMENTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def quickstart_table() -> str:
+    """Return the quickstart's table, as its command prints it."""
+    rows = records.read(RESULTS / "quickstart" / "runs.jsonl")
+    console = Console(width=80, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(quickstart.table(quickstart.best_runs(rows)))
+    lines = [line.rstrip() for line in capture.get().strip("\n").splitlines()]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def theory_table() -> str:
+    """Return the table of checked cases for each statement and strength."""
+    outcomes = json.loads((RESULTS / "proofs.json").read_text(encoding="utf-8"))
+    strengths = list(dict.fromkeys(outcome["strength"] for outcome in outcomes))
+    by_statement: dict[str, list[dict[str, Any]]] = {}
+    for outcome in outcomes:
+        by_statement.setdefault(outcome["statement"], []).append(outcome)
+    lines = [f"| statement | {' | '.join(strengths)} |", "|---|" + "---|" * len(strengths)]
+    for key, (title, about, *_) in STATEMENTS.items():
+        own = by_statement.get(key, [])
+        counts = [_strength([o for o in own if o["strength"] == name]) for name in strengths]
+        lines.append(f"| {title}: {about} | {' | '.join(counts)} |")
+    held = sum(outcome["passed"] for outcome in outcomes)
+    return "\n".join([*lines, "", f"{held} of {len(outcomes)} rows hold. Numbers are cases."])
+
+
+def _strength(outcomes: list[dict[str, Any]]) -> str:
+    if not outcomes:
+        return "–"
+    count = sum(outcome["cases"] for outcome in outcomes)
+    return f"{count:,}".replace(",", " ") + ("" if all(o["passed"] for o in outcomes) else " FAILS")
+
+
+def results_tables() -> str:
+    """Return Table 2's cells with K = 16 at every scale with records."""
+    blocks = []
+    for scale in tables.SCALES.values():
+        rows = recorded(RESULTS / f"{scale.name}.jsonl")
+        found = [e for e in report.entries(2, rows, scale) if e.run.workers == 16]
+        if not found:
+            continue
+        names = list(tables.METHODS)
+        lines = [
+            f"**`{scale.name}`: {scale.about}.** Test accuracy % (± std of several seeds) / "
+            f"training loss, K = 16, Table 2 ({len(rows)} runs; [all tables and figures]"
+            f"(experiments/results/{scale.name}/report.md)):",
+            "",
+            f"| data | scenario | S | {' | '.join(names)} |",
+            "|---|---|---|" + "---|" * len(names),
+        ]
+        groups: dict[tuple, dict[str, report.Entry]] = {}
+        for entry in found:
+            run = entry.run
+            key = (run.dataset, run.scenario, run.local_iterations)
+            groups.setdefault(key, {})[run.method] = entry
+        for key, group in groups.items():
+            values = [_both_metrics(group.get(method)) for method in tables.METHODS.values()]
+            lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(values)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _both_metrics(entry: report.Entry | None) -> str:
+    if entry is None:
+        return "–"
+    accuracy, loss = (
+        entry._replace(number=entry.number._replace(metric=metric))
+        for metric in ("test_accuracy", "train_loss")
+    )
+    if accuracy.mean() is None:
+        return "diverged"
+    return f"{accuracy.mean():.2f}{accuracy.spread()} / {loss.mean():.3g}"
+
+
+def benchmark_table() -> str:
+    """Return the table of benchmarks that have a bar."""
+    rows = chart.newest(records.read(RESULTS / "benchmarks" / "benchmarks.jsonl"))
+    return "\n".join(chart.table([row for row in rows if row["bar"] is not None])).rstrip()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_table,
+    "theory": theory_table,
+    "results": results_tables,
+    "benchmarks": benchmark_table,
+}
+
+
+def render(text: str) -> str:
+    """Return the README with every block rendered again.
+
+    Raises:
+        ValueError: If a block is unknown.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[1] not in BLOCKS:
+            raise ValueError(f"block must be one of {sorted(BLOCKS)}, got {match[1]!r}")
+        return f"<!-- block {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- block (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Update the README."""
+    argparse.ArgumentParser(prog="python -m experiments.readme", description=__doc__).parse_args()
+    records.write(README, render(README.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Methods: a server rule, K, S, local momentum or not, synchronous or not."""
+
+from orlomo_jax.methods.fingerprint import with_fingerprint as with_fingerprint
+from orlomo_jax.methods.method import Method as Method
+from orlomo_jax.methods.paper import METHOD_NAMES as METHOD_NAMES
+from orlomo_jax.methods.registry import make_method as make_method
+from orlomo_jax.methods.registry import register_method as register_method

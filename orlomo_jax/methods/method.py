@@ -1,0 +1,103 @@
+"""Methods: a server rule, K, S, local momentum or not, synchronous or not; and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from orlomo_jax import trees
+from orlomo_jax.methods.fingerprint import fingerprint
+from orlomo_jax.trees import Array
+from orlomo_jax.worker.frozen import Mask, zero_updates
+from orlomo_jax.worker.local_round import RoundResult, local_momentum_sgd
+
+
+class Method(NamedTuple):
+    """What server and workers have to agree on.
+
+    Attributes:
+        name: A short name, for records and messages.
+        rule: The server rule, possibly in a chain of transformations.
+        num_workers: K ≥ 1.
+        num_local_steps: S ≥ 1, the local steps of a round.
+        worker_momentum: β of the workers' local rounds; None is plain SGD, whose reports carry no
+            momentum.
+        synchronous: Whether all workers wait for each other after a round.
+        model_state_weight: The weight in [0, 1] of a report's model state in the server's, as a
+            function of (step, delay); None if the method trains no model state.
+        frozen: Which parameters neither workers nor server change; None for none.
+        master_params: Whether the server keeps parameters and model state of 16 bits in float32.
+    """
+
+    name: str
+    rule: optax.GradientTransformationExtraArgs
+    num_workers: int
+    num_local_steps: int
+    worker_momentum: float | None = None
+    synchronous: bool = False
+    model_state_weight: Callable[[Array, Array], Array] | None = None
+    frozen: Mask | None = None
+    master_params: bool = True
+
+    @property
+    def fingerprint(self) -> tuple[tuple[str, str], ...]:
+        """Every value that tells this method from another, as pairs of a path and its text.
+
+        A rule of one's own counts too, with all that it carries; see
+        :func:`~orlomo_jax.with_fingerprint`.
+
+        Example:
+            >>> from orlomo_jax import make_method
+            >>> dict(make_method("orlomo", 2, num_local_steps=4).fingerprint)["method.num_workers"]
+            '2'
+        """
+        return tuple(fingerprint(self, "method").items())
+
+    def with_rule(self, rule: optax.GradientTransformationExtraArgs) -> Method:
+        """Return the method with another rule: this one in an ``optax.chain``, for example."""
+        return self._replace(rule=rule)
+
+    def local_round(self, loss_fn: Callable, **options: Any) -> Callable[..., RoundResult]:
+        """Return :func:`~orlomo_jax.local_momentum_sgd` with this method's S and local momentum.
+
+        Args:
+            loss_fn: As in ``local_momentum_sgd``.
+            **options: ``weight_decay``, ``gradient_transform``, ``unroll``, ``frozen``; by default
+                the last is what this method never changes.
+        """
+        options = {"frozen": Unmoved(self)} | options
+        return local_momentum_sgd(loss_fn, self.num_local_steps, self.worker_momentum, **options)
+
+
+class Unmoved(NamedTuple):
+    """Which parameters a method leaves as they are: its ``frozen`` ones, and what its rule zeroes.
+
+    ``optax.chain(rule, optax.masked(optax.set_to_zero(), mask))`` freezes parameters on the server;
+    a worker that trained them all the same would compute the other gradients at wrong points.
+    """
+
+    method: Method
+
+    def __call__(self, params: trees.Params) -> trees.Params:
+        """Return a tree of bools like params."""
+        method, structure = self.method, jax.tree.structure(params)
+        unmoved = zero_updates(method.rule, params, momentum=method.worker_momentum is not None)
+        if method.frozen is not None:
+            frozen = method.frozen.leaves(params)
+            unmoved = [a or b for a, b in zip(unmoved, frozen, strict=True)]
+        return jax.tree.unflatten(structure, unmoved)
+
+
+def round_of(method: Method, loss_fn: Callable | None, round_fn: Callable | None) -> Callable:
+    """Return ``round_fn``, or the method's local round of ``loss_fn``.
+
+    Raises:
+        ValueError: If both are given, or neither.
+    """
+    if (loss_fn is None) == (round_fn is None):
+        given = "both" if loss_fn is not None else "neither"
+        raise ValueError(f"pass either `loss_fn` or `round_fn`, got {given}")
+    return method.local_round(loss_fn) if loss_fn is not None else round_fn  # pyright: ignore

@@ -1,0 +1,91 @@
+"""The registry of methods by name, which users can extend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from orlomo_jax.checks import check_count
+from orlomo_jax.memo import shared
+from orlomo_jax.methods.method import Method
+from orlomo_jax.rules import contract
+from orlomo_jax.worker.frozen import Mask
+
+_FACTORIES: dict[str, Callable[..., Method]] = {}
+
+
+def register_method(name: str, factory: Callable[..., Method]) -> None:
+    """Let :func:`make_method` know a method by name.
+
+    Args:
+        name: The method's name.
+        factory: ``factory(num_workers, num_local_steps, **hyperparameters) -> Method``.
+
+    Raises:
+        ValueError: If the name belongs to another method.
+
+    Example:
+        >>> from orlomo_jax import Method, al_sgd, make_method, register_method
+        >>> def half_steps(num_workers, num_local_steps):
+        ...     rule = al_sgd(num_workers, learning_rate=0.5)
+        ...     return Method("half_steps", rule, num_workers, num_local_steps)
+        >>> register_method("half_steps", half_steps)
+        >>> make_method("half_steps", num_workers=4, num_local_steps=8).name
+        'half_steps'
+    """
+    if _FACTORIES.get(name, factory) is not factory:
+        raise ValueError(f"`name` must be new, got name={name!r}, which is registered already")
+    _FACTORIES[name] = factory
+
+
+@shared
+def make_method(
+    name: str,
+    num_workers: int,
+    num_local_steps: int,
+    *,
+    frozen: Any = None,
+    master_params: bool = True,
+    **hyperparameters: Any,
+) -> Method:
+    """Return a method by name.
+
+    Args:
+        name: ``"orlomo"``, ``"local_ormo_da"``, ``"al_sgd"``, ``"prsgdm"``, or a name of
+            :func:`register_method`.
+        num_workers: K ≥ 1.
+        num_local_steps: S ≥ 1, the local steps of a round.
+        frozen: Which parameters stay as they are, in workers and server: a tree of bools like
+            params or like its first levels, or a function of params to one.
+        master_params: Whether the server keeps parameters (and model state) of 16 bits in float32.
+            Workers get them rounded. Otherwise 1/K of a report is often lost to rounding, and
+            AL-SGD stands still.
+        **hyperparameters: Those of the method. The paper's four take ``momentum`` (β in [0, 1), of
+            the server's rule and the workers; not used by AL-SGD), ``learning_rate`` (global, of
+            the asynchronous rules; a finite float ≥ 0 or a schedule of the server's step),
+            ``delay_weight`` (its factor by delay; None is Eq. (6)) and ``accumulator_dtype`` (of
+            the server's momentum, if wider than the parameters').
+
+    Raises:
+        ValueError: If the name is unknown or a hyperparameter is out of range.
+        TypeError: If a hyperparameter is unknown or of a wrong type.
+
+    Example:
+        >>> method = make_method("local_ormo_da", num_workers=16, num_local_steps=8, momentum=0.8)
+        >>> method.worker_momentum is None, method.synchronous
+        (True, False)
+    """
+    if name not in _FACTORIES:
+        raise ValueError(f"`name` must be one of {', '.join(_FACTORIES)}, got name={name!r}")
+    num_workers = contract.check_num_workers(num_workers)
+    num_local_steps = check_count("num_local_steps", num_local_steps, 1)
+    factory = _FACTORIES[name]
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and (unknown := hyperparameters.keys() - parameters.keys()):
+        known = ", ".join(list(parameters)[2:]) or "none"
+        raise TypeError(f"`{name}` takes the hyperparameters {known}; got {sorted(unknown)[0]}")
+    method = factory(num_workers, num_local_steps, **hyperparameters)
+    mask = None if frozen is None else Mask.of(frozen)
+    return method._replace(frozen=mask, master_params=master_params)

@@ -1,0 +1,252 @@
+"""Callbacks: objects that simulate and train tell of a run's steps, health and end."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from orlomo_jax.checks import check_number
+from orlomo_jax.recording.health import Health
+from orlomo_jax.recording.history import StepRecord, TrainingResult
+
+_log = logging.getLogger("orlomo_jax")
+
+
+class Callback:
+    """Is told of a run; override what you need.
+
+    A plain function may be passed instead of an object: it is called as :meth:`on_step`.
+
+    Attributes:
+        health_every: Seconds between two calls of :meth:`on_health`; None for never.
+
+    Example:
+        >>> class StopBelow(Callback):
+        ...     def __init__(self, loss):
+        ...         self.loss = loss
+        ...
+        ...     def on_step(self, record):
+        ...         return float(record.loss) < self.loss
+    """
+
+    health_every: float | None = None
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Before the first step of this process: the run is at ``step`` of ``num_steps``."""
+
+    def on_step(self, record: StepRecord) -> bool | None:
+        """After each step, in order; of a compiled run after the segment of the step.
+
+        To end the run, return True or raise StopIteration: its status is then ``"stopped"``, and a
+        checkpoint is saved first. A compiled run ends after the segment. If the run diverges, a
+        few later steps may have been told already.
+        """
+
+    def on_health(self, health: Health) -> None:
+        """Every ``health_every`` seconds of a real run."""
+
+    def on_end(self, result: TrainingResult) -> None:
+        """After the last step."""
+
+    def close(self) -> None:
+        """At the end of the call, also after an error: free what :meth:`on_start` opened."""
+
+
+AnyCallback: TypeAlias = Callback | Callable[[StepRecord], bool | None]
+
+
+class _StepFunction(Callback):
+    def __init__(self, function: Callable[[StepRecord], bool | None]) -> None:
+        self.on_step = function  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def as_callback(callback: Any) -> Callback:
+    """Return a callback object.
+
+    Raises:
+        TypeError: If it is neither a Callback nor a function.
+    """
+    if isinstance(callback, Callback):
+        return callback
+    if not callable(callback) or isinstance(callback, type):
+        raise TypeError(f"`callbacks` must hold Callback objects or functions, got {callback!r}")
+    return _StepFunction(callback)
+
+
+class ProgressBar(Callback):
+    """Shows steps, loss, evaluations and speed in the terminal; needs rich.
+
+    Args:
+        label: Text before the bar.
+        console: A ``rich.console.Console``; None is a new one.
+        every: Seconds ≥ 0 between two updates: each waits for the device.
+    """
+
+    def __init__(self, label: str = "", console: Any = None, every: float = 1.0) -> None:
+        """Check that rich is installed."""
+        self._rich = _import("rich.progress", "ProgressBar", "rich")
+        self._label, self._console = label, console
+        self._every = check_number("every", every, lambda x: x >= 0, "≥ 0")
+        self._progress: Any = None
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Draw the bar."""
+        rich = self._rich
+        self._first, self._began, self._updated = step, time.monotonic(), 0.0
+        self._evaluation, self._total = "", num_steps
+        self._progress = rich.Progress(
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(bar_width=20),
+            rich.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[rate]}"),
+            rich.TimeElapsedColumn(),
+            rich.TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._bar = self._progress.add_task(self._label, total=num_steps, completed=step, rate="")
+        self._progress.start()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Update the bar, if it is time."""
+        now = time.monotonic()
+        if record.evaluation is not None:
+            self._evaluation = "  ".join(f"{k} {v:.4g}" for k, v in record.evaluation.items())
+        elif self._progress is None or (
+            now - self._updated < self._every and record.step != self._total
+        ):
+            return
+        self._updated = now
+        rate = (record.step - self._first) / max(now - self._began, 1e-9)
+        parts = (self._label, f"loss {float(record.loss):.4f}", self._evaluation)
+        self._progress.update(
+            self._bar,
+            completed=record.step,
+            rate=f"{rate:.1f}/s",
+            description="  ".join(filter(None, (*parts, f"delay {record.delay}"))),
+        )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class TensorBoard(Callback):
+    """Writes each evaluation, with loss and delay, for TensorBoard; needs tensorboardX.
+
+    Args:
+        folder: Where the event files go. Their times are the run's own seconds.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open the folder."""
+        module = _import("tensorboardX", "TensorBoard", "tensorboardX")
+        self._writer: Any = module.SummaryWriter(os.fspath(folder))
+
+    def on_step(self, record: StepRecord) -> None:
+        """Write the step, if it has an evaluation."""
+        if record.evaluation is None:
+            return
+        scalars = {**record.evaluation, "loss": float(record.loss), "delay": record.delay}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record.step, walltime=record.time)
+        self._writer.flush()
+
+
+class CSVLog(Callback):
+    """Writes losses, scalar metrics and evaluations to a CSV file, one number a row.
+
+    The columns are step, time, worker, delay, name and value. A resumed run removes the rows after
+    its checkpoint and continues the file.
+
+    Args:
+        path: The file.
+
+    Example:
+        >>> import tempfile
+        >>> log = CSVLog(Path(tempfile.mkdtemp()) / "run.csv")
+        >>> log.on_start(0, 1)
+        >>> _ = log.on_step(StepRecord(1, 0.5, 3, 0, 2.0, {"hits": 0.25}, {"accuracy": 0.5}))
+        >>> log.close()
+        >>> print(log.path.read_text())
+        step,time,worker,delay,name,value
+        1,0.5,3,0,loss,2.0
+        1,0.5,3,0,metrics['hits'],0.25
+        1,0.5,3,0,accuracy,0.5
+        <BLANKLINE>
+    """
+
+    HEADER = ("step", "time", "worker", "delay", "name", "value")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Keep the path; the file is opened when the run starts."""
+        self.path = Path(path)
+        self._file: Any = None
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Open the file, and keep the rows up to ``step``."""
+        rows: list[list[str]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+                if tuple(header) != self.HEADER:
+                    raise ValueError(f"{self.path} is not a file of CSVLog: choose another path")
+        self._file = self.path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        kept = [row for row in rows if len(row) == len(self.HEADER) and int(row[0]) <= step]
+        self._writer.writerows([self.HEADER, *kept])
+
+    def on_step(self, record: StepRecord) -> None:
+        """Write the numbers of a step."""
+        at = record[:4]
+        self._writer.writerows([*at, name, value] for name, value in _scalars(record))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class HealthLog(Callback):
+    """Logs the health of a real run.
+
+    Args:
+        every: Seconds > 0 between two lines.
+        log: A function of the text; None is the logger ``orlomo_jax``, at level INFO.
+    """
+
+    def __init__(self, every: float = 10.0, log: Callable[[str], Any] | None = None) -> None:
+        """Check the period."""
+        self.health_every = check_number("every", every, lambda x: x > 0, "> 0")
+        self._log = _log.info if log is None else log
+
+    def on_health(self, health: Health) -> None:
+        """Log it."""
+        self._log(str(health))
+
+
+def _scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
+    yield "loss", float(record.loss)
+    for path, leaf in jax.tree.leaves_with_path(record.metrics):
+        if np.size(leaf) == 1 and np.ndim(leaf) == 0:
+            yield f"metrics{jax.tree_util.keystr(path)}", float(leaf)
+    yield from (record.evaluation or {}).items()
+
+
+def _import(module: str, what: str, package: str) -> Any:
+    """Return a module of an optional package, or raise an ImportError that names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {package}: pip install 'orlomo-jax[callbacks]'") from error

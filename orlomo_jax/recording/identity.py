@@ -1,0 +1,116 @@
+"""What a run must have in common with the one whose checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from orlomo_jax.methods.fingerprint import fingerprint
+from orlomo_jax.methods.method import Method
+from orlomo_jax.server.parameter_server import ParameterServer
+from orlomo_jax.server.step import weight_on_host
+from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.worker.workload import Workload
+
+POINTS = np.array([0, *(10**n for n in range(7))], np.int32)
+"""Steps and delays at which functions of them are compared."""
+
+JAX_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_default_dtype_bits",
+    "jax_numpy_dtype_promotion",
+)
+"""Those that change what is computed."""
+
+
+def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
+    """Return the identity of one run: method, rates, trees, keys, round and batches."""
+    round_fn, batch_fn, *keys = workload
+    state, sent = server.view(), iter(server.sent_dtypes)
+    return {
+        **of_method(server.method),
+        "num_workers": server.num_workers,
+        "synchronous": server.method.synchronous,
+        **of_rate(server),
+        "params": of_tree(state.params, sent),
+        "model_state": of_tree(state.model_state, sent),
+        "rule_state": of_tree(state.rule_state),
+        **of_keys(*keys),
+        **of_work(round_fn, batch_fn),
+    }
+
+
+def of_method(method: Method) -> dict[str, Any]:
+    """Return the identity of a method, JSON-able: its fingerprint, and η as a function."""
+    identity: dict[str, Any] = {"method": method.name} | dict(method.fingerprint)
+    if method.model_state_weight is not None:
+        for name, at in (("step", (POINTS, 0)), ("delay", (0, POINTS))):
+            weights = weight_on_host(method.model_state_weight, *at)
+            identity[f"merge weight by {name}"] = [f"{float(weight):.4g}" for weight in weights]
+    return identity
+
+
+def of_rate(server: ParameterServer) -> dict[str, Any]:
+    """Return the identity of γ: its value, or its schedule's values and what that carries."""
+    if server.schedule is None:
+        constant = server.view().local_learning_rate
+        return {"local_learning_rate": [str(np.asarray(constant))]}
+    # Four digits each: platforms round a schedule differently.
+    rates = [f"{float(server.schedule(step)):.4g}" for step in POINTS]
+    schedule = fingerprint(server.schedule, "local_learning_rate.schedule")
+    return {"local_learning_rate": rates} | schedule
+
+
+def of_tree(tree: PyTree, sent: Iterable[Any] = ()) -> list[str]:
+    """Return path, dtype and shape of each leaf, and in what dtype it is sent if in another.
+
+    Args:
+        tree: Any tree of arrays.
+        sent: The dtypes in which workers get its leaves, as far as they get them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> of_tree({"w": jnp.ones((2, 3))})
+        ["['w'] float32[2, 3]"]
+    """
+    rows, dtypes = [], iter(sent)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        row = f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".strip()
+        dtype = next(dtypes, leaf.dtype)
+        rows.append(row if dtype == leaf.dtype else f"{row} sent as {dtype}")
+    return rows
+
+
+def of_keys(*keys: Array) -> dict[str, Any]:
+    """Return the identity of a run's random numbers."""
+    return {"keys": [f"{jax.random.key_impl(k)} {jax.random.key_data(k).tolist()}" for k in keys]}
+
+
+def of_work(round_fn: Callable, batch_fn: Callable) -> dict[str, Any]:
+    """Return the identity of what workers compute, under these settings of JAX."""
+    return {
+        **fingerprint(round_fn, "round_fn"),
+        **fingerprint(batch_fn, "batch_fn"),
+        **{name: str(getattr(jax.config, name, None)) for name in JAX_SETTINGS},
+    }
+
+
+def versions(identity: dict[str, Any]) -> dict[str, str]:
+    """Return the versions on which a run's numbers depend; optax's where it is in use."""
+    uses_optax = any("optax." in text for text in identity.values() if isinstance(text, str))
+    names = ("orlomo-jax", "jax", "jaxlib", *(("optax",) if uses_optax else ()))
+    return {f"{name} version": _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from its folder, not installed
+        return "unknown"

@@ -1,0 +1,221 @@
+"""A real run's arrivals and events, on disk as they happen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from orlomo_jax.checks import check_same
+from orlomo_jax.recording.locks import open_alone
+from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.traces.trace import ArrivalTrace
+
+_FORMAT = "orlomo_jax.Journal"
+
+
+class Arrival(NamedTuple):
+    """An applied report.
+
+    Attributes:
+        worker: Whose it was.
+        round: Of its task.
+        dispatched_at: Of its task.
+        time: Seconds since the run began.
+        loss: The mean over its local steps.
+        metrics: Those of ``loss_fn``, means over the local steps: the leaves as nested lists.
+    """
+
+    worker: int
+    round: int
+    dispatched_at: int
+    time: float
+    loss: float
+    metrics: Sequence[Any] = ()
+
+
+class Journal:
+    """The log of a real run: arrivals, events and rejected reports, a JSON line each.
+
+    A line is written when its report is applied and before anything follows from it, so that after
+    a crash the file holds all that anybody has seen of the run. A line that a dying process left
+    unfinished is dropped. One process at a time writes to a file.
+
+    Args:
+        identity: What the run is, JSON-able: ``num_workers`` and ``synchronous``, ``absent`` (who
+            was not there at the start), and whatever else tells runs apart.
+        path: The file; one of the same run is continued. It is made with its first line. None keeps
+            the journal in memory.
+
+    Attributes:
+        identity: Of the run; ``absent`` is that of the file where it is continued.
+        arrivals: Every :class:`Arrival`, in order.
+        events: Every :class:`~orlomo_jax.traces.TraceEvent`, in order.
+        rejected: Pairs of the step and the reason's text, in order.
+
+    Raises:
+        ValueError: If the file is of another run, or no journal; the message names file and line.
+        BlockingIOError: If another process writes to it, or has written since it was read.
+
+    Example:
+        >>> journal = Journal({"num_workers": 2, "synchronous": False})
+        >>> journal.arrived(Arrival(1, 0, 0, time=0.5, loss=2.0))
+        >>> journal.happened("lost", 0, time=0.7, why="killed")
+        >>> journal.happened("redispatched", 0, time=0.9)
+        >>> journal.arrived(Arrival(0, 1, 1, time=1.5, loss=1.0))
+        >>> journal.trace().dispatched_at.tolist(), journal.trace().rounds.tolist()
+        ([0, 1], [0, 1])
+    """
+
+    def __init__(
+        self, identity: dict[str, Any], path: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Read what is there, and open the file."""
+        self.identity = {"absent": []} | json.loads(json.dumps(identity))
+        self.path = None if path is None else Path(path)
+        self.arrivals: list[Arrival] = []
+        self.events: list[TraceEvent] = []
+        self.rejected: list[tuple[int, str]] = []
+        self._file: IO[bytes] | None = None
+        self._size = 0  # of the whole lines that were read
+        if self.path is None or not self.path.exists() or not self._read(self.path):
+            return
+        absent = {"absent": self._header["absent"]}
+        check_same(self.path, self._header, self.identity | absent)
+        self.identity |= absent
+        self._open()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Journal:
+        """Return the journal in a file, in memory: the file is only read.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it is no journal.
+        """
+        journal = cls({})
+        if not journal._read(Path(path)):
+            raise ValueError(f"{path} is empty, not a journal of a run")
+        journal.identity = journal._header
+        return journal
+
+    @staticmethod
+    def set_aside(path: str | os.PathLike[str]) -> None:
+        """Rename a file, if it is there, to ``….old``, for a new run to begin under its name.
+
+        Raises:
+            BlockingIOError: If another process writes to it.
+        """
+        path = Path(path)
+        if path.exists():
+            with open_alone(path):
+                path.replace(path.with_name(f"{path.name}.old"))
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Note that a report was applied."""
+        loss = float(arrival.loss) if math.isfinite(arrival.loss) else None
+        row = arrival._asdict() | {"loss": loss}
+        if not arrival.metrics:
+            del row["metrics"]
+        self._note(row)
+
+    def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:
+        """Log an event before the next arrival; kinds are those of a TraceEvent."""
+        step = len(self.arrivals)
+        self._note({"event": kind, "step": step, "worker": worker, "time": time, "why": why})
+
+    def refused(self, worker: Any, reason: str, message: str, time: float) -> None:
+        """Note that a report was rejected, and why."""
+        row = {"rejected": reason, "step": len(self.arrivals), "worker": repr(worker)}
+        self._note({**row, "time": time, "why": message})
+
+    def trace(self) -> ArrivalTrace:
+        """Return the order of arrivals so far, with its events; times in seconds.
+
+        Raises:
+            ValueError: If a report was applied that its worker did not hold, or held no longer.
+        """
+        workers, rounds, dispatched_at, times, *_ = (
+            zip(*self.arrivals, strict=True) if self.arrivals else ((),) * len(Arrival._fields)
+        )
+        return ArrivalTrace(  # which holds the rounds to those that each worker was sent
+            num_workers=self.identity["num_workers"],
+            workers=list(workers),  # pyright: ignore[reportArgumentType]
+            rounds=list(rounds),  # pyright: ignore[reportArgumentType]
+            dispatched_at=list(dispatched_at),  # pyright: ignore[reportArgumentType]
+            times=list(times),  # pyright: ignore[reportArgumentType]
+            synchronous=self.identity["synchronous"],
+            events=tuple(self.events),
+        )
+
+    def sync(self) -> None:
+        """Have all lines on the disk itself: a power failure takes none of them away."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if self.path is not None and self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+            self._write({"format": _FORMAT} | self.identity)
+        if self._file is not None:
+            self._write(line)
+        self._remember(line)
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if "event" in line:
+            self.events.append(TraceEvent(line["step"], line["event"], line["worker"]))
+        elif "rejected" in line:
+            self.rejected.append((line["step"], f"{line['rejected']}: {line['why']}"))
+        else:
+            arrival = Arrival(**line)
+            known = math.nan if line["loss"] is None else arrival.loss
+            self.arrivals.append(arrival._replace(loss=known))
+
+    def _open(self) -> None:
+        assert self.path is not None
+        self._file = open_alone(self.path)
+        size = self.path.read_bytes().rfind(b"\n") + 1
+        if size != self._size:
+            self.close()
+            raise BlockingIOError(f"another process has written {self.path} since it was read")
+        os.ftruncate(self._file.fileno(), size)  # half a line of a dead process
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Append one line, whole or not at all; the kernel has it when this returns."""
+        assert self._file is not None
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+
+    def _read(self, path: Path) -> bool:
+        """Take in the file's whole lines; return whether there is a header."""
+        data = path.read_bytes()
+        self._size = data.rfind(b"\n") + 1
+        lines = data[: self._size].splitlines()
+        for number, text in enumerate(lines, 1):
+            try:
+                line = json.loads(text)
+                if number > 1:
+                    self._remember(line)
+                elif line.pop("format") != _FORMAT:
+                    raise ValueError("it must begin with a journal's header")
+                else:
+                    self._header = line
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number} is no line of a journal: {error}") from None
+        return bool(lines)

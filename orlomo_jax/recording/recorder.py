@@ -1,0 +1,293 @@
+"""The recorder of a run: evaluation, callbacks, history, divergence, snapshots and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from orlomo_jax.checks import check_count
+from orlomo_jax.recording.callbacks import AnyCallback, as_callback
+from orlomo_jax.recording.health import Health
+from orlomo_jax.recording.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.server.parameter_server import ParameterServer
+from orlomo_jax.server.reports import RejectedReportError, Report
+from orlomo_jax.server.state import ServerState
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.trees import all_finite
+from orlomo_jax.worker.protocols import Evaluate
+from orlomo_jax.worker.workload import RoundMetrics, Workload
+
+SEGMENT = 256
+"""Most steps between two checks for divergence."""
+
+
+class StateSource(Protocol):
+    """Where a recorder reads a run's state.
+
+    Attributes:
+        server: The run's server.
+        first_nonfinite: The step of the first non-finite round, −1 for none.
+    """
+
+    server: ParameterServer
+    first_nonfinite: Any
+
+    def view(self) -> ServerState:
+        """Return the state, valid until the next step."""
+        ...
+
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        ...
+
+    def sync_to_server(self) -> None:
+        """Give the server the state."""
+
+
+class ServerSource:
+    """The state of a server that nobody else advances."""
+
+    def __init__(self, server: ParameterServer) -> None:
+        """Keep the server."""
+        self.server: ParameterServer = server
+        self.first_nonfinite: Any = -1
+
+    def view(self) -> ServerState:
+        """Return the state, valid until the next step."""
+        return self.server.view()
+
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        return self.server.state
+
+    def sync_to_server(self) -> None:
+        """Do nothing: the server has the state."""
+
+
+class Recording(NamedTuple):
+    """What a user wants recorded; see :func:`~orlomo_jax.simulate`."""
+
+    num_steps: int
+    evaluate: Evaluate | None
+    evaluate_every: int
+    callbacks: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        num_steps: int,
+        evaluate: Evaluate | None,
+        evaluate_every: int | None,
+        callbacks: Sequence[AnyCallback],
+    ) -> Recording:
+        """Check the arguments of ``simulate`` and ``train``."""
+        every = num_steps
+        if evaluate_every is not None:
+            every = check_count("evaluate_every", evaluate_every, 1)
+        return cls(num_steps, evaluate, every, tuple(map(as_callback, callbacks)))
+
+
+class RunRecorder:
+    """Records one run, simulated or real, which tells it every applied report in order.
+
+    Args:
+        source: Where to read the run's state.
+        workload: What its workers compute.
+        arrival: Returns (time, worker, delay) of the arrival at a step t.
+        recording: What to record.
+
+    Attributes:
+        step: The number of reports recorded.
+        first_nonfinite: The step at which the run diverged, −1 if it has not.
+        stopped: Whether a callback has ended the run.
+        like: The shapes of a round's metrics.
+
+    Raises:
+        RejectedReportError: If the workload's reports are not like the server's trees.
+    """
+
+    def __init__(
+        self,
+        source: StateSource,
+        workload: Workload,
+        arrival: Callable[[int], tuple[float, int, int]],
+        recording: Recording,
+    ) -> None:
+        """Start at step 0."""
+        self.source, self.recording = source, recording
+        self.step, self.first_nonfinite, self.stopped = 0, -1, False
+        self.evaluations: list[Evaluation] = []
+        self._arrival, self.like = arrival, _metric_shapes(source.server, workload)
+        self._rows: list[Sequence[np.ndarray]] = []  # leaves of the metrics, by step
+        self._pending: list[RoundMetrics] = []  # not fetched from the device yet
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do."""
+        done = self.step >= self.recording.num_steps
+        return done or self.stopped or self.first_nonfinite >= 0
+
+    def next_stop(self, *periods: int) -> int:
+        """Return the step of the next evaluation, check for divergence, or multiple of a period."""
+        periods = (*periods, self.recording.evaluate_every, SEGMENT)
+        return min(self.recording.num_steps, *(self.step - self.step % n + n for n in periods))
+
+    def start(self, trace: ArrivalTrace) -> None:
+        """Evaluate and build a result as at the end, so that errors show before the first step."""
+        if not self.ended:
+            self.result(trace)
+            if self.recording.evaluate is not None:
+                self._evaluated()
+        for callback in self.recording.callbacks:
+            callback.on_start(self.step, self.recording.num_steps)
+
+    def end(self, result: TrainingResult) -> TrainingResult:
+        """Tell the callbacks the result, and return it."""
+        for callback in self.recording.callbacks:
+            callback.on_end(result)
+        return result
+
+    def close(self) -> None:
+        """Close the callbacks, after the end or an error."""
+        for callback in self.recording.callbacks:
+            callback.close()
+
+    def applied_all(self, rounds: Iterable[RoundMetrics], end: int) -> None:
+        """Record the reports of a segment until step ``end``, as an engine yields them."""
+        for metrics in rounds:
+            self.applied(metrics, check=self.step + 1 == end)
+            if self.stopped and self.step == self.source.server.step:  # else they are all computed
+                break
+        if self.step < end:
+            self.check()
+
+    def applied(self, metrics: RoundMetrics, *, check: bool = False) -> None:
+        """Record the next applied report: evaluate if it is time, and tell the callbacks.
+
+        Args:
+            metrics: Those of the report's round.
+            check: Whether to check for divergence first; of a diverged run nothing is told.
+        """
+        recording = self.recording
+        self.step += 1
+        self._pending.append(metrics)
+        if check:
+            self.check()
+        if self.first_nonfinite >= 0:
+            return
+        evaluation = None
+        last = self.step == recording.num_steps
+        if recording.evaluate is not None and (self.step % recording.evaluate_every == 0 or last):
+            evaluation = self._evaluated()
+            time = self._arrival(self.step - 1)[0]
+            self.evaluations.append(Evaluation(self.step, time, evaluation))
+        if recording.callbacks:
+            at = self._arrival(self.step - 1)
+            record = StepRecord(self.step, *at, *metrics, evaluation)
+            ends = [_ends_run(callback, record) for callback in recording.callbacks]
+            self.stopped |= any(ends)
+
+    def check(self) -> None:
+        """Fetch the metrics from the device, and find out whether the run has diverged.
+
+        If every report was finite and only the merge was not, that is the newest step.
+        """
+        self._rows += map(jax.tree.leaves, jax.device_get(self._pending))
+        self._pending = []
+        if int(self.source.first_nonfinite) < 0 and not bool(all_finite(self.source.view())):
+            self.source.first_nonfinite = self.step - 1
+        if self.first_nonfinite < 0:
+            self.first_nonfinite = int(self.source.first_nonfinite)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return arrays and JSON-able notes of the run, its server included."""
+        self.source.sync_to_server()
+        arrays, table = self.source.server.snapshot()
+        notes = {"server": table, "evaluations": self.evaluations}
+        notes["first_nonfinite"] = self.first_nonfinite
+        return {"server": arrays, "metrics": self._columns()}, notes
+
+    def restore(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
+        """Continue from a :meth:`snapshot`, which must be of this step."""
+        self.first_nonfinite = check_count("first_nonfinite", notes["first_nonfinite"], -1)
+        self._rows = list(zip(*arrays["metrics"], strict=True))
+        self.evaluations = [Evaluation(*e) for e in notes["evaluations"]]
+        if len(self._rows) != step:
+            raise ValueError(f"the history must have {step} steps, got {len(self._rows)}")
+        self.source.server.restore(arrays["server"], notes["server"])
+        self.step = check_count("step", self.source.server.step, step, step)
+        if self.first_nonfinite >= 0:
+            self.source.first_nonfinite = self.first_nonfinite
+
+    def result(self, trace: ArrivalTrace, health: Health | None = None) -> TrainingResult:
+        """Return the result of the run so far."""
+        self.check()
+        bad = self.first_nonfinite
+        state = self.source.view()
+        length = self.step if bad < 0 else min(bad + 1, self.step)
+        arrivals = (trace.times, trace.workers, trace.delays)
+        ended = "stopped" if self.step < self.recording.num_steps else "finished"
+        return TrainingResult(
+            params=state.params,
+            model_state=state.model_state,
+            rule_state=state.rule_state,
+            history=self._history(*(values[:length] for values in arrivals)),
+            trace=trace,
+            status="diverged" if bad >= 0 else ended,
+            diverged_at=None if bad < 0 else bad,
+            health=health,
+        )
+
+    def _evaluated(self) -> dict[str, float]:
+        """Return the user's evaluation of the parameters.
+
+        Raises:
+            TypeError: If it is not ``{name: scalar}``.
+        """
+        assert self.recording.evaluate is not None
+        state = self.source.copy()
+        values = self.recording.evaluate(state.params, state.model_state)
+        try:
+            return {name: float(value) for name, value in values.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TypeError(f"`evaluate` must return {{name: scalar}}, got {values!r}") from error
+
+    def _columns(self) -> list[np.ndarray]:
+        """Return the leaves of the metrics of all steps, each with a leading axis."""
+        self._rows += map(jax.tree.leaves, jax.device_get(self._pending))
+        self._pending = []
+        likes = jax.tree.leaves(self.like)
+        if not self._rows:
+            return [np.zeros((0, *like.shape), like.dtype) for like in likes]
+        columns = zip(likes, zip(*self._rows, strict=True), strict=True)
+        return [np.asarray(column, like.dtype).reshape(-1, *like.shape) for like, column in columns]
+
+    def _history(self, times: Any, workers: Any, delays: Any) -> History:
+        length = len(times)
+        columns = [column[:length] for column in self._columns()]
+        metrics = jax.tree.unflatten(jax.tree.structure(self.like), columns)
+        step = np.arange(1, length + 1, dtype=np.int32)
+        evaluations = tuple(self.evaluations)
+        return History(step, times, workers, delays, metrics.loss, metrics.metrics, evaluations)
+
+
+def _ends_run(callback: Any, record: StepRecord) -> bool:
+    """Return whether a callback ends the run, by True or by StopIteration."""
+    try:
+        return callback.on_step(record) is True
+    except StopIteration:
+        return True
+
+
+def _metric_shapes(server: ParameterServer, workload: Workload) -> RoundMetrics:
+    """Return the shapes of a round's metrics; raise if its reports are malformed."""
+    result, metrics = workload.shapes(server.to_send())
+    try:
+        server.check_form(Report(TaskId(0, 0, 0), result.update, result.model_state))
+    except (TypeError, ValueError) as error:
+        raise RejectedReportError(str(error)) from error
+    return metrics

@@ -1,0 +1,88 @@
+"""The global learning rate of the asynchronous rules: a schedule of the step, a weight by delay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax.numpy as jnp
+import optax
+
+from orlomo_jax.rules import contract
+from orlomo_jax.trees import Array, ArrayLike
+
+DelayWeight: TypeAlias = Callable[[Array], ArrayLike]
+"""Maps the delay int[] to a weight float[]."""
+
+
+def delay_adaptive(num_workers: int) -> DelayWeight:
+    """Return the delay-adaptive weight of Eq. (6): 1/K up to a delay of 2K, then 1/delay.
+
+    Args:
+        num_workers: K ≥ 1.
+
+    Returns:
+        A function of the delay τ (an int[], or an array of them) to float weights.
+
+    Raises:
+        ValueError: If ``num_workers`` is below 1.
+        TypeError: If it is not an integer.
+
+    Example:
+        >>> weight = delay_adaptive(4)
+        >>> [round(float(weight(delay)), 4) for delay in (0, 8, 9, 100)]
+        [0.25, 0.25, 0.1111, 0.01]
+    """
+    num_workers = contract.check_num_workers(num_workers)
+
+    def weight(delay):
+        delay = jnp.asarray(delay)
+        return 1.0 / jnp.where(delay > 2 * num_workers, delay, num_workers).astype(float)
+
+    return weight
+
+
+def global_learning_rate(
+    num_workers: int,
+    learning_rate: float | optax.Schedule = 1.0,
+    delay_weight: DelayWeight | None = None,
+) -> Callable[[ArrayLike, ArrayLike], Array]:
+    """Return η(t, τ) = learning_rate(t) · delay_weight(τ), as every asynchronous rule uses it.
+
+    Args:
+        num_workers: K ≥ 1.
+        learning_rate: A finite float ≥ 0, or a schedule of the server's step t.
+        delay_weight: A function of the delay τ; None is ``delay_adaptive(num_workers)``.
+
+    Returns:
+        A function of (step, delay) to float[], in float32 or wider.
+
+    Raises:
+        ValueError: If ``num_workers`` or a concrete rate is out of range, or, when the function is
+            called, a schedule or weight returns no scalar.
+        TypeError: If an argument is of a wrong type.
+
+    Example:
+        >>> rate = global_learning_rate(2, learning_rate=3.0, delay_weight=lambda delay: 0.5)
+        >>> float(rate(0, 1))
+        1.5
+    """
+    num_workers = contract.check_num_workers(num_workers)
+    if not callable(learning_rate):
+        contract.check_learning_rate("learning_rate", learning_rate)
+    if delay_weight is None:
+        delay_weight = delay_adaptive(num_workers)
+    elif not callable(delay_weight):
+        raise TypeError(
+            "`delay_weight` must be a function of the delay or None, "
+            f"got delay_weight={delay_weight!r}"
+        )
+
+    def rate(step, delay):
+        at_step = learning_rate(step) if callable(learning_rate) else learning_rate
+        weight = delay_weight(delay)
+        contract.check_scalar("learning_rate", at_step)
+        contract.check_scalar("delay_weight", weight)
+        return jnp.asarray(at_step, float) * jnp.asarray(weight, float)
+
+    return rate

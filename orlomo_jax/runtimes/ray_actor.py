@@ -1,0 +1,176 @@
+"""What runs in the process of a Ray actor."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import time
+import traceback
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from orlomo_jax.runtimes import jax_settings
+from orlomo_jax.server.placement import to_numpy
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.local_round import RoundResult
+from orlomo_jax.worker.wire import wire_dtype
+from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
+
+
+class Known(NamedTuple):
+    """What the driver tells every actor, before any array is made.
+
+    Attributes:
+        versions: The driver's :func:`versions`.
+        settings: Its JAX settings.
+        gpu: Whether actors compute on GPUs.
+        narrow: The dtype of reports on the wire, or None.
+        workload: In a list, so that the reference is passed on as it is.
+    """
+
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    gpu: bool
+    narrow: Any
+    workload: list[Any]
+
+
+class Answer(NamedTuple):
+    """The result of a round, as NumPy arrays, and how long it took."""
+
+    result: RoundResult
+    metrics: RoundMetrics
+    seconds: float
+
+
+class Raised(NamedTuple):
+    """An exception on its way to another process.
+
+    Attributes:
+        what: Its type and message.
+        traceback: As Python prints it.
+        pickled: The exception itself, or None where it cannot be pickled.
+    """
+
+    what: str
+    traceback: str
+    pickled: bytes | None
+
+    @classmethod
+    def of(cls, error: Exception) -> Raised:
+        """Pack an exception."""
+        try:
+            pickled = import_ray().cloudpickle.dumps(error)
+        except Exception:  # whatever the exception holds
+            pickled = None
+        what = f"{type(error).__name__}: {error}"
+        return cls(what, "".join(traceback.format_exception(error)), pickled)
+
+    def exception(self) -> Exception:
+        """Return the exception, with the traceback as a note; a RuntimeError in place of others."""
+        error: Any = None
+        if self.pickled is not None:
+            with contextlib.suppress(Exception):  # of a class that this process does not know
+                error = import_ray().cloudpickle.loads(self.pickled)
+        if not isinstance(error, Exception):
+            error = RuntimeError(self.what)
+        error.add_note(self.traceback)
+        return error
+
+
+class OrlomoWorker:
+    """The actor of one worker; Ray shows its name."""
+
+    def __init__(self, known: Known, worker: int, slowdown: float) -> None:
+        """Prepare; what is raised comes with the answer to the first task."""
+        self._worker, self._slowdown, self._narrow = worker, slowdown, known.narrow
+        self._warm = False
+        self._error: Exception | None = None
+        try:
+            self._prepare(known)
+        except Exception as error:
+            self._error = error
+
+    def _prepare(self, known: Known) -> None:
+        check_versions(known.versions)
+        jax_settings.adopt(known.settings)
+        _keep_freed_memory()
+        if known.gpu:
+            os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
+        else:
+            jax.config.update("jax_platforms", "cpu")
+        round_fn, batch_fn, keys, impl = import_ray().get(known.workload[0])
+        if not isinstance(batch_fn, HostBatches):
+            batch_fn = jax.tree.map(jnp.asarray, batch_fn)
+        keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
+        self._workload = Workload(round_fn, batch_fn, *keys)
+
+    def run(self, round: int, start: RoundInput) -> Answer | Raised:
+        """Run a task's round; return its result, or what it raised."""
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._run(round, start)
+        except Exception as error:
+            return Raised.of(error)
+
+    def _run(self, round: int, start: RoundInput) -> Answer:
+        begin = time.perf_counter()
+        result, metrics, _ = to_numpy(self._workload.run(self._worker, round, start))
+        if self._narrow is not None:
+            cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
+            result = result._replace(update=jax.tree.map(cast, result.update))
+        seconds = time.perf_counter() - begin
+        if self._warm:  # the first round compiles
+            time.sleep((self._slowdown - 1) * seconds)
+            seconds *= self._slowdown
+        self._warm = True
+        return Answer(result._replace(metrics=None), metrics, seconds)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that must be the same for driver and actors."""
+    found = {}
+    for name in ("orlomo-jax", "jax", "jaxlib", "optax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of a source tree
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def check_versions(drivers: dict[str, str]) -> None:
+    """Raise RuntimeError where this process has other versions than the driver."""
+    ours = versions()
+    for name in sorted(drivers.keys() & ours.keys()):
+        if drivers[name] != ours[name]:
+            raise RuntimeError(
+                f"actors must have the driver's {name} {drivers[name]}, got {name} {ours[name]} "
+                f"on {os.uname().nodename}"
+            )
+
+
+def import_ray() -> Any:
+    """Return the module, or raise an ImportError that names the extra."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("Ray workers need Ray: pip install 'orlomo-jax[ray]'") from error
+    return ray
+
+
+def _keep_freed_memory() -> None:
+    """Let this process reuse the memory of a round's results for those of the next.
+
+    glibc gives large arrays back as they are freed, and the kernel clears every page of the new
+    ones: with 44 MB of parameters a quarter of a worker's processor time. What its threads free of
+    arenas of their own still goes; one arena for all slows short rounds down. Other allocators are
+    left as they are.
+    """
+    largest = 2**31 - 1  # bytes
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, largest)  # M_TRIM_THRESHOLD
+        mallopt(-3, largest)  # M_MMAP_THRESHOLD

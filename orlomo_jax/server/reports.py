@@ -1,0 +1,182 @@
+"""Tasks and reports: what server and workers send each other, and the checks of a report."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orlomo_jax import trees
+from orlomo_jax.checks import check_count
+from orlomo_jax.rules import LocalUpdate
+from orlomo_jax.server.task_table import TaskId, TaskTable
+from orlomo_jax.trees import ArrayLike, PyTree, all_finite
+from orlomo_jax.worker.local_round import RoundResult
+from orlomo_jax.worker.workload import RoundInput
+
+Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
+
+
+class Report(NamedTuple):
+    """What a worker sends after a round.
+
+    Attributes:
+        id: The :class:`TaskId` of the task.
+        update: Δw and Δu, trees like params.
+        model_state: The worker's model state after the round, or None.
+        loss: float[S], for the records; not read by the server.
+        finite: Whether update and model state are free of NaN and Inf; None asks the server to
+            check. NumPy leaves are always checked.
+    """
+
+    id: TaskId
+    update: LocalUpdate
+    model_state: PyTree = None
+    loss: ArrayLike | None = None
+    finite: ArrayLike | None = None
+
+
+class Task(NamedTuple):
+    """What the server sends to a worker.
+
+    Attributes:
+        id: Worker, round, and the step of the parameters.
+        start: What the round starts from.
+    """
+
+    id: TaskId
+    start: RoundInput
+
+    def report(self, result: RoundResult) -> Report:
+        """Return the report of this task's round."""
+        return Report(self.id, result.update, result.model_state, result.loss, result.finite)
+
+
+class RejectedReportError(ValueError):
+    """A report that the server did not apply; nothing has changed.
+
+    Attributes:
+        reason: ``"stale"`` where the worker does not hold the report's task (duplicates and replays
+            among them), ``"not finite"`` where there is a NaN or an Inf, else ``"malformed"``.
+    """
+
+    def __init__(self, message: str, reason: Reason = "malformed") -> None:
+        """Keep the message and the reason."""
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+class ReportSchema:
+    """Expected structure, shapes and dtypes of a report, so that each check is one pass.
+
+    Args:
+        params: The server's parameters; abstract leaves will do.
+        model_state: The server's model state.
+        momentum: Whether the method's workers report their local momentum.
+    """
+
+    def __init__(self, params: trees.Params, model_state: PyTree, *, momentum: bool) -> None:
+        """Keep shapes and dtypes, no array."""
+        self._params, self._model_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state)
+        )
+        self._params = jax.tree.map(  # reports are in float32 at least
+            lambda x: jax.ShapeDtypeStruct(x.shape, trees.widest(x.dtype, jnp.float32)),
+            self._params,
+        )
+        self._momentum = self._params if momentum else None
+        self._signature = _signature((LocalUpdate(self._params, self._momentum), self._model_state))
+
+    def validate(self, report: Report, table: TaskTable) -> None:
+        """Raise unless a report is of an outstanding task, well formed and finite.
+
+        Raises:
+            RejectedReportError: The message says what is wrong.
+        """
+        reason: Reason = "malformed"
+        try:
+            if not isinstance(report, Report):
+                raise TypeError(f"`report` must be a Report, got {type(report).__name__}")
+            if not (isinstance(report.id, tuple) and len(report.id) == 3):
+                raise TypeError(f"`id` must be the TaskId of a task, got id={report.id!r}")
+            worker, round, index = report.id
+            task_id = TaskId(
+                table.check_worker(worker),
+                check_count("round", round),
+                check_count("dispatched_at", index),
+            )
+            if (why := table.why_stale(task_id)) is not None:
+                reason = "stale"
+                raise ValueError(why)
+            self.check(report)
+            reason = "not finite"
+            check_finite(report)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RejectedReportError(str(error), reason) from error
+
+    def check(self, report: Report) -> None:
+        """Raise unless the report's trees are like the server's.
+
+        Raises:
+            TypeError: If ``report.update`` is no LocalUpdate.
+            ValueError: If a tree has another structure, or a leaf another shape or dtype; the
+                message names the leaf by its path.
+        """
+        update = report.update
+        if _signature((update, report.model_state)) == self._signature:
+            return
+        if not isinstance(update, LocalUpdate):
+            raise TypeError(f"`update` must be a LocalUpdate, got {type(update).__name__}")
+        if (self._momentum is None) != (update.momentum is None):
+            wanted = "have no local momentum" if self._momentum is None else "have a local momentum"
+            raise ValueError(
+                f"`update` must {wanted}, got update.momentum={type(update.momentum).__name__}: "
+                "make the round by method.local_round"
+            )
+        for name, tree, like in (
+            ("update.delta", update.delta, self._params),
+            ("update.momentum", update.momentum, self._momentum),
+            ("model_state", report.model_state, self._model_state),
+        ):
+            trees.check_like(name, tree, like, dtypes=True)
+
+
+def _signature(tree: PyTree) -> tuple:
+    """Return what two trees of the same form share; quick, for trees of hundreds of leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(getattr(x, "shape", ()), getattr(x, "dtype", None)) for x in leaves]
+
+
+def check_finite(report: Report) -> None:
+    """Raise where update or model state holds a NaN or an Inf; the message names the leaf.
+
+    Raises:
+        TypeError: If ``report.finite`` is neither a bool nor None.
+        ValueError: If a value is not finite, or ``report.finite`` is false.
+    """
+    leaves = jax.tree.leaves((report.update, report.model_state))
+    on_host = [np.asarray(x) for x in leaves if not isinstance(x, jax.Array)]
+    finite = report.finite
+    if finite is None:
+        finite = all_finite([x for x in leaves if isinstance(x, jax.Array)])
+    if not isinstance(finite, bool | np.bool_ | jax.Array) or np.shape(finite) != ():
+        raise TypeError(f"`finite` must be a bool or None, got finite={finite!r}")
+    if bool(finite) and all(map(_is_finite, on_host)):
+        return
+    for name, tree in (("update", report.update), ("model_state", report.model_state)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not np.isfinite(np.asarray(leaf)).all():
+                where = f"{name}{jax.tree_util.keystr(path)}"
+                raise ValueError(f"`{where}` must be finite, got a NaN or an Inf")
+    raise ValueError("`finite` must be true, got finite=False: the round met a NaN or an Inf")
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Return whether all entries are finite: Σ|x|² says yes in one pass without a temporary.
+
+    The squares of finite numbers may overflow, so that only the entries themselves can say no.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.vdot(x, x)) or np.isfinite(x).all())

@@ -1,0 +1,120 @@
+"""The server step: applies one report to the server's state, as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from orlomo_jax.methods.method import Method, Unmoved
+from orlomo_jax.rules import contract
+from orlomo_jax.server.reports import Report
+from orlomo_jax.server.state import ServerState
+
+
+def apply_report(
+    method: Method, state: ServerState, report: Report, step: Any, schedule: Callable | None = None
+) -> ServerState:
+    """Return the server's state after a report: update, apply, merge, barrier and next γ.
+
+    Pure, and traced by the eager and the compiled engine alike. It checks nothing: see
+    :class:`~orlomo_jax.ParameterServer`.
+
+    Floating leaves of the model state merge as s + η (s_end − s). Integers and flags are those of
+    the newest report; in a synchronous round, of the worker with the highest index.
+
+    Args:
+        method: The method of the run.
+        state: The state at ``step``.
+        report: A worker's report; only its id, update and model state are read.
+        step: t, int32[].
+        schedule: γ as a function of the step, or None if it stays as it is.
+    """
+    worker, _, dispatched_at = report.id
+    updates, rule_state = method.rule.update(
+        report.update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
+    )
+    params = optax.apply_updates(state.params, updates)
+    frozen = Unmoved(method)(state.params)
+    params = jax.tree.map(lambda keep, x, y: x if keep else y, frozen, state.params, params)
+    merged = state.pending_model_state if method.synchronous else state.model_state
+    if jax.tree.leaves(merged):
+        assert method.model_state_weight is not None
+        weight = jnp.asarray(method.model_state_weight(step, step - dispatched_at), float)
+        is_last = worker == method.num_workers - 1 if method.synchronous else True
+        merge = partial(_merge, weight, is_last)
+        merged = jax.tree.map(merge, merged, report.model_state)
+    rate = state.local_learning_rate
+    if schedule is not None:
+        rate = jnp.asarray(schedule(step + 1), float)
+        contract.check_scalar("local_learning_rate", rate)
+    if not method.synchronous:
+        return ServerState(params, rule_state, merged, None, rate)
+    ends = (step + 1) % method.num_workers == 0  # until then every task is the round's
+    model_state, rate = jax.tree.map(
+        lambda new, old: jnp.where(ends, new, old),
+        (merged, rate),
+        (state.model_state, state.local_learning_rate),
+    )
+    return ServerState(params, rule_state, model_state, merged, rate)
+
+
+def _merge(weight: Any, is_last: Any, s: Any, end: Any) -> Any:
+    if jnp.issubdtype(s.dtype, jnp.inexact):
+        return (s + weight * (end - s)).astype(s.dtype)
+    return end if is_last is True else jnp.where(is_last, end, s)
+
+
+@lru_cache(maxsize=64)
+def server_step(method: Method, donate_params: bool, donate_rule_state: bool) -> Callable:
+    """Return :func:`apply_report` as one compiled program, which works in place if it may.
+
+    ``step_fn(scratch, params, rule_state, rest, report, step, schedule)``: ``scratch`` is a list
+    of arrays shaped like leaves of params, memory to write over; ``rest`` is the state without
+    params and rule state. Schedules that differ only in the arrays of a ``Partial`` share a
+    program.
+    """
+
+    def step_fn(scratch, params, rule_state, rest, report, step, schedule):
+        del scratch
+        state = rest._replace(params=params, rule_state=rule_state)
+        return apply_report(method, state, report, step, schedule)
+
+    may = {"params": donate_params, "rule_state": donate_rule_state}
+    donated = ["scratch", *(name for name, is_free in may.items() if is_free)]
+    return jax.jit(step_fn, donate_argnames=donated, keep_unused=True)
+
+
+@lru_cache(maxsize=64)
+def _compiled(function: Callable) -> Callable:
+    """Return the function of scalars, compiled, also for arrays."""
+    return jax.jit(jnp.vectorize(function))
+
+
+def on_cpu() -> Any:
+    """Compute on the CPU if there is one, so that no accelerator's queue is waited for."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = None
+    return jax.default_device(device)
+
+
+def weight_on_host(model_state_weight: Any, step: Any, delay: Any) -> np.ndarray:
+    """Return the weights of reports; step and delay are int[] or int[n] each, so is the result."""
+    with on_cpu():
+        return np.asarray(_compiled(model_state_weight)(np.int32(step), np.int32(delay)))
+
+
+def check_model_state_weight(weight: float, step: int, delay: int) -> None:
+    """Raise ValueError unless a report's weight in the model state is in [0, 1]."""
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            "the weight of a report's model state must be in [0, 1], got "
+            f"learning_rate · delay_weight = {weight} at step={step}, delay={delay}"
+        )

@@ -1,0 +1,255 @@
+"""The compiled engine: runs segments of a simulated run as one program each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orlomo_jax.methods.method import Method
+from orlomo_jax.server.parameter_server import Export, ParameterServer
+from orlomo_jax.server.placement import as_jax_arrays
+from orlomo_jax.server.reports import RejectedReportError, Report, Task
+from orlomo_jax.server.state import ServerState
+from orlomo_jax.server.step import (
+    apply_report,
+    check_model_state_weight,
+    weight_on_host,
+)
+from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
+from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.trees import Array
+from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload, round_program
+
+Rounds: TypeAlias = Literal["loop", "map", "vmap"]
+
+LENGTH = 256
+"""Steps of the longest segment; shorter ones run the same program."""
+
+
+class Carry(NamedTuple):
+    """What a segment hands to the next; it owns its arrays, and each segment donates them.
+
+    Attributes:
+        state: The server's state.
+        slots: The inputs of outstanding tasks, one copy of each version: every leaf has a leading
+            axis of slots.
+        first_nonfinite: The step of the first non-finite round, −1 for none.
+        metrics: Those of this segment's rounds: every leaf has a leading axis of LENGTH.
+    """
+
+    state: ServerState
+    slots: RoundInput
+    first_nonfinite: Array
+    metrics: RoundMetrics
+
+
+class CompiledEngine:
+    """Simulates a run in compiled segments; see :class:`~orlomo_jax.simulation.engine.Engine`.
+
+    Args:
+        server: A server that has dispatched its first tasks.
+        workload: What its workers compute.
+        trace: Who reports when.
+        rounds: How the rounds of a group are computed: one by one, each with its server step
+            ("loop"), or together before their server steps, by ``jax.lax.map`` or ``jax.vmap``.
+        batch: The most rounds of a group; 1 for "loop".
+
+    Attributes:
+        slots: The number of versions of w that there is room for.
+    """
+
+    def __init__(
+        self,
+        server: ParameterServer,
+        workload: Workload,
+        trace: ArrivalTrace,
+        rounds: Rounds,
+        batch: int,
+    ) -> None:
+        """Leave everything with the server until the first segment."""
+        self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
+        run_round = round_program(workload.round_fn)
+        self.program = segment_program(server.method, run_round, rounds, batch, server.sent_dtypes)
+        self.slots = count_slots(trace)
+        self._merges = bool(jax.tree.leaves(server.model_state))
+        self._carry: Carry | None = None
+        self._metrics = workload.shapes(server.to_send())[1]
+        self.first_nonfinite: Any = -1
+
+    def advance(self, stop: int) -> list[RoundMetrics]:
+        """Apply reports until step ``stop``; return the metrics of each.
+
+        Raises:
+            RejectedReportError: If the weight of a report's model state will be outside [0, 1];
+                nothing of this segment has run then.
+        """
+        if self._carry is None:
+            self._carry = self.load()
+        first = self.server.step
+        _, batch_fn, *keys = self.workload
+        carry: Carry = self.program(
+            batch_fn, self.server.schedule, self._carry, *self.plan(stop), *keys
+        )
+        self._carry, self.first_nonfinite = carry, int(carry.first_nonfinite)
+        return by_round(carry.metrics, stop - first)
+
+    def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
+        """Plan the steps until ``stop``: their table, the first of them, and how many groups.
+
+        Raises:
+            RejectedReportError: As :meth:`advance` does.
+        """
+        first = self.server.step
+        segment = self._planner.advance(stop, LENGTH)
+        if self._merges:
+            self._check_model_state_weights(first, segment.dispatched_at[: stop - first])
+        return np.stack(segment), np.int32(first), np.int32(np.count_nonzero(segment.sizes))
+
+    def view(self) -> ServerState:
+        """Return the state, valid until the next segment."""
+        return self.server.view() if self._carry is None else self._carry.state
+
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        return jax.tree.map(jnp.copy, self.view())
+
+    def sync_to_server(self) -> None:
+        """Give the server the state, as if it had received each report."""
+        if self._carry is not None:
+            self.unload(self._carry)
+            self._carry = None
+
+    def load(self) -> Carry:
+        """Take everything from the server."""
+        table, state, tasks = self.server.export()
+        self._planner = SlotPlanner(table, self._trace, self._batch, self.slots)
+        versions = {task.id.dispatched_at: task.start for task in tasks.values()}
+        tasks.clear()
+        state = jax.tree.map(jnp.copy, as_jax_arrays(state))
+        slots = _repeat(self._newest(state), self.slots)
+        for version, slot in self._planner.versions.items():
+            slots = _write(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))
+        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self._metrics)
+        return Carry(state, slots, jnp.int32(self.first_nonfinite), metrics)
+
+    def unload(self, carry: Carry) -> None:
+        """Give the server all that a carry contains."""
+        table = self._planner.table
+        versions: dict[int | None, RoundInput] = {None: self._newest(carry.state)}
+        tasks = {}
+        for worker, task_id in table.held.items():
+            slot = self._planner.slot(worker)
+            if slot is not None and slot not in versions:
+                versions[slot] = _read(carry.slots, np.int32(slot))
+            tasks[worker] = Task(task_id, versions[slot])
+        self.server.import_(Export(table, carry.state, tasks))
+
+    def _newest(self, state: ServerState) -> RoundInput:
+        synchronous = self.server.method.synchronous
+        return state.sent(self.server.sent_dtypes, with_momentum=synchronous)
+
+    def _check_model_state_weights(self, first: int, dispatched_at: np.ndarray) -> None:
+        steps = np.full(LENGTH, first)
+        steps[: len(dispatched_at)] += np.arange(len(dispatched_at))
+        delays = np.zeros(LENGTH, int)
+        delays[: len(dispatched_at)] = steps[: len(dispatched_at)] - dispatched_at
+        weights = weight_on_host(self.server.method.model_state_weight, steps, delays)
+        for index in np.flatnonzero(~((weights >= 0) & (weights <= 1)))[:1]:
+            try:
+                check_model_state_weight(
+                    float(weights[index]), int(steps[index]), int(delays[index])
+                )
+            except ValueError as error:
+                raise RejectedReportError(str(error)) from error
+
+
+@lru_cache(maxsize=32)
+def segment_program(
+    method: Method, run_round: Callable, rounds: Rounds, batch: int, dtypes: tuple[Any, ...]
+) -> Callable:
+    """Return a segment as one compiled program, whatever its length.
+
+    A step writes the newest parameters before it reads its task's: in that order XLA keeps the
+    slots in place, in the other it copies all of them in every step.
+    """
+    over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}
+    together = over_rows[rounds]
+
+    @partial(jax.jit, donate_argnames="carry")
+    def run(batch_fn, schedule, carry, segment, first, groups, data_key, noise_key):
+        segment = Segment(*jnp.asarray(segment))  # NumPy arrays if JAX does not compile
+
+        def compute(slots, row):
+            start = jax.tree.map(lambda x: _at(x, segment.reads[row]), slots)
+            counts = segment.workers[row], segment.rounds[row], first + row, jnp.int32(-1)
+            return run_round(batch_fn, start, data_key, noise_key, *counts)
+
+        def write(carry, row):
+            newest = carry.state.sent(dtypes, with_momentum=method.synchronous)
+            return carry._replace(slots=_put(carry.slots, newest, segment.writes[row]))
+
+        def apply(carry, row, answer):
+            result, metrics, bad = answer
+            task_id = TaskId(segment.workers[row], segment.rounds[row], segment.dispatched_at[row])
+            report = Report(task_id, result.update, result.model_state)
+            state = apply_report(method, carry.state, report, first + row, schedule)
+            bad = jnp.where(carry.first_nonfinite < 0, bad, carry.first_nonfinite)
+            new = Carry(state, carry.slots, bad, _put(carry.metrics, metrics, row))
+            return jax.tree.map(_as, new, carry)
+
+        def group(index, carry):
+            start = segment.starts[index]
+            carry = write(carry, start)
+            if together is None:
+                return apply(carry, start, compute(carry.slots, start))
+            answers = together(partial(compute, carry.slots), start + jnp.arange(batch))
+
+            def step(row, carry):
+                answer = jax.tree.map(lambda x: _at(x, row), answers)
+                return apply(write(carry, start + row), start + row, answer)
+
+            return jax.lax.fori_loop(0, segment.sizes[index], step, carry)
+
+        return jax.lax.fori_loop(0, groups, group, carry)
+
+    return run
+
+
+def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
+    """Return the metrics of the first rounds, on the host."""
+    losses, others = jax.tree.map(lambda x: np.array(x)[:count], metrics)
+    leaves, structure = jax.tree.flatten(others)
+    if not leaves:
+        return [RoundMetrics(loss, others) for loss in losses]
+    rows = (jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True))
+    return [RoundMetrics(*pair) for pair in zip(losses, rows, strict=True)]
+
+
+def _as(x: Array, old: Array) -> Array:
+    return x if x.dtype == old.dtype else x.astype(old.dtype)
+
+
+def _at(x: Array, index: Any) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def _put(many: Any, one: Any, index: Any) -> Any:
+    """Return trees with a leading axis, with one tree written to a place."""
+    return jax.tree.map(
+        lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), many, one
+    )
+
+
+_read = jax.jit(lambda slots, slot: jax.tree.map(lambda x: _at(x, slot), slots))
+_write = jax.jit(_put, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnums=1)
+def _repeat(start: RoundInput, count: int) -> RoundInput:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)

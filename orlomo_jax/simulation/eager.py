@@ -1,0 +1,51 @@
+"""The eager engine: drives the parameter server from Python, one step after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from orlomo_jax.server.parameter_server import ParameterServer
+from orlomo_jax.server.state import ServerState
+from orlomo_jax.traces.events import Events
+from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.worker.workload import RoundMetrics, Workload
+
+
+class EagerEngine:
+    """Simulates a run step by step; see :class:`~orlomo_jax.simulation.engine.Engine`."""
+
+    def __init__(self, server: ParameterServer, workload: Workload, trace: ArrivalTrace) -> None:
+        """Continue from the server's step."""
+        self.server, self._workload, self._trace = server, workload, trace
+        self._events = Events(trace)
+        self.first_nonfinite: Any = jnp.int32(-1)
+
+    def advance(self, stop: int) -> Iterator[RoundMetrics]:
+        """Apply reports until step ``stop``; yield the metrics of each as soon as it is applied."""
+        for step in range(self.server.step, stop):
+            self._events.apply(step, self.server)
+            task = self.server.held(int(self._trace.workers[step]))
+            assert task is not None  # the trace's validation says so
+            worker, round, _ = task.id
+            result, metrics, self.first_nonfinite = self._workload.run(
+                worker, round, task.start, step, self.first_nonfinite
+            )
+            # The device remembers the first non-finite round: to wait for it stalls every step.
+            report, task = task.report(result)._replace(finite=True), None
+            for waiting in self.server.receive(report):
+                self.server.dispatch(waiting)
+            yield metrics
+
+    def view(self) -> ServerState:
+        """Return the state, valid until the next step."""
+        return self.server.view()
+
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        return self.server.state
+
+    def sync_to_server(self) -> None:
+        """Do nothing: the server has the state."""

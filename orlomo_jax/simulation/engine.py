@@ -1,0 +1,140 @@
+"""Engines of the simulator: their protocol, their settings, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+
+from orlomo_jax.checks import check_count
+from orlomo_jax.server.parameter_server import ParameterServer
+from orlomo_jax.server.state import ServerState
+from orlomo_jax.simulation.compiled import CompiledEngine
+from orlomo_jax.simulation.eager import EagerEngine
+from orlomo_jax.simulation.planning import group_starts
+from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.workload import RoundMetrics, Workload
+
+MANY = 1_000_000
+"""From this many parameters on, the eager engine is faster on a CPU: it lends versions to tasks
+instead of copying them into slots and out again."""
+
+
+class Engine(Protocol):
+    """Carries out a simulated run.
+
+    Attributes:
+        server: The run's server. Its step is current; its state is only after
+            :meth:`sync_to_server`.
+        first_nonfinite: The step of the first non-finite round, −1 for none.
+    """
+
+    server: ParameterServer
+    first_nonfinite: Any
+
+    def advance(self, stop: int) -> Iterable[RoundMetrics]:
+        """Apply reports until step ``stop``; return the metrics of each."""
+        ...
+
+    def view(self) -> ServerState:
+        """Return the state, valid until the next step."""
+        ...
+
+    def copy(self) -> ServerState:
+        """Return the state; its arrays stay as they are."""
+        ...
+
+    def sync_to_server(self) -> None:
+        """Give the server the state, as if it had received each report."""
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Drive every step from Python."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Run segments of at most 256 steps as one compiled program each.
+
+    Attributes:
+        rounds: How rounds that do not depend on one another's reports are computed: one by one
+            ("loop"), or several together by ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap").
+            "auto" is "vmap", but "loop" on a CPU and for a loss with convolutions.
+        max_batch: The most rounds computed together, ≥ 1: that many reports are in memory. None is
+            the average number of independent rounds in the trace.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range.
+        TypeError: If ``max_batch`` is not an integer.
+    """
+
+    rounds: Literal["auto", "loop", "map", "vmap"] = "auto"
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.rounds not in ("auto", "loop", "map", "vmap"):
+            raise ValueError(
+                f'`rounds` must be "auto", "loop", "map" or "vmap", got rounds={self.rounds!r}'
+            )
+        if self.max_batch is not None:
+            check_count("max_batch", self.max_batch, 1)
+
+
+def choose(
+    engine: Any, server: ParameterServer, workload: Workload, trace: ArrivalTrace
+) -> Eager | Compiled:
+    """Return the settings that ``engine`` leads to; none of them is left open.
+
+    Raises:
+        ValueError: If ``engine`` is not an engine.
+    """
+    named = {"auto": None, "eager": Eager(), "compiled": Compiled()}
+    if not isinstance(engine, Eager | Compiled):
+        if not isinstance(engine, str) or engine not in named:
+            raise ValueError(
+                '`engine` must be "auto", "eager", "compiled", Eager() or Compiled(…), '
+                f"got engine={engine!r}"
+            )
+        engine = named[engine]
+    if isinstance(workload.batch_fn, HostBatches):
+        if isinstance(engine, Compiled):
+            raise ValueError(
+                '`engine` must be "eager" for HostBatches: a compiled segment cannot call Python. '
+                "Pass a batch_fn that JAX can trace to compile the run"
+            )
+        return Eager()
+    start, cpu = server.to_send(), jax.default_backend() == "cpu"
+    if engine is None:
+        size = sum(leaf.size for leaf in jax.tree.leaves(start.params))
+        is_slow = cpu and (size >= MANY or workload.convolves(start))
+        engine = Eager() if is_slow else Compiled()
+    if isinstance(engine, Eager):
+        return engine
+    rounds = engine.rounds
+    if rounds == "auto":
+        rounds = "loop" if cpu or workload.convolves(start) else "vmap"
+    if rounds == "loop":
+        return Compiled("loop", 1)
+    most = trace.num_workers if engine.max_batch is None else engine.max_batch
+    return Compiled(rounds, min(trace.num_workers, most, _mean_group(trace)))
+
+
+def make_engine(
+    settings: Eager | Compiled, server: ParameterServer, workload: Workload, trace: ArrivalTrace
+) -> EagerEngine | CompiledEngine:
+    """Return the engine of settings that :func:`choose` returned."""
+    if isinstance(settings, Eager):
+        return EagerEngine(server, workload, trace)
+    assert settings.rounds != "auto"
+    return CompiledEngine(server, workload, trace, settings.rounds, settings.max_batch or 1)
+
+
+def _mean_group(trace: ArrivalTrace) -> int:
+    """Return the average number of rounds that can be computed together."""
+    starts = group_starts(trace.dispatched_at, 0, max(1, trace.num_steps))
+    return max(1, round(trace.num_steps / max(1, len(starts))))

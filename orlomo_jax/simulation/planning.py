@@ -1,0 +1,165 @@
+"""Segmentes of a simulated run, planned ahead: which step reads and writes which copy of w."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from orlomo_jax.server.task_table import TaskId, TaskTable
+from orlomo_jax.traces.events import Events
+from orlomo_jax.traces.trace import ArrivalTrace
+
+
+class Segment(NamedTuple):
+    """Consecutive steps as data, int32[length] each; entries beyond the segment are padding.
+
+    At step t the newest parameters are written to slot ``writes[t]``, and the report is computed
+    from slot ``reads[t]``. A group is a run of steps whose tasks were all dispatched before it, so
+    that its rounds can be computed together: every entry of ``starts`` is its first step, counted
+    within the segment, and of ``sizes`` how many steps it has.
+    """
+
+    workers: np.ndarray
+    rounds: np.ndarray
+    dispatched_at: np.ndarray
+    reads: np.ndarray
+    writes: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+
+class SlotPlanner:
+    """Runs the task table ahead of the arrays, and assigns a slot to every version of w.
+
+    All tasks of one version share a slot, and a slot whose last task has reported is free for the
+    next version: a run needs at most one slot for each version in use. The newest version gets its
+    slot when the next step writes it: a slot of its own if a task has it by then, else any free
+    one.
+
+    Args:
+        table: The table to run ahead; changed in place.
+        trace: The arrivals.
+        batch: The most steps of a group.
+        slots: How many slots there are, at least :func:`count_slots`.
+
+    Attributes:
+        versions: The slot of every version that tasks held at the start, but the newest.
+
+    Example:
+        >>> table = TaskTable("orlomo", 2, synchronous=False)
+        >>> tickets = [table.dispatch(worker) for worker in range(2)]
+        >>> planner = SlotPlanner(table, ArrivalTrace.from_workers([0, 0, 1], 2), batch=2, slots=2)
+        >>> segment = planner.advance(3, length=3)
+        >>> segment.writes.tolist(), segment.reads.tolist()  # worker 1 holds w_0 till the end
+        ([0, 1, 1], [0, 1, 0])
+        >>> segment.starts.tolist(), segment.sizes.tolist()
+        ([0, 1, 0], [1, 2, 0])
+    """
+
+    def __init__(self, table: TaskTable, trace: ArrivalTrace, batch: int, slots: int) -> None:
+        """Give the versions that are held their slots."""
+        self.table, self.batch = table, batch
+        self._workers, self._events = trace.workers, Events(trace)
+        self._free = list(range(slots))[::-1]
+        self._users = [0] * slots
+        self._written = [table.step] * slots  # at which step
+        self._slots: dict[int, int] = {}  # by worker
+        self._newest: int | None = None  # its slot, where a task holds it
+        self.versions: dict[int, int] = {}
+        for worker, (_, _, version) in table.held.items():
+            if version == table.step:
+                self._hold_newest(worker)
+            else:
+                if version not in self.versions:
+                    self.versions[version] = self._free.pop()
+                self._hold(worker, self.versions[version])
+
+    def slot(self, worker: int) -> int | None:
+        """Return the slot of the worker's task; None where it is the newest, unwritten version."""
+        slot = self._slots[worker]
+        return None if slot == self._newest else slot
+
+    def held(self, worker: int) -> TaskId | None:
+        """Return the worker's ticket."""
+        return self.table.held.get(worker)
+
+    def dispatch(self, worker: int) -> None:
+        """Send the newest version."""
+        self.table.dispatch(worker)
+        self._hold_newest(worker)
+
+    def release(self, worker: int) -> None:
+        """Give up a task."""
+        self.table.release(worker)
+        self._leave(worker)
+
+    def advance(self, stop: int, length: int) -> Segment:
+        """Plan the steps until ``stop``, at most ``length`` of them."""
+        first, table = self.table.step, self.table
+        rows, written = [], []
+        for t in range(first, stop):
+            self._events.apply(t, self)
+            worker = int(self._workers[t])
+            write = self._free[-1] if self._newest is None else self._newest
+            rows.append((*table.held[worker], self._slots[worker], write))
+            written.append(self._written[self._slots[worker]])
+            self._leave(worker)
+            self._newest = None
+            for waiting in table.receive(worker):
+                self.dispatch(waiting)
+        columns = np.zeros((len(Segment._fields), length), np.int32)
+        columns[:5, : len(rows)] = np.array(rows, np.int32).T
+        starts = group_starts(np.array(written), first, self.batch)
+        columns[5, : len(starts)] = starts
+        columns[6, : len(starts)] = np.diff(starts, append=len(rows))
+        return Segment(*columns)
+
+    def _hold_newest(self, worker: int) -> None:
+        if self._newest is None:
+            self._newest = self._free.pop()
+            self._written[self._newest] = self.table.step
+        self._hold(worker, self._newest)
+
+    def _hold(self, worker: int, slot: int) -> None:
+        self._slots[worker] = slot
+        self._users[slot] += 1
+
+    def _leave(self, worker: int) -> None:
+        slot = self._slots.pop(worker)
+        self._users[slot] -= 1
+        if not self._users[slot]:
+            self._free.append(slot)
+            if slot == self._newest:
+                self._newest = None
+
+
+def group_starts(ready_at: np.ndarray, first: int, batch: int) -> list[int]:
+    """Return where groups start, each as long as it can be and at most ``batch`` steps.
+
+    Args:
+        ready_at: The step from which on a report can be computed, int[n] of consecutive steps.
+        first: The step of the first entry.
+        batch: ≥ 1.
+    """
+    starts: list[int] = []
+    start = -batch
+    for index, version in enumerate((ready_at - first).tolist()):
+        if version > start or index - start >= batch:
+            start = index
+            starts.append(start)
+    return starts
+
+
+def count_slots(trace: ArrivalTrace) -> int:
+    """Return how many versions of w a run holds at once at most: never more than K.
+
+    With events it is an upper bound.
+    """
+    last_use = np.arange(trace.num_steps + 1)  # the newest version counts in any case
+    np.maximum.at(last_use, trace.dispatched_at, np.arange(trace.num_steps))
+    held = trace.in_flight
+    last_use[held[held >= 0]] = trace.num_steps
+    ends = np.bincount(last_use, minlength=trace.num_steps + 1)
+    alive = np.arange(1, trace.num_steps + 2) - np.cumsum(ends) + ends
+    return min(trace.num_workers, int(alive.max()) + len(trace.events))

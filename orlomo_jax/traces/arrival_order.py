@@ -1,0 +1,214 @@
+"""An order of arrivals and events, checked: what it leaves in each worker's hands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orlomo_jax.checks import check_count
+
+
+class TraceEvent(NamedTuple):
+    """Something that happens to a worker beside the arrival of its report.
+
+    Attributes:
+        step: Number of reports applied before it; events of one step stand in their order.
+        kind: "lost": the outstanding report will never be used, the worker holds nothing now.
+            "redispatched": after a loss the worker is sent the current parameters.
+            "left": the worker leaves; an outstanding report is lost.
+            "joined": an absent worker is sent the current parameters. Absent is who has left, and
+            from the start a worker whose first event this is.
+        worker: Its index.
+    """
+
+    step: int
+    kind: str
+    worker: int
+
+
+# From which states of a worker to which. Where a worker becomes busy, it is sent the parameters.
+_TRANSITIONS = {
+    "arrived": ({"busy"}, "busy"),
+    "lost": ({"busy"}, "idle"),
+    "redispatched": ({"idle"}, "busy"),
+    "left": ({"busy", "idle"}, "absent"),
+    "joined": ({"absent"}, "busy"),
+}
+_KINDS = tuple(_TRANSITIONS)[1:]
+
+
+class ArrivalOrder(NamedTuple):
+    """A checked order of arrivals and what it leaves in each worker's hands.
+
+    Fields are as of :class:`~orlomo_jax.ArrivalTrace`.
+    """
+
+    num_workers: int
+    workers: np.ndarray
+    synchronous: bool
+    events: tuple[TraceEvent, ...]
+    rounds: np.ndarray
+    dispatched_at: np.ndarray
+    in_flight: np.ndarray
+
+    def check(self, name: str, values: Any) -> None:
+        """Raise unless values that are given beside the order are this field of it."""
+        array, held = _array(name, values, len(self.workers)), getattr(self, name)
+        if (t := _first(array != held)) is not None:
+            raise ValueError(
+                f"`{name}` must be what the worker holds, {held[t]} for worker {self.workers[t]} "
+                f"then, got {name}[{t}]={array[t]}"
+            )
+
+
+def check_arrival_order(
+    workers: Any, num_workers: Any, synchronous: Any, events: Any
+) -> ArrivalOrder:
+    """Return the order, or raise where it is malformed or impossible.
+
+    Raises:
+        TypeError, ValueError: The message names the field, the index and the value.
+
+    Example:
+        >>> check_arrival_order([0, 0], 2, False, [(1, "lost", 1)]).in_flight
+        array([ 2, -1], dtype=int32)
+    """
+    num_workers = check_count("num_workers", num_workers, 1)
+    workers = _array("workers", workers)
+    if (t := _first((workers < 0) | (workers >= num_workers))) is not None:
+        raise ValueError(
+            f"`workers` must be in [0, num_workers={num_workers}), got workers[{t}]={workers[t]}"
+        )
+    workers = workers.astype(np.int32)
+    if not isinstance(synchronous, bool):
+        raise TypeError(f"`synchronous` must be a bool, got synchronous={synchronous!r}")
+    events = _events(events, num_workers, len(workers))
+    if synchronous and (away := [e for e in events if e.kind in ("left", "joined")]):
+        raise ValueError(f"`events` of a synchronous trace must not change who is there: {away[0]}")
+    held = (
+        _replay(workers, num_workers, synchronous, events)
+        if events
+        else _count_dispatches(workers, num_workers, synchronous)
+    )
+    held = (array.astype(np.int32) for array in held)
+    return ArrivalOrder(num_workers, workers, synchronous, events, *held)
+
+
+def check_times(times: Any, num_steps: int) -> np.ndarray:
+    """Return the seconds of ``num_steps`` arrivals, or raise where they are no such."""
+    times = _array("times", times, num_steps, (int, float, np.integer, np.floating)).astype(float)
+    if (t := _first(~((times >= 0) & (times < math.inf)))) is not None:
+        raise ValueError(f"`times` must be finite and ≥ 0, got times[{t}]={times[t]}")
+    if (t := _first(times[1:] < times[:-1])) is not None:
+        raise ValueError(
+            f"`times` must not decrease, got times[{t + 1}]={times[t + 1]} after {times[t]}"
+        )
+    return times
+
+
+def late_joiners(events: Sequence[TraceEvent]) -> set[int]:
+    """Return the workers who are absent at the start and join later."""
+    first_kinds = {worker: kind for _, kind, worker in reversed(events)}
+    return {worker for worker, kind in first_kinds.items() if kind == "joined"}
+
+
+def _count_dispatches(workers, num_workers, synchronous):
+    """Return rounds, dispatched_at and in_flight where no event interferes."""
+    steps = np.arange(len(workers))
+    by_worker = np.argsort(workers, kind="stable")
+    counts = np.bincount(workers, minlength=num_workers)
+    rounds, dispatched_at = np.empty_like(steps), np.zeros_like(steps)
+    rounds[by_worker] = steps - np.repeat(np.cumsum(counts) - counts, counts)
+    if synchronous:
+        if (t := _first(rounds != steps // num_workers)) is not None:
+            raise ValueError(
+                "`workers` must have each worker once in every round of a synchronous trace, got "
+                f"workers[{t}]={workers[t]} for the second time in round {t // num_workers}"
+            )
+        full = len(workers) // num_workers
+        return rounds, rounds * num_workers, np.where(counts > full, -1, full * num_workers)
+    dispatched_at[by_worker[1:]] = by_worker[:-1] + 1  # right but for each worker's first report
+    dispatched_at[rounds == 0] = 0
+    in_flight = np.zeros_like(counts)
+    in_flight[workers] = steps + 1  # of a worker's entries the last stays
+    return rounds, dispatched_at, in_flight
+
+
+def _replay(workers, num_workers, synchronous, events):
+    """Return rounds, dispatched_at and in_flight, going through arrivals and events one by one."""
+    late = late_joiners(events)
+    states = ["absent" if worker in late else "busy" for worker in range(num_workers)]
+    held = [-1 if worker in late else 0 for worker in range(num_workers)]
+    dispatches = [0 if worker in late else 1 for worker in range(num_workers)]
+    rounds, dispatched_at = np.empty_like(workers), np.empty_like(workers)
+    timeline = [(step, 0, i, kind, worker) for i, (step, kind, worker) in enumerate(events)]
+    timeline += [(t, 1, t, "arrived", worker) for t, worker in enumerate(workers.tolist())]
+    for step, arrives, index, kind, worker in sorted(timeline):
+        before, after = _TRANSITIONS[kind]
+        if states[worker] not in before:
+            name = "workers" if arrives else "events"
+            raise ValueError(
+                f"`{name}[{index}]` must be possible, got {kind!r} at step {step} for worker "
+                f"{worker}, which is {states[worker]} then, not {' or '.join(sorted(before))}"
+            )
+        if arrives:
+            rounds[step], dispatched_at[step] = dispatches[worker] - 1, held[worker]
+        version, sent = step + arrives, [worker] if after == "busy" else []
+        if synchronous:
+            if arrives:  # at the barrier until the last one comes
+                after, sent = "waiting", []
+                if version % num_workers == 0:
+                    sent = range(num_workers)
+            version -= version % num_workers
+        states[worker], held[worker] = after, -1
+        for other in sent:
+            states[other], held[other] = "busy", version
+            dispatches[other] += 1
+    return rounds, dispatched_at, np.array(held)
+
+
+def _events(events, num_workers: int, num_steps: int) -> tuple[TraceEvent, ...]:
+    if not isinstance(events, Iterable):
+        raise TypeError(f"`events` must be a sequence, got events={events!r}")
+    checked: list[TraceEvent] = []
+    for index, event in enumerate(events):
+        name = f"events[{index}]"
+        if not isinstance(event, tuple | list) or len(event) != 3:
+            raise TypeError(f"`{name}` must be (step, kind, worker), got {event!r}")
+        step, kind, worker = event
+        if kind not in _KINDS:
+            raise ValueError(f"`{name}.kind` must be one of {_KINDS}, got {kind!r}")
+        step = check_count(f"{name}.step", step, checked[-1].step if checked else 0, num_steps)
+        checked.append(
+            TraceEvent(step, kind, check_count(f"{name}.worker", worker, 0, num_workers - 1))
+        )
+    return tuple(checked)
+
+
+def _array(name: str, values, length: int | None = None, types=(int, np.integer)) -> np.ndarray:
+    """Return a one-dimensional array of numbers of these types; booleans are none."""
+    wanted, kinds = ("numbers", "iuf") if float in types else ("integers", "iu")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"`{name}` must be a sequence of {wanted}, got {name}={values!r}")
+    if not hasattr(values, "__array__"):
+        values = list(values)
+        for index, value in enumerate(values):
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must hold {wanted}, got {name}[{index}]={value!r}")
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
+        raise TypeError(
+            f"`{name}` must hold {wanted} in one dimension, got {array.dtype}{list(array.shape)}"
+        )
+    if length is not None and len(array) != length:
+        raise ValueError(
+            f"`{name}` must have an entry for each of {length} reports, got {len(array)}"
+        )
+    return array if array.size else array.astype(int)
+
+
+def _first(wrong: np.ndarray) -> int | None:
+    return int(np.argmax(wrong)) if wrong.any() else None

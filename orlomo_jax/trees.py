@@ -1,0 +1,139 @@
+"""Arithmetic and checks of pytrees, and the names of array types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array: TypeAlias = jax.Array
+ArrayLike: TypeAlias = jax.typing.ArrayLike
+PyTree: TypeAlias = Any
+"""A tree of arrays; docstrings say of which shapes and dtypes."""
+Params: TypeAlias = Any
+"""A tree of floating arrays."""
+
+
+def combine(terms: Sequence[tuple[Array | float, Params]], like: Params) -> Params:
+    """Return Σ coefficient · tree, leaf by leaf, in the dtypes of ``like``.
+
+    A leaf's arithmetic is in float32 or wider and rounds once to the leaf's own dtype, so that a
+    bfloat16 tree loses nothing between the terms.
+    """
+    coefficients = [coefficient for coefficient, _ in terms]
+
+    def leaf(reference, *leaves):
+        dtype = wide_dtype(*leaves)
+        scalar_dtype = jnp.finfo(dtype).dtype  # a complex leaf's scalars are real
+        total = sum(
+            jnp.asarray(c, scalar_dtype) * jnp.asarray(x, dtype)
+            for c, x in zip(coefficients, leaves, strict=True)
+        )
+        return jnp.asarray(total, jnp.result_type(reference))
+
+    return jax.tree.map(leaf, like, *(tree for _, tree in terms))
+
+
+def wide_dtype(*leaves: ArrayLike) -> Any:
+    """Return the widest dtype of leaves, at least float32; weakly typed ones count in full."""
+    return widest(jnp.float32, *(jnp.asarray(x).dtype for x in leaves))
+
+
+def widest(*dtypes: Any) -> Any:
+    """Return the dtype that holds all of these, whatever JAX's promotion mode.
+
+    Example:
+        >>> widest(jnp.bfloat16, jnp.float32)
+        dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):  # "strict" refuses to compare dtypes
+        return reduce(jnp.promote_types, map(jnp.dtype, dtypes))
+
+
+def widened(tree: Params) -> Params:
+    """Return a tree with its floating leaves in float32 where they are narrower."""
+
+    def leaf(x):
+        x = jnp.asarray(x)
+        return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
+    """Return zeros like ``params``, in ``accumulator_dtype`` where that is wider.
+
+    Raises:
+        TypeError: If a leaf of ``params`` is not floating or complex; the message names its path.
+    """
+    check_floating("params", params)
+
+    def leaf(x):
+        dtype = jnp.result_type(x)
+        if accumulator_dtype is not None:
+            dtype = widest(dtype, accumulator_dtype)
+        return jnp.zeros_like(x, dtype=dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def check_floating(name: str, tree: Params) -> None:
+    """Raise TypeError unless every leaf is floating or complex; the message names the path."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`{name}` must have floating leaves, got {dtype} at {where}")
+
+
+def check_numbers(name: str, tree: Any) -> None:
+    """Raise TypeError unless every leaf is an array of numbers or flags."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(f"`{name}` must have numeric leaves, got {dtype} at {where}")
+
+
+def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -> None:
+    """Raise ValueError unless ``tree`` has the structure, shapes (and dtypes) of ``like``."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(f"`{name}` must have the structure {expected}, got {structure}")
+    for (path, leaf), reference in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True
+    ):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) != np.shape(reference):
+            wanted = np.shape(reference)
+            raise ValueError(f"`{where}` must have shape {wanted}, got shape {np.shape(leaf)}")
+        if dtypes and (dtype := own_dtype(leaf)) != own_dtype(reference):
+            raise ValueError(f"`{where}` must be {own_dtype(reference)}, got {dtype}")
+
+
+def own_dtype(leaf: Any) -> np.dtype:
+    """Return a leaf's dtype as it is: float64 of a NumPy array even where JAX would narrow it."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+@partial(jax.jit, inline=True)
+def all_finite(tree: PyTree) -> Array:
+    """Return whether no floating leaf of ``tree`` holds a NaN or an Inf, bool[].
+
+    Example:
+        >>> bool(all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.inf)}))
+        False
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    # Inf − Inf and NaN − NaN are NaN: one pass, in a third of the time of isfinite on a CPU.
+    return jnp.stack([jnp.sum(x - x) == 0 for x in leaves]).all() if leaves else jnp.array(True)
+
+
+def as_partial(function: Callable) -> jax.tree_util.Partial:
+    """Return the function as a pytree; a Partial around another would hide its arrays."""
+    is_one = isinstance(function, jax.tree_util.Partial)
+    return function if is_one else jax.tree_util.Partial(function)

@@ -1,0 +1,15 @@
+"""One file for each family of checks. Importing a module registers its checks, in this order."""
+
+from proofs_check.checks import lemmas_symbolic as lemmas_symbolic  # isort: skip
+from proofs_check.checks import bounds_symbolic as bounds_symbolic  # isort: skip
+from proofs_check.checks import every_order as every_order  # isort: skip
+from proofs_check.checks import server_step as server_step  # isort: skip
+from proofs_check.checks import defaults_and_examples as defaults_and_examples  # isort: skip
+from proofs_check.checks import random_runs as random_runs  # isort: skip
+from proofs_check.checks import server_events as server_events  # isort: skip
+from proofs_check.checks import long_server_runs as long_server_runs  # isort: skip
+from proofs_check.checks import long_simulations as long_simulations  # isort: skip
+from proofs_check.checks import worker_details as worker_details  # isort: skip
+from proofs_check.checks import bounds_measured as bounds_measured  # isort: skip
+from proofs_check.checks import special_cases as special_cases  # isort: skip
+from proofs_check.checks import convergence_rates as convergence_rates  # isort: skip

@@ -1,0 +1,1 @@
+"""Mutants: faulty rules, rounds and servers, and which check must catch which."""
