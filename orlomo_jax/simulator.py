@@ -27,7 +27,7 @@ from orlomo_jax.schedules import check_schedules
 from orlomo_jax.server import ParameterServer
 from orlomo_jax.together import Alone, Together
 from orlomo_jax.trace import ArrivalTrace
-from orlomo_jax.workload import Workload, check_key
+from orlomo_jax.workload import Workload, as_partial, check_key
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Int, PyTree
@@ -224,6 +224,7 @@ def simulate_together(
         raise ValueError("the traces of runs together must have the same number of steps")
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     engine = Compiled("loop") if len(starts) > 1 else engine
+    batch_fn = as_partial(batch_fn)  # one for all: Partials are compared by identity
     runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
     check_pure(runs[0].workload.batch_fn, starts[0].key)
     with nullcontext() if checkpoint is None else checkpoint.alone():
