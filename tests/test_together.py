@@ -1,7 +1,5 @@
 """Several runs of one shape as one program: the results of single runs, and checkpoints."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +31,6 @@ def evaluate(params, model_state):
     return {"norm": jnp.abs(params["a"]).sum() + model_state["mean"].sum()}
 
 
-@lru_cache
-def setup(name):
-    method = make_method(name, K)
-    return method, method.local_round(loss_fn, S)
-
-
 def decayed(rate, step):
     return rate / (1 + 0.1 * step)
 
@@ -56,30 +48,29 @@ def start(name, seed, rate=0.05):
 
 
 def together(name, starts, **options):
-    method, round_fn = setup(name)
+    method = make_method(name, K, S)
     options = {"evaluate": evaluate, "evaluate_every": 10} | options
-    return simulate_together(method, round_fn, batch_fn, starts, **options)
+    return simulate_together(method, method.local_round(loss_fn), batch_fn, starts, **options)
 
 
 def alone(name, start):
-    method, round_fn = setup(name)
     return simulate(
-        method,
-        round_fn,
+        make_method(name, K, S),
+        loss_fn,
         batch_fn,
         start.params,
-        start.trace,
+        trace=start.trace,
         key=start.key,
         model_state=start.model_state,
         local_learning_rate=start.local_learning_rate,
         evaluate=evaluate,
         evaluate_every=10,
-        compiled=True,
+        engine="compiled",
     )
 
 
 def trees(result):
-    return result.params, result.model_state, result.state, np.asarray(result.history.loss)
+    return result.params, result.model_state, result.rule_state, np.asarray(result.history.loss)
 
 
 @pytest.mark.slow
