@@ -18,7 +18,7 @@ def test_a_leaf_without_entries_resumes(tmp_path, runtime, name):
     options = {"method": {"name": name}, "params": {"a": jnp.zeros(1), "b": jnp.zeros((0, 3))}}
     options["num_steps"] = 14
     with pytest.raises(Killed):
-        run(tmp_path, runtime, on_step=killed_at(12), **options)  # a whole round after 10
+        run(tmp_path, runtime, callbacks=[killed_at(12)], **options)  # a whole round after 10
     resumed = run(tmp_path, runtime, **options)
     assert resumed.params["b"].shape == (0, 3)
     assert resumed.history.step[-1] == 14
@@ -45,15 +45,15 @@ def test_one_run_at_a_time_has_the_folder(tmp_path, runtime):
             run(tmp_path, runtime)
         other.kill()
     with pytest.raises(Killed):
-        run(tmp_path, runtime, on_step=killed_at(3))
+        run(tmp_path, runtime, callbacks=[killed_at(3)])
     run(tmp_path, runtime)
 
 
-def edit(folder, runtime, change):
+def edit(folder, change):
     """Change the notes of the newest checkpoint as an editor would."""
     path = folder / str(T) / "notes" / "metadata"
     step, notes = json.loads(path.read_text())
-    change(notes, notes if runtime == "train" else notes["runs"][0])
+    change(notes, notes["runs"][0])
     path.write_text(json.dumps([step, notes]))
 
 
@@ -77,6 +77,10 @@ def wrong_evaluations(notes, run):
     run["evaluations"] = [[1]]
 
 
+def divergence_in_words(notes, run):
+    run["first_nonfinite"] = "never"
+
+
 def no_identity(notes, run):
     notes["identity"] = None
 
@@ -86,20 +90,21 @@ def no_notes(notes, run):
 
 
 EDITS = (without_server, a_text, another_step, unknown_version, wrong_evaluations)
+EDITS += (divergence_in_words,)
 
 
 @pytest.mark.parametrize("runtime", ["simulate", "train"])
 @pytest.mark.parametrize("change", [*EDITS, no_identity, no_notes])
 def test_edited_notes_are_damage(tmp_path, runtime, change):
     run(tmp_path, runtime)
-    edit(tmp_path, runtime, change)
+    edit(tmp_path, change)
     with pytest.raises(ValueError, match=f"{tmp_path / str(T)} is damaged"):
         run(tmp_path, runtime)
 
 
 def test_a_removed_setting_is_named(tmp_path):
     run(tmp_path)
-    edit(tmp_path, "simulate", lambda notes, run: notes["identity"].pop("keys"))
+    edit(tmp_path, lambda notes, run: notes["identity"].pop("keys"))
     with pytest.raises(ValueError, match="another keys: it was written with nothing"):
         run(tmp_path)
 
@@ -121,7 +126,7 @@ def test_the_home_is_expanded(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_step(tmp_path, runtime):
     (tmp_path / ".lock").mkdir()  # root may write into read-only folders
     with pytest.raises(OSError, match=f"checkpoints cannot be written there.*{tmp_path}"):
-        run(tmp_path, runtime, on_step=killed_at(1))
+        run(tmp_path, runtime, callbacks=[killed_at(1)])
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
