@@ -157,12 +157,13 @@ METHOD = {
     "frozen": {"a": True},
     "master_params": False,
     "num_workers": 3,
+    "num_local_steps": 4,
 }
 
 
 @pytest.mark.parametrize("name", METHOD)
 def test_every_argument_of_a_method_counts(name):
-    options = {"name": "orlomo", "num_workers": 2}
+    options = {"name": "orlomo", "num_workers": 2, "num_local_steps": 1}
     base = make_method(**options).fingerprint
     other = make_method(**options | {name: METHOD[name]}).fingerprint
     assert base == make_method(**options).fingerprint != other
@@ -205,8 +206,8 @@ def test_a_text_of_ones_own():
     rule = with_fingerprint(optax.scale(0.5), "v2")
     assert fingerprint(rule) == {".init": "v2", ".update": "v2"}
     assert rule.update(1.0, rule.init(1.0))[0] == 0.5
-    method = make_method("orlomo", 2)
-    mine = [method._replace(rule=with_fingerprint(chain(1.0), text)) for text in ("v1", "v2")]
+    method = make_method("orlomo", 2, 1)
+    mine = [method.with_rule(with_fingerprint(chain(1.0), text)) for text in ("v1", "v2")]
     assert mine[0].fingerprint != mine[1].fingerprint
 
 
