@@ -40,14 +40,14 @@ def test_a_killed_run_loses_nothing_that_was_applied(name, tmp_path):
 
     for kill_at in (3, 9, 20):
         with pytest.raises(Killed):
-            run(name, checkpoint=Checkpoints(tmp_path, every=5), on_step=until(kill_at))
+            run(name, checkpoint=Checkpoints(tmp_path, every=5), callbacks=[until(kill_at)])
     result = run(name, checkpoint=Checkpoints(tmp_path, every=5))
     orders = dict(applied)
     assert orders == dict(enumerate(result.trace.workers[:20].tolist(), 1)), "the same order"
     assert len(applied) == 3 + (9 - 0) + (20 - 5), "what lies beyond the checkpoint is repeated"
     assert not result.trace.events, "each worker is given the task that it had"
     assert_replays(result, name)
-    again = run(name, checkpoint=Checkpoints(tmp_path, every=5), on_step=until(1))
+    again = run(name, checkpoint=Checkpoints(tmp_path, every=5), callbacks=[until(1)])
     helpers.assert_trees_equal(again.params, result.params)
 
 
@@ -58,7 +58,7 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
             run(
                 workers=Unreliable(K, failing),
                 checkpoint=Checkpoints(tmp_path, every=4),
-                on_step=killed_at(step),
+                callbacks=[killed_at(step)],
             )
     result = run(workers=Unreliable(K, failing), checkpoint=Checkpoints(tmp_path, every=4))
     assert len(result.trace.events) >= 8
@@ -70,9 +70,9 @@ def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
     failing = {(worker, round) for worker in range(K) for round in (2, 4)}
     workers = Unreliable(K, failing)
     with pytest.raises(Killed):
-        run(workers=workers, checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(25))
+        run(workers=workers, checkpoint=Checkpoints(tmp_path, every=100), callbacks=[killed_at(25)])
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=5), on_step=killed_at(8))
+        run(checkpoint=Checkpoints(tmp_path, every=5), callbacks=[killed_at(8)])
     assert Checkpoints(tmp_path, every=5).steps() == [5]
     result = run(checkpoint=Checkpoints(tmp_path, every=5))
     assert len(result.trace.events) >= 4 * K
@@ -81,7 +81,7 @@ def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
 
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path):
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(8))
+        run(checkpoint=Checkpoints(tmp_path, every=100), callbacks=[killed_at(8)])
     journal = tmp_path / "arrivals.jsonl"
     journal.write_text(journal.read_text() + '{"worker": 1, "ti')
     torn = journal.stat().st_size
@@ -102,7 +102,7 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`num_steps` must be ≥ 6"):
         run(num_steps=4, checkpoint=Checkpoints(tmp_path, every=3))
     (tmp_path / "arrivals.jsonl").unlink()
-    with pytest.raises(ValueError, match="must hold the run up to its checkpoint, 6 reports"):
+    with pytest.raises(ValueError, match="must have the run up to its checkpoint, 6 reports"):
         run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3))
 
 
@@ -213,7 +213,7 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
     with pytest.raises(Killed):
         run(
             membership=membership,
-            on_step=on_step,
+            callbacks=[on_step],
             checkpoint=Checkpoints(tmp_path, every=every),
             **options,
         )
@@ -228,5 +228,5 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
 
 def test_audit_goes_on_from_a_checkpoint(tmp_path):
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=5), audit=True, on_step=killed_at(13))
+        run(checkpoint=Checkpoints(tmp_path, every=5), audit=True, callbacks=[killed_at(13)])
     run(checkpoint=Checkpoints(tmp_path, every=5), audit=True)
