@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from orlomo_jax.checks import check_number
 from orlomo_jax.health import Health
 from orlomo_jax.history import StepRecord, TrainingResult
 
@@ -18,7 +19,7 @@ class Callback:
     A plain function may be passed instead of an object: it is called as :meth:`on_step`.
 
     Attributes:
-        health_every: Seconds between two calls of :meth:`on_health`; None for never.
+        health_every: Seconds > 0 between two calls of :meth:`on_health`; None for never.
 
     Example:
         >>> class StopBelow(Callback):
@@ -61,9 +62,12 @@ def as_callback(callback: Any) -> Callback:
     """Return a callback object.
 
     Raises:
-        TypeError: If it is neither a Callback nor a function.
+        TypeError: If it is neither a Callback nor a function, or its period is no number.
+        ValueError: If its period is not positive.
     """
     if isinstance(callback, Callback):
+        if (every := callback.health_every) is not None:
+            check_number("health_every", every, lambda x: x > 0, "> 0")
         return callback
     if not callable(callback) or isinstance(callback, type):
         raise TypeError(f"`callbacks` must hold Callback objects or functions, got {callback!r}")
