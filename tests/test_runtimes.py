@@ -1,5 +1,6 @@
 """Real runs on threads: replays, losses, membership, audits."""
 
+import dataclasses
 import math
 import time
 
@@ -249,9 +250,10 @@ def test_audit_holds_and_finds_a_broken_rule():
         run("al_sgd", audit=True)
 
 
+@dataclasses.dataclass  # which cannot be hashed
 class Watch(Callback):
-    def __init__(self, health_every):
-        self.health_every, self.seen = health_every, []
+    health_every: float | None
+    seen: list = dataclasses.field(default_factory=list)
 
     def on_health(self, health):
         self.seen.append(health)
@@ -280,6 +282,8 @@ def test_health_counts_what_happened():
         ({"key": jnp.zeros(2)}, TypeError, "`key` must be a jax.random.key"),
         ({"round_timeout": 0.0}, ValueError, "`round_timeout` must be > 0"),
         ({"start_timeout": -1.0}, ValueError, "`start_timeout` must be ≥ 0"),
+        ({"callbacks": [Watch("often")]}, TypeError, "`health_every` must be a number"),
+        ({"callbacks": [Watch(0)]}, ValueError, "`health_every` must be > 0"),
         ({"max_failures": -1}, ValueError, "`max_failures` must be ≥ 0"),
         ({"evaluate_every": -2}, ValueError, "`evaluate_every` must be ≥ 1"),
         ({"evaluate_every": 0}, ValueError, "`evaluate_every` must be ≥ 1"),
