@@ -33,7 +33,7 @@ from orlomo_jax import (
 )
 from orlomo_jax.recording import Health
 from orlomo_jax.runtimes import WorkerPool
-from orlomo_jax.simulation.simulate import RunStart, simulate_together
+from orlomo_jax.simulation import RunStart, simulate_together
 
 MILESTONES = (0.5, 0.75)
 """Shares of a run after which the local learning rate drops by 10: epochs 80 and 120 of 160."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax import LocalUpdate, al_sgd, local_ormo_da, orlomo, prsgdm
+from orlomo_jax import Compiled, LocalUpdate, al_sgd, local_ormo_da, orlomo, prsgdm
 
 RULES = {
     "orlomo": lambda num_workers, **options: orlomo(num_workers, 0.5, **options),
@@ -17,6 +17,14 @@ RULES = {
     "al_sgd": lambda num_workers, **options: al_sgd(num_workers, **options),
     "prsgdm": lambda num_workers, **options: prsgdm(num_workers, **options),
 }
+
+ENGINES = {
+    "eager": "eager",
+    "loop": "compiled",
+    "map": Compiled(rounds="map"),
+    "vmap": Compiled(rounds="vmap"),
+}
+"""Every engine of the simulator; on a CPU, "compiled" is of ``rounds="loop"``."""
 
 
 def tree(seed: int = 0, dtype=jnp.float32) -> dict:

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from orlomo_jax.order import Event
+from orlomo_jax.traces.arrival_order import TraceEvent
 
 
 @st.composite
@@ -41,7 +41,7 @@ def eventful_runs(draw):
             workers.append(worker)
             held.append(holds[worker])
         else:
-            events.append(Event(step, kind, worker))
+            events.append(TraceEvent(step, kind, worker))
         if kind in ("left", "lost"):
             holds.pop(worker, None)
             there -= {worker} if kind == "left" else set()
@@ -52,7 +52,7 @@ def eventful_runs(draw):
             next_round[worker] += 1
     # A worker without any event is there from the start, so those that never came must come.
     for worker in sorted(untouched_late):
-        events.append(Event(len(workers), "joined", worker))
+        events.append(TraceEvent(len(workers), "joined", worker))
         holds[worker] = (len(workers), 0)
     in_flight = [holds.get(worker, (-1, 0))[0] for worker in range(num_workers)]
     return workers, num_workers, events, held, in_flight

@@ -1,19 +1,11 @@
 """A small job for real runs, workers that fail, and the replay that each run is held to."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax import (
-    LocalUpdate,
-    Outcome,
-    Threads,
-    make_method,
-    simulate,
-    train,
-)
+from orlomo_jax import LocalUpdate, ThreadWorkers, make_method, simulate, train
+from orlomo_jax.runtimes import TaskOutcome
 from tests import helpers
 
 K, S, T = 3, 2, 30
@@ -67,10 +59,8 @@ def with_metrics():
     return with_metrics_fn
 
 
-@lru_cache
-def setup(name):
-    method = make_method(name, K)
-    return method, method.local_round(loss_fn, S)
+def method_of(name):
+    return make_method(name, K, S)
 
 
 def schedule(step):
@@ -88,19 +78,16 @@ def arguments(seed=0):
 
 
 def run(name="orlomo", workers=None, *, num_steps=T, **options):
-    method, round_fn = setup(name)
-    workers = Threads(K) if workers is None else workers
+    workers = ThreadWorkers(K) if workers is None else workers
     options = arguments() | {"num_steps": num_steps} | options
-    return train(method, round_fn, batch_fn, PARAMS, workers, **options)
+    return train(method_of(name), loss_fn, batch_fn, PARAMS, workers, **options)
 
 
 def assert_replays(result, name="orlomo"):
     """The simulator repeats the run from its trace: to the bit, the programs being the same."""
-    method, round_fn = setup(name)
-    again = simulate(
-        method, round_fn, batch_fn, PARAMS, result.trace, compiled=False, **arguments()
-    )
-    for part in ("params", "model_state", "state"):
+    job = (method_of(name), loss_fn, batch_fn, PARAMS)
+    again = simulate(*job, trace=result.trace, engine="eager", **arguments())
+    for part in ("params", "model_state", "rule_state"):
         helpers.assert_trees_equal(getattr(result, part), getattr(again, part))
     np.testing.assert_array_equal(result.history.loss, again.history.loss)
     np.testing.assert_array_equal(result.history.delay, again.history.delay)
@@ -108,8 +95,8 @@ def assert_replays(result, name="orlomo"):
     assert ours == theirs
 
 
-class Unreliable(Threads):
-    """Threads of which some tasks come to nothing, as those of a dying or hanging worker."""
+class Unreliable(ThreadWorkers):
+    """ThreadWorkers of which some tasks come to nothing, as those of a dying or hanging worker."""
 
     def __init__(self, num_workers, failing=(), hanging=()):
         super().__init__(num_workers)
@@ -121,11 +108,15 @@ class Unreliable(Threads):
 
     def wait(self, timeout):
         outcome = super().wait(timeout)
-        if outcome is None or outcome[:2] in self.hanging:
+        if outcome is None or outcome.id[:2] in self.hanging:
             return None
-        if outcome[:2] in self.failing:
-            return Outcome(*outcome[:2], None, error="it died")
+        if outcome.id[:2] in self.failing:
+            return TaskOutcome(outcome.id, None, error="it died")
         return outcome
+
+
+def with_id(report, **changes):
+    return report._replace(id=report.id._replace(**changes))
 
 
 def poison(report, kind):
@@ -134,8 +125,8 @@ def poison(report, kind):
             update=jax.tree.map(lambda x: x * jnp.nan, report.update), finite=None
         ),
         "shape": lambda: report._replace(update=LocalUpdate({"a": jnp.ones(2)}, PARAMS)),
-        "index": lambda: report._replace(dispatched_at=report.dispatched_at + 1),
-        "round": lambda: report._replace(round=report.round + 5),
-        "worker": lambda: report._replace(worker=K),
+        "index": lambda: with_id(report, dispatched_at=report.id.dispatched_at + 1),
+        "round": lambda: with_id(report, round=report.id.round + 5),
+        "worker": lambda: with_id(report, worker=K),
     }
     return worse[kind]()

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax import ArrivalTrace, Checkpoints, Threads, make_method, simulate, train
+from orlomo_jax import ArrivalTrace, Checkpointer, ThreadWorkers, make_method, simulate, train
 
 K, S, T = 2, 2, 12
-METHOD = {"name": "orlomo", "num_workers": K}
+METHOD = {"name": "orlomo", "num_workers": K, "num_local_steps": S}
 
 
 def loss_fn(params, model_state, batch, key):
@@ -33,7 +33,6 @@ def run(
     method=(),
     chain=None,
     loss_fn=loss_fn,
-    num_local_steps=S,
     value=1.0,
     rate=0.01,
     num_steps=T,
@@ -43,16 +42,17 @@ def run(
 ):
     method = make_method(**METHOD | dict(method))
     if chain is not None:
-        method = method._replace(rule=optax.chain(chain, method.rule))
+        method = method.with_rule(optax.chain(chain, method.rule))
     names = ("weight_decay", "gradient_transform")
     local = {name: options.pop(name) for name in names if name in options}
-    round_fn = method.local_round(loss_fn, num_local_steps, **local)
-    job = method, round_fn, batches(num_local_steps, value)
+    round_fn = method.local_round(loss_fn, **local)
+    job = method, None, batches(method.num_local_steps, value)
     params = {"a": jnp.zeros(1), "b": jnp.ones(1)} if params is None else params
-    every = {"checkpoint": Checkpoints(folder, every=5, any_version=any_version)}
+    every = {"checkpoint": Checkpointer(folder, every=5, any_version=any_version)}
     options = {"key": jax.random.key(0), "local_learning_rate": rate} | every | options
+    options["round_fn"] = round_fn
     if runtime == "train":
-        return train(*job, params, Threads(K), num_steps=num_steps, **options)
+        return train(*job, params, ThreadWorkers(K), num_steps=num_steps, **options)
     trace = [0, 1] * (num_steps // 2)
     trace = ArrivalTrace.from_workers(trace, K, synchronous=method.synchronous)
-    return simulate(*job, params, trace, **options)
+    return simulate(*job, params, trace=trace, **options)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orlomo_jax import from_nnx, local_momentum_sgd, make_method, simulate
-from orlomo_jax.trace import ArrivalTrace
+from orlomo_jax import ArrivalTrace, from_nnx, local_momentum_sgd, make_method, simulate
 
 
 class Net(nnx.Module):
@@ -130,7 +129,7 @@ def test_jit_scan_and_vmap():
 
 def test_it_trains_in_the_simulator():
     model = from_nnx(net(rate=0.1), criterion)
-    method = make_method("orlomo", num_workers=2)
+    method = make_method("orlomo", num_workers=2, num_local_steps=4)
 
     def batch_fn(key, worker, round):
         key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
@@ -139,10 +138,10 @@ def test_it_trains_in_the_simulator():
 
     result = simulate(
         method,
-        method.local_round(model.loss_fn, num_local_steps=4),
+        model.loss_fn,
         batch_fn,
         model.params,
-        ArrivalTrace.from_workers([0, 1, 1, 0] * 15, num_workers=2),
+        trace=ArrivalTrace.from_workers([0, 1, 1, 0] * 15, num_workers=2),
         key=KEY,
         model_state=model.model_state,
         local_learning_rate=0.02,

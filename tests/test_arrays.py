@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax.arrays import beside, on_host
+from orlomo_jax.server.placement import beside, on_host
 
 
 class TestOnHost:

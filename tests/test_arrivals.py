@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orlomo_jax import arrivals
-from orlomo_jax.arrivals import (
+from orlomo_jax.traces.compute_times import (
     ComputeTimes,
     heterogeneous,
     homogeneous,
     one_slow_worker,
-    simulate_arrivals,
+    sample_trace,
 )
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
@@ -111,7 +111,7 @@ class TestSimulate:
     @UNHURRIED
     @given(MODELS, st.integers(3, 5), st.integers(0, 40), st.integers(1, 4), st.integers(0, 9))
     def test_agrees_with_the_definition(self, model, num_workers, num_steps, local_steps, seed):
-        trace = simulate_arrivals(model, num_workers, num_steps, local_steps, seed)
+        trace = sample_trace(model, num_workers, num_steps, local_steps, seed)
         reports = reference_times(model, num_workers, num_steps, local_steps, seed)[:num_steps]
         assert list(zip(trace.times.tolist(), trace.workers.tolist(), strict=True)) == reports
 
@@ -122,7 +122,7 @@ class TestSimulate:
             model = dataclasses.replace(model, silent_after=())
         some, more = sorted((some, more))
         short, long = (
-            simulate_arrivals(model, num_workers, steps, 2, 7, synchronous=synchronous)
+            sample_trace(model, num_workers, steps, 2, 7, synchronous=synchronous)
             for steps in (some, more)
         )
         for name in ("workers", "rounds", "dispatched_at", "times"):
@@ -144,13 +144,13 @@ class TestSimulate:
         assert len(goes) > 3
 
     def test_ties_go_to_the_lower_worker(self):
-        trace = simulate_arrivals(homogeneous(variation=0.0), 3, 7, 2, 0)
+        trace = sample_trace(homogeneous(variation=0.0), 3, 7, 2, 0)
         assert trace.workers.tolist() == [0, 1, 2, 0, 1, 2, 0]
         assert trace.times.tolist() == [2, 2, 2, 4, 4, 4, 6]
 
     def test_the_barrier(self):
         model = arrivals.given([1.0, 3.0, 2.0], variation=0.0).with_communication(latency=0.5)
-        trace = simulate_arrivals(model, 3, 7, 2, 0, synchronous=True)
+        trace = sample_trace(model, 3, 7, 2, 0, synchronous=True)
         assert trace.workers.tolist() == [0, 2, 1, 0, 2, 1, 0]
         assert trace.times.tolist() == [3, 5, 7, 10, 12, 14, 17]
         assert trace.dispatched_at.tolist() == [0, 0, 0, 3, 3, 3, 6]
@@ -158,7 +158,7 @@ class TestSimulate:
 
     def test_synchronous_rounds_start_together(self):
         model, num_workers, num_rounds = heterogeneous(), 4, 5
-        trace = simulate_arrivals(model, num_workers, 4 * num_rounds, 3, 1, synchronous=True)
+        trace = sample_trace(model, num_workers, 4 * num_rounds, 3, 1, synchronous=True)
         streams = [np.random.default_rng([1, worker]) for worker in range(num_workers)]
         start = 0.0
         for times in trace.times.reshape(num_rounds, num_workers):
@@ -168,26 +168,26 @@ class TestSimulate:
 
     def test_silent_workers(self):
         model = homogeneous().with_silent_worker(0).with_silent_worker(2, after_rounds=3)
-        trace = simulate_arrivals(model, 4, 50, 1, 0)
+        trace = sample_trace(model, 4, 50, 1, 0)
         assert np.bincount(trace.workers, minlength=4)[[0, 2]].tolist() == [0, 3]
         assert trace.in_flight[0] == 0
 
     def test_a_silent_worker_a_million_times_faster(self):
         model = arrivals.given([1e-6, 1.0]).with_silent_worker(0, 2)
-        assert simulate_arrivals(model, 2, 5, 1, 0).workers.tolist() == [0, 0, 1, 1, 1]
+        assert sample_trace(model, 2, 5, 1, 0).workers.tolist() == [0, 0, 1, 1, 1]
 
     def test_too_few_reports(self):
         silent = homogeneous().with_silent_worker(0, 1).with_silent_worker(1, 2)
-        assert simulate_arrivals(silent, 2, 3, 1, 0).num_steps == 3
+        assert sample_trace(silent, 2, 3, 1, 0).num_steps == 3
         with pytest.raises(ValueError, match="must be ≤ 3, got num_steps=4: the silent workers"):
-            simulate_arrivals(silent, 2, 4, 1, 0)
+            sample_trace(silent, 2, 4, 1, 0)
         # Behind the barrier round 1 is worker 0's, which is silent, and worker 1's, its last.
-        assert simulate_arrivals(silent, 2, 3, 1, 0, synchronous=True).workers[2] == 1
+        assert sample_trace(silent, 2, 3, 1, 0, synchronous=True).workers[2] == 1
         with pytest.raises(ValueError, match="must be ≤ 3, got num_steps=9: the silent workers"):
-            simulate_arrivals(silent, 2, 9, 1, 0, synchronous=True)
+            sample_trace(silent, 2, 9, 1, 0, synchronous=True)
 
     def test_maximum_delay_of_table_3(self):
-        delays = [simulate_arrivals(homogeneous(), 16, 15_625, 8, s).max_delay for s in range(5)]
+        delays = [sample_trace(homogeneous(), 16, 15_625, 8, s).max_delay for s in range(5)]
         assert 32 <= np.median(delays) <= 36
 
     @pytest.mark.parametrize(
@@ -216,4 +216,4 @@ class TestSimulate:
             "seed": 0,
         }
         with pytest.raises(error, match=message):
-            simulate_arrivals(**good | change)
+            sample_trace(**good | change)

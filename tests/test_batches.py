@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.data import datasets
 
 KEY = jax.random.key(0)
 
@@ -14,7 +14,7 @@ class TestAugment:
     images = jnp.asarray(np.random.default_rng(0).integers(1, 256, (1024, 6, 6, 2), np.uint8))
 
     def test_each_image_is_a_crop_of_its_own_and_maybe_flipped(self):
-        out = np.asarray(jax.jit(data.augment, static_argnums=2)(KEY, self.images, 2))
+        out = np.asarray(jax.jit(datasets.augment, static_argnums=2)(KEY, self.images, 2))
         padded = np.pad(self.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
         seen = set()
         for image, source in zip(out, padded, strict=True):
@@ -31,27 +31,27 @@ class TestAugment:
 
     def test_it_follows_the_key(self):
         one, same, other = (
-            data.augment(jax.random.key(seed), self.images, 2) for seed in (0, 0, 1)
+            datasets.augment(jax.random.key(seed), self.images, 2) for seed in (0, 0, 1)
         )
         np.testing.assert_array_equal(one, same)
         assert (one != other).any()
 
     def test_the_loss_has_a_key_of_its_own(self):
-        split = data.Split(self.images[..., :1], jnp.zeros(1024, int))
-        dataset = data.Dataset("x", split, split, 2, (0.0,), (1.0,), padding=2)
+        split = datasets.Split(self.images[..., :1], jnp.zeros(1024, int))
+        dataset = datasets.Dataset("x", split, split, 2, (0.0,), (1.0,), padding=2)
         loss_fn = dataset.training_loss(lambda params, state, batch, key: (batch, key))
         (images, _), key = loss_fn(None, None, split, KEY)
         assert key != KEY
-        again = data.augment(key, split.images, 2) / 255
+        again = datasets.augment(key, split.images, 2) / 255
         assert (again != images).any()
 
 
 class TestBatches:
-    split = data.Split(jax.numpy.arange(10.0), jax.numpy.arange(10))
+    split = datasets.Split(jax.numpy.arange(10.0), jax.numpy.arange(10))
 
     @pytest.mark.parametrize(("batch_size", "steps"), [(2, 3), (5, 4), (1, 1), (10, 1)])
     def test_each_epoch_holds_every_example_once(self, batch_size, steps):
-        batch_fn = jax.jit(data.shuffled_batches(self.split, batch_size, steps))
+        batch_fn = jax.jit(datasets.shuffled_batches(self.split, batch_size, steps))
         for worker in (0, 3):
             rounds = [batch_fn(jax.random.key(0), worker, round).labels for round in range(20)]
             read = np.concatenate([labels.ravel() for labels in rounds])
@@ -59,7 +59,7 @@ class TestBatches:
                 assert sorted(epoch) == list(range(10))
 
     def test_workers_and_epochs_are_shuffled_apart(self):
-        batch_fn = data.shuffled_batches(self.split, 10, 1)
+        batch_fn = datasets.shuffled_batches(self.split, 10, 1)
         orders = {
             tuple(batch_fn(jax.random.key(0), worker, round).labels.ravel().tolist())
             for worker in (0, 1)
@@ -68,6 +68,6 @@ class TestBatches:
         assert len(orders) == 4
 
     def test_late_rounds_do_not_overflow(self):
-        batch_fn = data.shuffled_batches(self.split, 10, 100)
+        batch_fn = datasets.shuffled_batches(self.split, 10, 100)
         labels = batch_fn(jax.random.key(0), 0, np.int32(2**31 - 1)).labels
         assert np.bincount(labels.ravel()).tolist() == [100] * 10

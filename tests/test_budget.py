@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import cells, choice, records, reproduce, search, together
-from experiments.runs import Run
-from experiments.together import Clock, Task, Way
+from experiments import records, reproduce
+from experiments.config import Run
+from experiments.paper import choice, search, tables, tasks
+from experiments.paper.tasks import Clock, Task, Way
 
 RUN = Run(
     model="mlp",
@@ -37,7 +38,7 @@ def in_a_folder(tmp_path, monkeypatch):
 class TestOrder:
     def order(self, way):
         settings = reproduce.Reproduce(scale="paper", budget=1.0)
-        scale, rows = cells.SCALES["paper"], {}
+        scale, rows = tables.SCALES["paper"], {}
         families = {}
         for run in reproduce.wanted_runs(settings, scale):
             families.setdefault(way.family(run), []).append(run)
@@ -88,7 +89,7 @@ class TestOrder:
 
 class TestClock:
     def clock(self, monkeypatch, times, deadline):
-        monkeypatch.setattr(together.time, "time", lambda: times.pop(0))
+        monkeypatch.setattr(tasks.time, "time", lambda: times.pop(0))
         return Clock(deadline)
 
     def test_it_stops_before_a_segment_that_would_end_too_late(self, monkeypatch):
@@ -123,9 +124,9 @@ class TestCarryOut:
         assert calls > 2
         assert without_times(rows) == without_times(whole)
         assert rows[0]["wall_time"] > 0
-        assert list((together.CACHE / "checkpoints").iterdir())
-        together.forget(runs)
-        assert not list((together.CACHE / "checkpoints").iterdir())
+        assert list((tasks.CACHE / "checkpoints").iterdir())
+        tasks.forget(runs)
+        assert not list((tasks.CACHE / "checkpoints").iterdir())
 
     def test_runs_together_are_runs_alone_to_rounding(self):
         rows = Task(Way("vmap", 3)).carry_out(RUNS)
@@ -144,10 +145,10 @@ class TestCarryOut:
 def small_cells(monkeypatch):
     """Four cells of tiny runs at the scale smoke, two of a shape."""
     scale = replace(
-        cells.SCALES["smoke"],
+        tables.SCALES["smoke"],
         shrink=lambda run: replace(RUN, method=run.method, scenario=run.scenario),
     )
-    monkeypatch.setitem(cells.SCALES, "smoke", scale)
+    monkeypatch.setitem(tables.SCALES, "smoke", scale)
 
 
 class TestCommand:
@@ -155,18 +156,18 @@ class TestCommand:
 
     def reproduce(self, *flags):
         reproduce.main([*self.flags, "--output", "rows.jsonl", *flags])
-        return records.read(together.Path("rows.jsonl"))
+        return records.read(tasks.Path("rows.jsonl"))
 
     def test_rows_are_those_of_an_unbroken_command(self, small_cells, monkeypatch, capsys):
         whole = self.reproduce("--budget", "1000")
-        together.Path("rows.jsonl").unlink()
+        tasks.Path("rows.jsonl").unlink()
         calls, counts = itertools.count(1), []
         monkeypatch.setattr(Clock, "stop", lambda self: next(calls) % 8 == 0)
         while not counts or counts[-1] < len(whole):
             counts.append(len(self.reproduce("--budget", "1000")))
         assert len(set(counts)) > 2
-        assert without_times(records.read(together.Path("rows.jsonl"))) == without_times(whole)
-        assert not list((together.CACHE / "checkpoints").iterdir())
+        assert without_times(records.read(tasks.Path("rows.jsonl"))) == without_times(whole)
+        assert not list((tasks.CACHE / "checkpoints").iterdir())
         assert "run the same command to resume" in capsys.readouterr().out
 
     def test_nothing_starts_that_would_end_too_late(self, small_cells, monkeypatch):

@@ -9,23 +9,24 @@ import numpy as np
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.buffers import LARGE, Buffers
-from orlomo_jax.server_step import server_step
+from orlomo_jax.server import ServerState, TaskId
+from orlomo_jax.server.buffer_pool import LARGE, BufferPool
+from orlomo_jax.server.step import server_step
 
 SIZE = LARGE // 4
-METHOD = make_method("orlomo", 2)
+METHOD = make_method("orlomo", 2, 1)
 
 
 def make_server(params=None):
     params = {"w": jnp.arange(SIZE, dtype=jnp.float32)} if params is None else params
-    return ParameterServer(METHOD, params, 2, local_learning_rate=0.1)
+    return ParameterServer(METHOD, params, local_learning_rate=0.1)
 
 
 def step(server, worker=0):
     """Receive a report of worker's task, and dispatch to it again."""
     task = server.held(worker) or server.dispatch(worker)
-    ones = jax.tree.map(jnp.ones_like, task.params)
-    report, task = Report(*task[:3], LocalUpdate(ones, ones), finite=True), None
+    ones = jax.tree.map(jnp.ones_like, task.start.params)
+    report, task = Report(task.id, LocalUpdate(ones, ones), finite=True), None
     server.receive(report)
     return server.dispatch(worker)
 
@@ -38,7 +39,7 @@ def test_dead_versions_are_written_over():
     """The memory of a run is that of a few versions, whatever its length."""
     server = make_server()
     server.dispatch(1)  # holds w_0 for ever
-    addresses = {address(step(server).params) for _ in range(20)}
+    addresses = {address(step(server).start.params) for _ in range(20)}
     assert len(addresses) <= 5
 
 
@@ -68,8 +69,8 @@ def test_what_somebody_sees_is_never_written_over(see, source):
     seen = []
     for _ in range(6):
         task = step(server)
-        view = see(task.params["w"] if source == "task" else server.params["w"])
-        seen.append((view, np.array(task.params["w"]).tobytes()))
+        view = see(task.start.params["w"] if source == "task" else server.params["w"])
+        seen.append((view, np.array(task.start.params["w"]).tobytes()))
         del task
     for _ in range(6):
         step(server)
@@ -107,10 +108,10 @@ def test_whose_memory_it_was_may_donate_what_it_was_lent():
     """A worker that donates its task's parameters gets a copy, and the server keeps its own."""
     server = make_server()
     task = step(server)
-    before = np.array(task.params["w"])
-    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(task.params["w"])
+    before = np.array(task.start.params["w"])
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(task.start.params["w"])
     np.testing.assert_array_equal(doubled, 2 * before)
-    np.testing.assert_array_equal(server._params["w"], before)
+    np.testing.assert_array_equal(server.view().params["w"], before)
 
 
 def test_values_are_those_of_a_server_that_allocates(monkeypatch):
@@ -128,7 +129,7 @@ def test_values_are_those_of_a_server_that_allocates(monkeypatch):
 def test_lent_arrays_are_like_the_owners(dtype):
     device = jax.devices()[1]
     for mine in (jnp.ones((2, LARGE), dtype), jax.device_put(jnp.ones((2, LARGE), dtype), device)):
-        lent = Buffers(mine).lend(mine)
+        lent = BufferPool(mine).lend(mine)
         assert lent is not mine
         assert address(lent) == address(mine)
         assert (lent.aval, lent.sharding, lent.committed) == (
@@ -142,7 +143,7 @@ def test_small_and_sharded_leaves_are_lent_as_they_are():
     mesh = jax.make_mesh((2,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     tree = [jnp.ones(3), jax.device_put(jnp.ones(2 * SIZE), sharding)]
-    buffers = Buffers(tree)
+    buffers = BufferPool(tree)
     lent = buffers.lend(tree)
     assert [a is b for a, b in zip(lent, tree, strict=True)] == [True, True]
     buffers.retire(tree)
@@ -156,8 +157,9 @@ def test_scratch_needs_no_other_memory(leaves):
     tree = [jnp.ones(SIZE // leaves) for _ in range(leaves)]
     run = server_step(METHOD, False, True)
     state = METHOD.rule.init(tree)
-    report = LocalUpdate(tree, tree)
-    args = (tree, tree, state, None, report, None, np.int32(3), np.int32(0), np.int32(0), None)
+    rest = ServerState(None, None, None, None, jnp.float32(0.1))
+    report = Report(TaskId(*np.zeros(3, np.int32)), LocalUpdate(tree, tree))
+    args = (tree, tree, state, rest, report, np.int32(3), None)
     memory = run.lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * 4 * SIZE
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000
@@ -172,7 +174,7 @@ def test_a_server_put_back_keeps_what_is_held():
     step(server)
     server.restore(*snapshot)
     held = server.dispatch(1)
-    before = np.array(held.params["w"])
+    before = np.array(held.start.params["w"])
     for _ in range(3):
         step(server)
-    np.testing.assert_array_equal(held.params["w"], before)
+    np.testing.assert_array_equal(held.start.params["w"], before)

@@ -1,7 +1,6 @@
 """Broken and resumed runs end as unbroken ones, to the bit."""
 
 import shutil
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,14 @@ import numpy as np
 import pytest
 
 from orlomo_jax import (
-    METHOD_NAMES,
     ArrivalTrace,
-    Checkpoints,
+    Checkpointer,
     heterogeneous,
     make_method,
+    sample_trace,
     simulate,
-    simulate_arrivals,
 )
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
 
 K, S = 3, 2
@@ -44,17 +43,11 @@ def decaying(step):
     return 0.1 / (1.0 + step)
 
 
-@lru_cache
-def setup(name):
-    method = make_method(name, K)
-    return method, method.local_round(loss_fn, S)
-
-
 def trace_for(name, seed=0):
     if name == "orlomo":
         order = [0, 1, 0, 2, 0, 1, 2, 2, 0, 2, 0, 2, 0, 1, 1, 2, 0, 1, 0, 2, 1, 1, 2, 1, 2, 1, 1, 2]
         return ArrivalTrace.from_workers(order, K, events=EVENTS)
-    return simulate_arrivals(heterogeneous(), K, 28, S, seed, synchronous=name == "prsgdm")
+    return sample_trace(heterogeneous(), K, 28, S, seed, synchronous=name == "prsgdm")
 
 
 def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
@@ -62,7 +55,6 @@ def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
         if record.step == kill_at:
             raise Killed
 
-    method, round_fn = setup(name)
     arguments = {
         "trace": trace_for(name),
         "key": jax.random.key(seed),
@@ -70,14 +62,14 @@ def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
         "local_learning_rate": decaying,
         "evaluate": lambda params, model_state: {"a": params["a"].sum()},
         "evaluate_every": 5,
-        "on_step": on_step,
+        "callbacks": [on_step],
         "checkpoint": checkpoint,
     }
-    return simulate(method, round_fn, batch_fn, params, **arguments | options)
+    return simulate(make_method(name, K, S), loss_fn, batch_fn, params, **arguments | options)
 
 
 def assert_same(resumed, unbroken):
-    for part in ("params", "model_state", "state"):
+    for part in ("params", "model_state", "rule_state"):
         helpers.assert_trees_equal(getattr(resumed, part), getattr(unbroken, part))
     for left, right in zip(resumed.history, unbroken.history, strict=True):
         np.testing.assert_array_equal(np.asarray(left, object), np.asarray(right, object))
@@ -90,7 +82,7 @@ def test_a_killed_run_resumes_to_the_bit(name, tmp_path):
     unbroken = run(name)
     steps = []
     for attempt, kill_at in enumerate((3, 11, 12, 27, None)):
-        checkpoint = Checkpoints(tmp_path, every=4)
+        checkpoint = Checkpointer(tmp_path, every=4)
         before = checkpoint.steps()
         assert (not before) == (attempt < 2), "each attempt but the first two finds one"
         steps.append(max(before, default=0))
@@ -110,20 +102,16 @@ def placements():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("engine", ["compiled", "eager"])
 @pytest.mark.parametrize("place", placements(), ids=["device", "mesh"])
-def test_a_resumed_run_goes_on_where_its_parameters_were(place, compiled, tmp_path):
+def test_a_resumed_run_goes_on_where_its_parameters_were(place, engine, tmp_path):
     params = PARAMS | {"a": jax.device_put(PARAMS["a"], place)}
 
-    def on_step(record):
-        if record.step == 11:
-            raise Killed
-
-    checkpoint = Checkpoints(tmp_path, every=4)
+    checkpoint = Checkpointer(tmp_path, every=4)
     with pytest.raises(Killed):
-        run("orlomo", checkpoint, params=params, compiled=compiled, on_step=on_step)
-    resumed = run("orlomo", checkpoint, params=params, compiled=compiled, on_step=None)
-    unbroken = run("orlomo", params=params, compiled=compiled, on_step=None)
+        run("orlomo", checkpoint, kill_at=11, params=params, engine=engine)
+    resumed = run("orlomo", checkpoint, params=params, engine=engine)
+    unbroken = run("orlomo", params=params, engine=engine)
     assert_same(resumed, unbroken)
     for name in ("a", "b"):
         assert resumed.params[name].sharding == unbroken.params[name].sharding
@@ -134,40 +122,40 @@ def test_leaves_without_entries_are_saved_too(tmp_path):
     params = PARAMS | {"empty": jnp.zeros((0, 3))}
     unbroken = run("orlomo", params=params)
     with pytest.raises(Killed):
-        run("orlomo", Checkpoints(tmp_path, every=4), kill_at=11, params=params)
-    assert_same(run("orlomo", Checkpoints(tmp_path, every=4), params=params), unbroken)
+        run("orlomo", Checkpointer(tmp_path, every=4), kill_at=11, params=params)
+    assert_same(run("orlomo", Checkpointer(tmp_path, every=4), params=params), unbroken)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    first = run("orlomo", Checkpoints(tmp_path, every=10))
-    again = run("orlomo", Checkpoints(tmp_path, every=10), kill_at=28)
+    first = run("orlomo", Checkpointer(tmp_path, every=10))
+    again = run("orlomo", Checkpointer(tmp_path, every=10), kill_at=28)
     assert_same(again, first)
 
 
 def test_the_newest_readable_one_wins(tmp_path):
     with pytest.raises(Killed):
-        run("al_sgd", Checkpoints(tmp_path, every=4, keep=3), kill_at=17)
-    assert Checkpoints(tmp_path, every=4).steps() == [8, 12, 16]
+        run("al_sgd", Checkpointer(tmp_path, every=4, keep=3), kill_at=17)
+    assert Checkpointer(tmp_path, every=4).steps() == [8, 12, 16]
     shutil.rmtree(tmp_path / "16" / "arrays")
     (tmp_path / "12" / "notes" / "metadata").write_text("{")
     with pytest.warns(UserWarning, match="16 is damaged and passed over"):
-        resumed = run("al_sgd", Checkpoints(tmp_path, every=4))
+        resumed = run("al_sgd", Checkpointer(tmp_path, every=4))
     assert_same(resumed, run("al_sgd"))
 
 
 def test_notes_of_another_step_are_damage(tmp_path):
     with pytest.raises(Killed):
-        run("al_sgd", Checkpoints(tmp_path, every=4, keep=3), kill_at=17)
+        run("al_sgd", Checkpointer(tmp_path, every=4, keep=3), kill_at=17)
     shutil.rmtree(tmp_path / "16" / "notes")
     shutil.copytree(tmp_path / "8" / "notes", tmp_path / "16" / "notes")
     with pytest.warns(UserWarning, match="16 is damaged and passed over: its notes are of step 8"):
-        resumed = run("al_sgd", Checkpoints(tmp_path, every=4))
+        resumed = run("al_sgd", Checkpointer(tmp_path, every=4))
     assert_same(resumed, run("al_sgd"))
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path):
     (tmp_path / "8.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert Checkpoints(tmp_path, every=4).newest() is None
+    assert Checkpointer(tmp_path, every=4).newest() is None
 
 
 @pytest.mark.parametrize(
@@ -181,19 +169,19 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, options, part):
-    run("al_sgd", Checkpoints(tmp_path, every=10))
+    run("al_sgd", Checkpointer(tmp_path, every=10))
     with pytest.raises(ValueError, match=f"got one of another {part}"):
-        run(name, Checkpoints(tmp_path, every=10), **options)
+        run(name, Checkpointer(tmp_path, every=10), **options)
 
 
 def test_a_checkpoint_of_other_trees_is_refused(tmp_path):
-    run("al_sgd", Checkpoints(tmp_path, every=10))
+    run("al_sgd", Checkpointer(tmp_path, every=10))
     with pytest.raises(ValueError, match=r"another params: .* nothing, .* \['more'\] float32\[1\]"):
-        run("al_sgd", Checkpoints(tmp_path, every=10), params=PARAMS | {"more": jnp.ones(1)})
+        run("al_sgd", Checkpointer(tmp_path, every=10), params=PARAMS | {"more": jnp.ones(1)})
 
 
 def test_no_pickle_is_written(tmp_path):
-    run("al_sgd", Checkpoints(tmp_path, every=10))
+    run("al_sgd", Checkpointer(tmp_path, every=10))
     contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert contents
     assert not any(b"cpickle" in data.lower() or data.startswith(b"\x80\x04") for data in contents)
@@ -202,4 +190,4 @@ def test_no_pickle_is_written(tmp_path):
 @pytest.mark.parametrize("options", [{"every": 0}, {"every": 1, "keep": 0}])
 def test_bad_arguments(tmp_path, options):
     with pytest.raises(ValueError, match="must be ≥ 1"):
-        Checkpoints(tmp_path, **options)
+        Checkpointer(tmp_path, **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from orlomo_jax import ArrivalTrace, Checkpoints, identity, make_method, simulate
+from orlomo_jax import ArrivalTrace, Checkpointer, Compiled, identity, make_method, simulate
 from tests import helpers
 from tests.real_runs import Killed, killed_at
 from tests.small_runs import METHOD, S, batches, loss_fn, other_loss_fn, run
@@ -25,7 +25,10 @@ CHANGES = {
     "masters": ({"method": {"master_params": False}}, "master_params: it was written with True"),
     "accumulators": ({"method": {"accumulator_dtype": jnp.float32}}, "accumulator_dtype"),
     "chain": ({"chain": optax.clip_by_global_norm(1.0)}, "rule.init: .* with .*orlomo.*chain"),
-    "S": ({"num_local_steps": 3}, "num_local_steps: it was written with 2, this run has 3"),
+    "S": (
+        {"method": {"num_local_steps": 3}},
+        "num_local_steps: it was written with 2, this run has 3",
+    ),
     "decay": ({"weight_decay": 0.1}, "weight_decay: it was written with 0.0, this run has 0.1"),
     "transform": ({"gradient_transform": optax.clip(1.0)}, "gradient_transform"),
     "loss": ({"loss_fn": other_loss_fn}, "round_fn.loss_fn: .*other_loss_fn"),
@@ -103,49 +106,47 @@ def test_what_the_folder_holds_is_said(tmp_path, first, then):
 
 def test_the_journal_of_a_real_run_is_seen(tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, "train", on_step=killed_at(2))
-    with pytest.raises(ValueError, match="holds a run by train"):
+        run(tmp_path, "train", callbacks=[killed_at(2)])
+    with pytest.raises(ValueError, match="has a run by train"):
         run(tmp_path)
 
 
 def longer(folder, num_steps, events=EVENTS, order=ORDER, **options):
     events = [event for event in events if event[0] < num_steps]
-    method = make_method("orlomo", 3)
     return simulate(
-        method,
-        method.local_round(loss_fn, S),
+        make_method("orlomo", 3, S),
+        loss_fn,
         batches(),
         {"a": jnp.zeros(1)},
-        ArrivalTrace.from_workers(order[:num_steps], 3, events=events),
+        trace=ArrivalTrace.from_workers(order[:num_steps], 3, events=events),
         key=jax.random.key(0),
         local_learning_rate=0.01,
-        checkpoint=None if folder is None else Checkpoints(folder, every=5),
+        checkpoint=None if folder is None else Checkpointer(folder, every=5),
         **options,
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"compiled": False}, {"compiled": True}, {"worker_axis": "vmap"}]
-)
-def test_a_longer_trace_goes_on(tmp_path, options):
+@pytest.mark.parametrize("engine", ["eager", "compiled", Compiled(rounds="vmap")])
+def test_a_longer_trace_goes_on(tmp_path, engine):
     steps = []
     for num_steps in (9, 12, 24):
-        watch = {"on_step": lambda record: steps.append(record.step)} if num_steps > 9 else {}
-        result = longer(tmp_path, num_steps, **options, **watch)
+        callbacks = [lambda record: steps.append(record.step)] if num_steps > 9 else []
+        result = longer(tmp_path, num_steps, engine=engine, callbacks=callbacks)
     assert steps == list(range(10, 25))
-    unbroken = longer(None, 24, **options)
+    unbroken = longer(None, 24, engine=engine)
     assert result.trace == unbroken.trace
     helpers.assert_trees_equal(result.params, unbroken.params)
 
 
 def test_as_many_rounds_stay_together_in_a_longer_trace(tmp_path):
     order = [0, 1, 2] * 4 + [0] * 12
-    longer(tmp_path, 12, [], order, worker_axis="vmap")
-    result = longer(tmp_path, 24, [], order, worker_axis="vmap")
-    unbroken = longer(None, 24, [], order, worker_axis="vmap")
+    engine = Compiled(rounds="vmap")
+    longer(tmp_path, 12, [], order, engine=engine)
+    result = longer(tmp_path, 24, [], order, engine=engine)
+    unbroken = longer(None, 24, [], order, engine=engine)
     helpers.assert_trees_close(result.params, unbroken.params, 1e-6)
-    with pytest.raises(ValueError, match="compute_batch: it was written with 3, this run has 2"):
-        longer(tmp_path, 24, [], order, worker_axis="vmap", compute_batch=2)
+    with pytest.raises(ValueError, match="max_batch: it was written with 3, this run has 2"):
+        longer(tmp_path, 24, [], order, engine=Compiled(rounds="vmap", max_batch=2))
 
 
 def test_who_is_absent_at_the_start_is_of_the_past(tmp_path):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, decoded, prepare
-from experiments.decoded import DataError
+from experiments import prepare
+from experiments.data import datasets, tfds_cache
+from experiments.data.tfds_cache import DataError
 
 KEY = jax.random.key(0)
 
@@ -123,19 +124,19 @@ def prepared(tmp_path_factory):
 
 class TestPrepare:
     def test_cifar10_comes_back_in_the_official_order(self, prepared, tmp_path):
-        train, test = decoded.arrays("cifar10", prepared, tmp_path)
+        train, test = tfds_cache.arrays("cifar10", prepared, tmp_path)
         batches = [CIFAR10[f"data_batch_{i}"] for i in range(1, 6)]
         np.testing.assert_array_equal(train.images, images_of(*batches))
         np.testing.assert_array_equal(train.labels, [x for b in batches for x in b["labels"]])
         np.testing.assert_array_equal(test.images, images_of(CIFAR10["test_batch"]))
 
     def test_cifar100_has_fine_and_coarse_labels(self, prepared, tmp_path):
-        train, _ = decoded.arrays("cifar100", prepared, tmp_path)
+        train, _ = tfds_cache.arrays("cifar100", prepared, tmp_path)
         np.testing.assert_array_equal(train.images, images_of(CIFAR100["train"]))
         np.testing.assert_array_equal(train.labels, [99, 0, 5])
 
     def test_tiny_imagenet_has_labels_in_the_order_of_wordnet_ids(self, prepared, tmp_path):
-        train, validation = decoded.arrays("tiny-imagenet", prepared, tmp_path)
+        train, validation = tfds_cache.arrays("tiny-imagenet", prepared, tmp_path)
         np.testing.assert_array_equal(train.labels, [0, 0, 0, 7, 7, 7])
         np.testing.assert_array_equal(validation.labels, [199, 7])
         original = Image.open(io.BytesIO(jpeg(10, "RGB")))
@@ -216,10 +217,10 @@ class TestArrays:
 
     def test_missing_data_is_told_at_once_with_the_command(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
-        for name in decoded.SOURCES:
+        for name in tfds_cache.SOURCES:
             start = time.perf_counter()
             with pytest.raises(DataError) as raised:
-                decoded.arrays(name)
+                tfds_cache.arrays(name)
             assert time.perf_counter() - start < 1
             line = str(raised.value)
             assert f"python -m experiments.prepare {name} --from " in line
@@ -243,7 +244,7 @@ class TestArrays:
         else:
             (place / file).write_bytes(content)
         with pytest.raises(DataError, match=reason) as raised:
-            decoded.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
+            tfds_cache.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
         assert f"{place} is damaged" in str(raised.value)
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "cache").exists()
@@ -253,52 +254,52 @@ class TestArrays:
         path = place / "dataset_info.json"
         path.write_text(path.read_text().replace('"15"', f'"{length}"'))
         with pytest.raises(DataError, match=f"has 15 examples, not {length}"):
-            decoded.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
+            tfds_cache.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
 
     def test_tensorflows_own_format_is_told(self, place, tmp_path):
         path = place / "dataset_info.json"
         path.write_text(path.read_text().replace("array_record", "tfrecord"))
         with pytest.raises(DataError, match="holds tfrecord, which only TensorFlow reads"):
-            decoded.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
+            tfds_cache.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
 
     def test_the_second_start_reads_the_cache(self, prepared, tmp_path, monkeypatch):
-        first = decoded.arrays("cifar10", prepared, tmp_path)
-        monkeypatch.setattr(decoded, "_decode", None)
-        for one, again in zip(first, decoded.arrays("cifar10", prepared, tmp_path), strict=True):
+        first = tfds_cache.arrays("cifar10", prepared, tmp_path)
+        monkeypatch.setattr(tfds_cache, "_decode", None)
+        for one, again in zip(first, tfds_cache.arrays("cifar10", prepared, tmp_path), strict=True):
             assert again.images.dtype == np.uint8
             np.testing.assert_array_equal(one.images, again.images)
             np.testing.assert_array_equal(one.labels, again.labels)
 
     @pytest.mark.parametrize("kept", [0, 50, 200, -1])
     def test_a_damaged_cache_is_made_anew(self, prepared, tmp_path, kept):
-        first, _ = decoded.arrays("cifar10", prepared, tmp_path)
+        first, _ = tfds_cache.arrays("cifar10", prepared, tmp_path)
         (path,) = tmp_path.glob("*/train-images.npy")
         path.write_bytes(path.read_bytes()[:kept])
         with pytest.warns(UserWarning, match="is damaged"):
-            again, _ = decoded.arrays("cifar10", prepared, tmp_path)
+            again, _ = tfds_cache.arrays("cifar10", prepared, tmp_path)
         np.testing.assert_array_equal(first.images, again.images)
-        decoded.arrays("cifar10", prepared, tmp_path)  # without a warning
+        tfds_cache.arrays("cifar10", prepared, tmp_path)  # without a warning
 
     def test_a_full_disk_costs_the_cache_alone(self, prepared, tmp_path, monkeypatch):
         def full(path, _):
             path.write_bytes(b"begun")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(decoded.np, "save", full)
+        monkeypatch.setattr(tfds_cache.np, "save", full)
         with pytest.warns(UserWarning, match="No space left on device.*not cached"):
-            train, _ = decoded.arrays("cifar10", prepared, tmp_path / "cache")
+            train, _ = tfds_cache.arrays("cifar10", prepared, tmp_path / "cache")
         assert len(train.labels) == 15
         assert not list((tmp_path / "cache").iterdir())
 
     def test_other_data_has_a_cache_of_its_own(self, prepared, place, tmp_path):
-        decoded.arrays("cifar10", prepared, tmp_path / "cache")
-        decoded.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
+        tfds_cache.arrays("cifar10", prepared, tmp_path / "cache")
+        tfds_cache.arrays("cifar10", tmp_path / "data", tmp_path / "cache")
         assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 class TestDataset:
     def test_training_sees_normalised_images(self, prepared, tmp_path):
-        dataset = data.load("cifar10", prepared, tmp_path, augmented=False)
+        dataset = datasets.load("cifar10", prepared, tmp_path, augmented=False)
         assert dataset.train.images.dtype == jnp.uint8
         assert dataset.image_shape == (32, 32, 3)
         seen = dataset.training_loss(lambda params, state, batch, key: batch)(
@@ -310,18 +311,18 @@ class TestDataset:
         np.testing.assert_array_equal(seen[0], dataset.preprocess(dataset.train.images))
 
     def test_pooled_images_are_means(self, prepared, tmp_path):
-        full = data.load("cifar10", prepared, tmp_path)
-        half = data.load("cifar10", prepared, tmp_path, pool=2)
+        full = datasets.load("cifar10", prepared, tmp_path)
+        half = datasets.load("cifar10", prepared, tmp_path, pool=2)
         assert half.image_shape == (16, 16, 3)
         assert (full.padding, half.padding) == (4, 2)
         mean = np.asarray(full.test.images[1, 2:4, 6:8, 0], float).mean()
         assert abs(float(half.test.images[1, 1, 3, 0]) - mean) <= 0.5
         with pytest.raises(ValueError, match="`pool` must divide the image size 32, got 3"):
-            data.load("cifar10", prepared, tmp_path, pool=3)
+            datasets.load("cifar10", prepared, tmp_path, pool=3)
 
     def test_digits_and_unknown_names(self):
-        digits = data.load("digits")
+        digits = datasets.load("digits")
         same = digits.preprocess(digits.train.images)
         np.testing.assert_array_equal(same, digits.train.images)
         with pytest.raises(ValueError, match=r"one of digits, cifar10, .* got 'mnist'"):
-            data.load("mnist")
+            datasets.load("mnist")

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from orlomo_jax import Outcome, Threads, WorkersGone, train
-from tests.real_runs import PARAMS, K, S, arguments, batch_fn, loss_fn, run, setup
+from orlomo_jax import ThreadWorkers, train
+from orlomo_jax.runtimes import TaskOutcome, WorkersLostError
+from tests.real_runs import PARAMS, K, S, arguments, batch_fn, loss_fn, method_of, run
 
 
-class Raising(Threads):
-    """Threads of which some rounds raise, by worker and round."""
+class Raising(ThreadWorkers):
+    """ThreadWorkers of which some rounds raise, by worker and round."""
 
     def __init__(self, raising):
         super().__init__(K)
@@ -24,12 +25,12 @@ class Raising(Threads):
 
     def wait(self, timeout):
         outcome = super().wait(timeout)
-        if outcome is None or outcome[:2] not in self.raising:
+        if outcome is None or outcome.id[:2] not in self.raising:
             return outcome
         try:
             the_users_function()
         except ValueError as error:
-            return Outcome(*outcome[:2], None, error=f"ValueError: {error}", exception=error)
+            return TaskOutcome(outcome.id, None, error=f"ValueError: {error}", exception=error)
 
 
 def the_users_function():
@@ -46,17 +47,9 @@ def test_a_slip_in_the_loss_shows_before_a_worker_starts():
         return loss_fn(params, model_state, batch, key)
 
     workers = Raising(())
-    method = setup("orlomo")[0]
+    job = (method_of("orlomo"), slip, batch_fn, PARAMS, workers)
     with pytest.raises(AssertionError) as caught:
-        train(
-            method,
-            method.local_round(slip, S),
-            batch_fn,
-            PARAMS,
-            workers,
-            num_steps=4,
-            **arguments(),
-        )
+        train(*job, num_steps=4, **arguments())
     assert "assert batch.ndim == 3" in lines_of(caught.value)
     assert not workers.starts
 
@@ -77,9 +70,9 @@ def test_what_a_thread_raises_names_the_users_lines():
     def slip(key, worker, round):
         return jax.pure_callback(the_slip, np.zeros((S, 4, 3), np.float32), worker)
 
-    method, round_fn = setup("orlomo")
+    job = (method_of("orlomo"), loss_fn, slip, PARAMS, ThreadWorkers(K))
     with pytest.raises(Exception, match="no such batch") as caught:
-        train(method, round_fn, slip, PARAMS, Threads(K), num_steps=4, **arguments())
+        train(*job, num_steps=4, **arguments())
     assert "the_slip" in lines_of(caught.value)
 
 
@@ -94,7 +87,7 @@ def test_later_errors_are_survived_and_named_in_health(caplog):
 
 def test_the_end_of_all_workers_carries_the_last_traceback():
     raising = {(worker, round) for worker in range(K) for round in range(3, 20)}
-    with pytest.raises(WorkersGone, match="no such batch") as caught:
+    with pytest.raises(WorkersLostError, match="no such batch") as caught:
         run(workers=Raising(raising), max_failures=1, num_steps=1000)
     assert isinstance(caught.value.__cause__, ValueError)
     assert "the_users_function" in lines_of(caught.value)
@@ -106,8 +99,10 @@ def test_a_report_that_is_not_like_the_parameters_shows_before_the_first_step():
         delta = jax.tree.map(lambda x: x[None], result.update.delta)
         return result._replace(update=result.update._replace(delta=delta))
 
-    method, round_fn = setup("orlomo")
+    method = method_of("orlomo")
+    round_fn = method.local_round(loss_fn)
     workers = Raising(())
+    job = (method, None, batch_fn, PARAMS, workers)
     with pytest.raises(ValueError, match=r"update\.delta.* must have shape"):
-        train(method, another, batch_fn, PARAMS, workers, num_steps=4, **arguments())
+        train(*job, num_steps=4, round_fn=another, **arguments())
     assert not workers.starts

@@ -17,15 +17,15 @@ import optax
 import pytest
 
 from orlomo_jax import (
+    cast_reports,
     from_nnx,
     local_momentum_sgd,
     make_method,
-    narrow_reports,
     orlomo,
     with_fingerprint,
 )
 from orlomo_jax.checks import check_same
-from orlomo_jax.fingerprint import LIMIT, fingerprint
+from orlomo_jax.methods.fingerprint import LIMIT, fingerprint
 
 SCALE = 0.5
 
@@ -136,7 +136,7 @@ KINDS = {
     "weight decay": (lambda x: round_of(1, weight_decay=x), 0.1, 0.2),
     "gradient transform": (lambda x: round_of(1, gradient_transform=optax.clip(x)), 1.0, 2.0),
     "frozen": (lambda x: round_of(1, frozen={"a": x}), True, False),
-    "wire": (lambda x: narrow_reports(round_of(1), x), jnp.bfloat16, jnp.float16),
+    "wire": (lambda x: cast_reports(round_of(1), x), jnp.bfloat16, jnp.float16),
 }
 
 
@@ -157,12 +157,13 @@ METHOD = {
     "frozen": {"a": True},
     "master_params": False,
     "num_workers": 3,
+    "num_local_steps": 4,
 }
 
 
 @pytest.mark.parametrize("name", METHOD)
 def test_every_argument_of_a_method_counts(name):
-    options = {"name": "orlomo", "num_workers": 2}
+    options = {"name": "orlomo", "num_workers": 2, "num_local_steps": 1}
     base = make_method(**options).fingerprint
     other = make_method(**options | {name: METHOD[name]}).fingerprint
     assert base == make_method(**options).fingerprint != other
@@ -205,8 +206,8 @@ def test_a_text_of_ones_own():
     rule = with_fingerprint(optax.scale(0.5), "v2")
     assert fingerprint(rule) == {".init": "v2", ".update": "v2"}
     assert rule.update(1.0, rule.init(1.0))[0] == 0.5
-    method = make_method("orlomo", 2)
-    mine = [method._replace(rule=with_fingerprint(chain(1.0), text)) for text in ("v1", "v2")]
+    method = make_method("orlomo", 2, 1)
+    mine = [method.with_rule(with_fingerprint(chain(1.0), text)) for text in ("v1", "v2")]
     assert mine[0].fingerprint != mine[1].fingerprint
 
 

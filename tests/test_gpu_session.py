@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import gpu_session, packed
-from experiments.decoded import Arrays, DataError
+from experiments import gpu_session
+from experiments.data import packed
+from experiments.data.tfds_cache import Arrays, DataError
 from experiments.gpu_session import Session
 
 

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orlomo_jax import ArrivalTrace, Checkpoints, Threads, make_method, simulate, train
+from orlomo_jax import ArrivalTrace, Checkpointer, ThreadWorkers, make_method, simulate, train
 from tests import helpers
+from tests.helpers import ENGINES
 
 K, S, T = 2, 2, 8
-FORMS = {
-    "driven": {"compiled": False},
-    "loop": {"compiled": True},
-    "map": {"worker_axis": "map"},
-    "vmap": {"worker_axis": "vmap"},
-}
 MODES = {
     "debug_nans": lambda: jax.debug_nans(True),
     "debug_infs": lambda: jax.debug_infs(True),
@@ -53,34 +48,34 @@ def schedule(step):
     return jnp.float32(0.1) / (jnp.float32(1) + step.astype(jnp.float32))
 
 
-def run(name, form, params=None, **options):
-    method = make_method(name, K)
+def run(name, engine, params=None, **options):
+    method = make_method(name, K, S)
     return simulate(
         method,
-        method.local_round(loss_fn, S),
+        loss_fn,
         batch_fn,
         {"w": jnp.zeros(8, jnp.float32)} if params is None else params,
-        ArrivalTrace.from_workers([0, 1] * (T // 2), K, synchronous=method.synchronous),
+        trace=ArrivalTrace.from_workers([0, 1] * (T // 2), K, synchronous=method.synchronous),
         key=jax.random.key(0),
         local_learning_rate=schedule,
         model_state={"mean": jnp.zeros((), jnp.float32), "count": jnp.zeros((), jnp.int32)},
         evaluate=evaluate,
         evaluate_every=3,
-        **FORMS[form],
+        engine=ENGINES[engine],
         **options,
     )
 
 
 @pytest.mark.slow  # each is compiled anew in each mode
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
-def test_modes(name, mode, form, tmp_path):
-    expected = run(name, form)
+def test_modes(name, mode, engine, tmp_path):
+    expected = run(name, engine)
     with ExitStack() as stack:
         stack.enter_context(MODES[mode]())
-        result = run(name, form, checkpoint=Checkpoints(tmp_path, 5))
-        again = run(name, form, checkpoint=Checkpoints(tmp_path, 5))
+        result = run(name, engine, checkpoint=Checkpointer(tmp_path, 5))
+        again = run(name, engine, checkpoint=Checkpointer(tmp_path, 5))
     helpers.assert_trees_equal(result[:3], again[:3])
     if mode != "x64":  # whose random numbers of other modes are others
         helpers.assert_trees_close(result[:3], expected[:3], 1e-4, 1e-6)
@@ -88,32 +83,31 @@ def test_modes(name, mode, form, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("form", FORMS)
-def test_meshes(form, axis):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_meshes(engine, axis):
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(axis,))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {"w": jax.device_put(jnp.zeros(8, jnp.float32), sharding)}
-    result = run("orlomo", form, params)
+    result = run("orlomo", engine, params)
     assert result.params["w"].sharding.is_equivalent_to(sharding, 1)
-    helpers.assert_trees_close(result[:3], run("orlomo", form)[:3], 1e-4, 1e-6)
+    helpers.assert_trees_close(result[:3], run("orlomo", engine)[:3], 1e-4, 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_debug_nans_names_the_operation(form):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_debug_nans_names_the_operation(engine):
     def root(params, model_state, batch, key):
         return jnp.sqrt(params["w"] - 1).sum(), (model_state, {})
 
-    method = make_method("orlomo", K)
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         simulate(
-            method,
-            method.local_round(root, S),
+            make_method("orlomo", K, S),
+            root,
             batch_fn,
             {"w": jnp.zeros(8)},
-            ArrivalTrace.from_workers([0, 1] * 2, K),
+            trace=ArrivalTrace.from_workers([0, 1] * 2, K),
             key=jax.random.key(0),
             local_learning_rate=0.1,
-            **FORMS[form],
+            engine=ENGINES[engine],
         )
 
 
@@ -128,10 +122,9 @@ def test_threads_train_parameters_on_a_mesh_with_explicit_axes():
     def loss_fn(params, model_state, batch, key):
         return ((batch @ params["w"] + params["b"] - 1) ** 2).mean(), (model_state, {})
 
-    method = make_method("orlomo", K)
-    round_fn = method.local_round(loss_fn, S)
+    method = make_method("orlomo", K, S)
     settings = {"num_steps": T, "key": jax.random.key(0), "local_learning_rate": 0.1}
-    result = train(method, round_fn, batch_fn, params, Threads(K), **settings)
+    result = train(method, loss_fn, batch_fn, params, ThreadWorkers(K), **settings)
     assert jax.tree.map(lambda x: x.sharding, result.params) == shardings
 
 
@@ -140,14 +133,14 @@ def test_strict_promotion_and_parameters_that_are_not_float32(dtype):
     def loss_fn(params, model_state, batch, key):
         return jnp.square(params.astype(jnp.float32)).sum(), (model_state, {})
 
-    method = make_method("orlomo", K, accumulator_dtype=jnp.float32)
+    method = make_method("orlomo", K, S, accumulator_dtype=jnp.float32)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         result = simulate(
             method,
-            method.local_round(loss_fn, S),
+            loss_fn,
             batch_fn,
             jnp.ones(3, dtype),
-            ArrivalTrace.from_workers([0, 1] * 3, K),
+            trace=ArrivalTrace.from_workers([0, 1] * 3, K),
             key=jax.random.key(0),
             local_learning_rate=0.1,
         )

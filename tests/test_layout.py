@@ -1,8 +1,11 @@
 """The shape of the code: which way imports point, and what the top level holds."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
+import typing
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
@@ -12,52 +15,23 @@ from packaging.requirements import Requirement
 import orlomo_jax
 
 ROOT = Path(__file__).parent.parent
-# Each room may import what stands before it.
-ORDER = (
-    "checks",
-    "fingerprint",
-    "locks",
-    "memo",
-    "order",
-    "trace",
-    "arrivals",
-    "books",
-    "plan",
-    "rules",
-    "masks",
-    "worker",
-    "methods",
-    "arrays",
-    "buffers",
-    "reports",
-    "server_step",
-    "identity",
-    "schedules",
-    "snapshots",
-    "server",
-    "audit",
-    "rounds",
-    "pure",
-    "driven",
-    "compiled",
-    "together",
-    "form",
-    "checkpoint",
-    "resume",
-    "journal",
-    "health",
-    "history",
-    "interrupts",
-    "simulator",
-    "runtimes",
-    "adapters",
+# A package may import the levels before its own.
+LEVELS = (
+    {"checks", "memo"},
+    {"trees", "traces"},
+    {"rules"},
+    {"worker"},
+    {"methods"},
+    {"server"},
+    {"recording"},
+    {"simulation", "runtimes"},
+    {"adapters", "testing"},
 )
-# Used by the experiments before it is public.
-INTERNAL = {"simulator", "simulator.RunStart", "simulator.simulate_together"}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+PUBLIC_MODULES = {"testing", "trees"}  # the others are read through their packages
 INSPECTS = (
     "experiments/gpu_programs/training.py"  # compiles the simulator's program without running it
 )
-NUMPY_ONLY = ("checks", "order", "trace", "arrivals", "books", "plan")
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
@@ -73,7 +47,7 @@ def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "orlomo_jax").parts[0].removesuffix(".py")
 
 
@@ -82,18 +56,32 @@ LIBRARY = [p for p in sorted((ROOT / "orlomo_jax").rglob("*.py")) if p.parent.na
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    if room(path) == "__init__":
+    if (package := package_of(path)) == "__init__":
         return
-    assert room(path) in ORDER, "a new room: give it its place in ORDER"
     for name in imports(path):
-        if name.startswith("orlomo_jax.") and (other := name.split(".")[1]) in ORDER:
-            assert ORDER.index(other) <= ORDER.index(room(path)), f"{path.name} imports {name}"
+        if name.startswith("orlomo_jax.") and (other := name.split(".")[1]) in LEVEL:
+            allowed = other == package or LEVEL[other] < LEVEL[package]
+            assert allowed, f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("name", NUMPY_ONLY)
-def test_arrivals_need_numpy_alone(name):
-    foreign = {module.split(".")[0] for module in imports(ROOT / "orlomo_jax" / f"{name}.py")}
-    assert foreign - set(sys.stdlib_module_names) <= {"numpy", "orlomo_jax"}
+def test_traces_need_numpy_alone():
+    for path in (ROOT / "orlomo_jax" / "traces").glob("*.py"):
+        foreign = {module.split(".")[0] for module in imports(path)}
+        assert foreign - set(sys.stdlib_module_names) <= {"numpy", "orlomo_jax"}
+
+
+@pytest.mark.parametrize("folder", ["orlomo_jax", "proofs_check", "experiments", "tests"])
+def test_no_private_name_is_imported(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{path} imports {private}"
+
+
+def test_files_are_short():
+    for path in LIBRARY:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path
 
 
 def test_the_library_needs_jax_optax_and_numpy_alone():
@@ -103,22 +91,42 @@ def test_the_library_needs_jax_optax_and_numpy_alone():
     assert foreign - set(sys.stdlib_module_names) <= {"jax", "optax", "numpy", "orlomo_jax"}
 
 
-@pytest.mark.parametrize("package", ["experiments", "proofs_check"])
-def test_others_import_the_public_api_only(package):
-    for path in sorted((ROOT / package).rglob("*.py")):
+@pytest.mark.parametrize("folder", ["experiments", "proofs_check"])
+def test_others_import_the_public_api_only(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
         if path == ROOT / INSPECTS:
             continue
-        for name in imports(path):
-            if name.split(".")[0] == "orlomo_jax":
-                public = name.removeprefix("orlomo_jax").removeprefix(".")
-                known = {"", *INTERNAL, *orlomo_jax.__all__}
-                assert public in known, f"{path} imports {name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orlomo_")):
+                continue
+            _, _, module = node.module.partition(".")
+            names = {alias.name for alias in node.names}
+            if not module:
+                assert names <= set(orlomo_jax.__all__), f"{path} imports {names}"
+            elif module not in PUBLIC_MODULES:
+                assert module in LEVEL, f"{path} imports orlomo_jax.{module}"
+                assert names <= set(dir(importlib.import_module(node.module))), (path, names)
 
 
 def test_public_names_are_sorted_documented_and_there():
-    assert len(set(orlomo_jax.__all__)) == len(orlomo_jax.__all__)
+    assert orlomo_jax.__all__ == sorted(set(orlomo_jax.__all__))
+    assert len(orlomo_jax.__all__) < 45
     for name in orlomo_jax.__all__:
         assert getattr(orlomo_jax, name).__doc__, name
+
+
+@pytest.mark.parametrize("package", sorted(set(LEVEL) - {"checks", "memo"}))
+def test_type_hints_of_public_functions_can_be_read(package):
+    module = importlib.import_module(f"orlomo_jax.{package}")
+    for name in dir(module):
+        value = getattr(module, name)
+        if name.startswith("_") or not callable(value) or not hasattr(value, "__module__"):
+            continue
+        if value.__module__.startswith("orlomo_jax"):
+            typing.get_type_hints(value)
+            for method in vars(value).values() if inspect.isclass(value) else ():
+                if inspect.isfunction(method):
+                    typing.get_type_hints(method)
 
 
 def test_import_leaves_x64_off_and_loads_no_extra():
@@ -152,7 +160,7 @@ import sys
 
 sys.modules |= dict.fromkeys(sys.argv[1:])  # their import raises
 
-from experiments import data, decoded
+from experiments.data import datasets, tfds_cache
 
 for name in ("train", "reproduce", "benchmarks.__main__", "prepare"):
     module = importlib.import_module(f"experiments.{name}")
@@ -160,10 +168,10 @@ for name in ("train", "reproduce", "benchmarks.__main__", "prepare"):
         module.main(["--help"])
     except SystemExit as end:
         assert end.code == 0, name
-for function in (data.digits, decoded.need_tfds):
+for function in (datasets.digits, tfds_cache.need_tfds):
     try:
         function()
-    except decoded.DataError as error:
+    except tfds_cache.DataError as error:
         print(error)
 """
 

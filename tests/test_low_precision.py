@@ -6,27 +6,22 @@ import numpy as np
 import pytest
 
 from orlomo_jax import (
-    METHOD_NAMES,
     ArrivalTrace,
-    Checkpoints,
+    Checkpointer,
     LocalUpdate,
     ParameterServer,
     Report,
-    Threads,
+    ThreadWorkers,
     make_method,
     simulate,
     train,
 )
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
+from tests.helpers import ENGINES
 
 K, S, T = 4, 2, 40
 DTYPES = [jnp.bfloat16, jnp.float16]
-FORMS = {
-    "driven": {"compiled": False},
-    "loop": {"compiled": True},
-    "map": {"worker_axis": "map"},
-    "vmap": {"worker_axis": "vmap"},
-}
 
 
 def loss_fn(params, model_state, batch, key):
@@ -41,29 +36,29 @@ def batch_fn(key, worker, round):
     return jnp.ones((S, 1))
 
 
-def run(name, dtype, form="loop", state_dtype=jnp.float32, **options):
-    method = make_method(name, K, **options.pop("method", {}))
+def run(name, dtype, engine="loop", state_dtype=jnp.float32, **options):
+    method = make_method(name, K, S, **options.pop("method", {}))
     order = np.tile(np.arange(K), T // K)
     return simulate(
         method,
-        method.local_round(loss_fn, S),
+        loss_fn,
         batch_fn,
         {"w": jnp.full(4, 1.0, dtype)},
-        ArrivalTrace.from_workers(order, K, synchronous=method.synchronous),
+        trace=ArrivalTrace.from_workers(order, K, synchronous=method.synchronous),
         key=jax.random.key(0),
         local_learning_rate=1e-3,
         model_state={"seen": jnp.ones(4, state_dtype)},
-        **FORMS[form],
+        engine=ENGINES[engine],
         **options,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", METHOD_NAMES)
-def test_masters_train_as_float32_does(name, dtype, form):
-    wide, narrow = run(name, jnp.float32, form), run(name, dtype, form)
+def test_masters_train_as_float32_does(name, dtype, engine):
+    wide, narrow = run(name, jnp.float32, engine), run(name, dtype, engine)
     assert narrow.params["w"].dtype == jnp.float32
     np.testing.assert_allclose(narrow.params["w"], wide.params["w"], atol=1e-5)
 
@@ -86,23 +81,23 @@ def test_the_loss_sees_rounded_parameters():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_sent_is_rounded_and_what_is_kept_is_not(dtype):
-    method = make_method("al_sgd", K)
+    method = make_method("al_sgd", K, S)
     params, state = {"w": jnp.ones(3, dtype), "b": jnp.ones(2)}, {"mean": jnp.ones(3, dtype)}
-    server = ParameterServer(method, params, K, state, local_learning_rate=0.1)
+    server = ParameterServer(method, params, state, local_learning_rate=0.1)
     task = server.dispatch(0)
-    assert (task.params["w"].dtype, task.params["b"].dtype) == (dtype, jnp.float32)
-    assert task.model_state["mean"].dtype == dtype
+    assert (task.start.params["w"].dtype, task.start.params["b"].dtype) == (dtype, jnp.float32)
+    assert task.start.model_state["mean"].dtype == dtype
     step = {"w": jnp.full(3, 1e-3), "b": jnp.full(2, 1e-3)}
-    server.receive(Report(*task[:3], LocalUpdate(step), {"mean": jnp.zeros(3, dtype)}))
+    server.receive(Report(task.id, LocalUpdate(step), {"mean": jnp.zeros(3, dtype)}))
     np.testing.assert_allclose(server.params["w"], 1 - 1e-3 / K, rtol=1e-6)
     np.testing.assert_allclose(server.model_state["mean"], 1 - 1 / K, rtol=1e-6)
-    assert (server.dispatch(0).params["w"] == server.params["w"].astype(dtype)).all()
+    assert (server.dispatch(0).start.params["w"] == server.params["w"].astype(dtype)).all()
 
 
-@pytest.mark.parametrize("form", ["driven", "loop"])
+@pytest.mark.parametrize("engine", ["eager", "loop"])
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(name, form, tmp_path):
-    unbroken = run(name, jnp.bfloat16, form, state_dtype=jnp.bfloat16)
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(name, engine, tmp_path):
+    unbroken = run(name, jnp.bfloat16, engine, state_dtype=jnp.bfloat16)
 
     def interrupt(record):
         if record.step == 27:
@@ -112,24 +107,24 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(name, form, tmp_path):
         run(
             name,
             jnp.bfloat16,
-            form,
+            engine,
             state_dtype=jnp.bfloat16,
-            checkpoint=Checkpoints(tmp_path, 10),
-            on_step=interrupt,
+            checkpoint=Checkpointer(tmp_path, 10),
+            callbacks=[interrupt],
         )
     resumed = run(
-        name, jnp.bfloat16, form, state_dtype=jnp.bfloat16, checkpoint=Checkpoints(tmp_path, 10)
+        name, jnp.bfloat16, engine, state_dtype=jnp.bfloat16, checkpoint=Checkpointer(tmp_path, 10)
     )
     helpers.assert_trees_equal(resumed[:3], unbroken[:3])
 
 
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
 def test_a_real_run_is_its_replay_to_the_bit(name):
-    method = make_method(name, K)
-    job = (method, method.local_round(loss_fn, S), batch_fn, {"w": jnp.full(4, 1.0, jnp.bfloat16)})
+    params = {"w": jnp.full(4, 1.0, jnp.bfloat16)}
+    job = (make_method(name, K, S), loss_fn, batch_fn, params)
     settings = {"key": jax.random.key(0), "local_learning_rate": 1e-3}
     settings["model_state"] = {"seen": jnp.ones(4)}
-    real = train(*job, Threads(K), num_steps=2 * K, **settings)
-    again = simulate(*job, real.trace, compiled=False, **settings)
+    real = train(*job, ThreadWorkers(K), num_steps=2 * K, **settings)
+    again = simulate(*job, trace=real.trace, engine="eager", **settings)
     helpers.assert_trees_equal(real[:3], again[:3])
     assert real.params["w"].dtype == jnp.float32

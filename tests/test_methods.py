@@ -2,30 +2,32 @@
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from orlomo_jax import METHOD_NAMES, make_method
+from orlomo_jax import make_method
+from orlomo_jax.methods import METHOD_NAMES
 
 
 def test_the_four_rows():
     rows = {
-        name: (m.worker_momentum, m.synchronous, m.num_workers)
+        name: (m.worker_momentum, m.synchronous, m.num_workers, m.num_local_steps)
         for name in METHOD_NAMES
-        for m in [make_method(name, 4, momentum=0.8)]
+        for m in [make_method(name, 4, 8, momentum=0.8)]
     }
     assert rows == {
-        "orlomo": (0.8, False, 4),
-        "prsgdm": (0.8, True, 4),
-        "al_sgd": (None, False, 4),
-        "local_ormo_da": (None, False, 4),
+        "orlomo": (0.8, False, 4, 8),
+        "prsgdm": (0.8, True, 4, 8),
+        "al_sgd": (None, False, 4, 8),
+        "local_ormo_da": (None, False, 4, 8),
     }
 
 
 def test_merge_weights():
-    eta = make_method("orlomo", 4, learning_rate=2.0).merge_weight
+    eta = make_method("orlomo", 4, 8, learning_rate=2.0).model_state_weight
     assert float(eta(0, 0)) == 0.5
     assert float(eta(100, 20)) == pytest.approx(0.1)
-    running = make_method("prsgdm", 4).merge_weight
+    running = make_method("prsgdm", 4, 8).model_state_weight
     np.testing.assert_allclose(
         [running(jnp.int32(t), 0) for t in range(5)], [1, 1 / 2, 1 / 3, 1 / 4, 1]
     )
@@ -34,13 +36,34 @@ def test_merge_weights():
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        (("adam", 4), {}, "`name` must be one of orlomo, prsgdm, al_sgd, local_ormo_da"),
-        (("orlomo", 0), {}, "num_workers=0"),
-        (("al_sgd", 4), {"momentum": 1.0}, "momentum=1.0"),
-        (("prsgdm", 4), {"learning_rate": 0.5}, "learning_rate=0.5"),
-        (("prsgdm", 4), {"delay_weight": lambda delay: 1.0}, "delay_weight"),
+        (("adam", 4, 8), {}, "`name` must be one of orlomo, prsgdm, al_sgd, local_ormo_da"),
+        (("orlomo", 0, 8), {}, "num_workers=0"),
+        (("orlomo", 4, 0), {}, "`num_local_steps` must be ≥ 1, got num_local_steps=0"),
+        (("al_sgd", 4, 8), {"momentum": 1.0}, "momentum=1.0"),
+        (("prsgdm", 4, 8), {"learning_rate": 0.5}, "learning_rate=0.5"),
+        (("prsgdm", 4, 8), {"delay_weight": lambda delay: 1.0}, "delay_weight"),
     ],
 )
 def test_bad_arguments(args, options, message):
     with pytest.raises(ValueError, match=message):
         make_method(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (("orlomo", 4, 8), {"beta": 0.9}, "takes the hyperparameters momentum, .*; got beta"),
+        (("orlomo", 4, 8, 0.9), {}, "positional"),
+        (("orlomo", 4), {}, "num_local_steps"),
+        (("orlomo", 4, 2.5), {}, "num_local_steps=2.5"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(args, options, message):
+    with pytest.raises(TypeError, match=message):
+        make_method(*args, **options)
+
+
+def test_another_rule_leaves_the_rest():
+    method = make_method("orlomo", 4, 8, momentum=0.8)
+    rule = optax.chain(optax.scale(0.5), method.rule)
+    assert method.with_rule(rule) == method._replace(rule=rule) != method

@@ -1,19 +1,15 @@
-"""Metrics of the loss reach records and history, in every form of a simulated run."""
+"""Metrics of the loss reach records and history, on every engine of the simulator."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import ArrivalTrace, Checkpoints, make_method, simulate
+from orlomo_jax import ArrivalTrace, Checkpointer, make_method, simulate
+from tests.helpers import ENGINES
 
 K, S, T = 2, 3, 12
-FORMS = {
-    "driven": {"compiled": False},
-    "loop": {"compiled": True},
-    "map": {"worker_axis": "map"},
-    "vmap": {"worker_axis": "vmap"},
-}
+METHOD = make_method("orlomo", K, S)
 
 
 def loss_fn(params, model_state, batch, key):
@@ -26,29 +22,28 @@ def batch_fn(key, worker, round):
     return jnp.ones((S, 4)) * (1 + worker)
 
 
-def run(form, **options):
-    method = make_method("orlomo", K)
+def run(engine, **options):
     return simulate(
-        method,
-        method.local_round(loss_fn, S),
+        METHOD,
+        loss_fn,
         batch_fn,
         jnp.zeros(4),
-        ArrivalTrace.from_workers([0, 1] * (T // 2), K),
+        trace=ArrivalTrace.from_workers([0, 1] * (T // 2), K),
         key=jax.random.key(0),
         local_learning_rate=0.1,
-        **FORMS[form],
+        engine=ENGINES[engine],
         **options,
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_means_over_the_local_steps(form):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_means_over_the_local_steps(engine):
     records = []
-    result = run(form, on_step=records.append)
+    result = run(engine, callbacks=[records.append])
     metrics = result.history.metrics
     assert jax.tree.map(np.shape, metrics) == {"largest": (T,), "hits": ((T, 4), (T, 4))}
     # The first rounds of both workers start from 0, with errors of 1 and 2 at their first step.
-    round_fn = make_method("orlomo", K).local_round(loss_fn, S)
+    round_fn = METHOD.local_round(loss_fn)
     for step, worker in ((0, 0), (1, 1)):
         alone = round_fn(jnp.zeros(4), None, batch_fn(None, worker, 0), 0.1, jax.random.key(0))
         largest = alone.metrics["largest"].mean()
@@ -57,16 +52,16 @@ def test_means_over_the_local_steps(form):
     assert all(r.evaluation is None for r in records)
 
 
-@pytest.mark.parametrize("form", ["driven", "loop"])
-def test_they_survive_a_resumption(form, tmp_path):
+@pytest.mark.parametrize("engine", ["eager", "loop"])
+def test_they_survive_a_resumption(engine, tmp_path):
     def interrupt(record):
         if record.step == 9:
             raise KeyboardInterrupt
 
-    unbroken = run(form)
+    unbroken = run(engine)
     with pytest.raises(KeyboardInterrupt):
-        run(form, checkpoint=Checkpoints(tmp_path, 4), on_step=interrupt)
-    resumed = run(form, checkpoint=Checkpoints(tmp_path, 4))
+        run(engine, checkpoint=Checkpointer(tmp_path, 4), callbacks=[interrupt])
+    resumed = run(engine, checkpoint=Checkpointer(tmp_path, 4))
     for mine, other in zip(
         *map(jax.tree.leaves, (resumed.history.metrics, unbroken.history.metrics)), strict=True
     ):
@@ -81,15 +76,16 @@ def test_equal_methods_and_rounds_share_programs():
         return loss_fn(params, model_state, batch, key)
 
     def once():
-        method = make_method("orlomo", K, 0.8)
+        method = make_method("orlomo", K, S, momentum=0.8)
         simulate(
             method,
-            method.local_round(counted, S, weight_decay=0.01),
+            None,
             batch_fn,
             jnp.zeros(4),
-            ArrivalTrace.from_workers([0, 1] * 3, K),
+            num_steps=6,
             key=jax.random.key(0),
             local_learning_rate=0.1,
+            round_fn=method.local_round(counted, weight_decay=0.01),
         )
 
     once()

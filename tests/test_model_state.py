@@ -5,13 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import (
-    METHOD_NAMES,
-    heterogeneous,
-    make_method,
-    simulate,
-    simulate_arrivals,
-)
+from orlomo_jax import make_method, simulate
+from orlomo_jax.methods import METHOD_NAMES
 
 K = 4
 
@@ -49,13 +44,13 @@ def test_merged_statistics_evaluate_as_well_as_fresh_ones(name):
         "b": jnp.zeros(16),
     }
     start = {"mean": jnp.zeros(16), "variance": jnp.ones(16)}
-    method = make_method(name, K)
+    method = make_method(name, K, steps)
     result = simulate(
         method,
-        method.local_round(batch_norm_loss, steps),
+        batch_norm_loss,
         batches,
         params,
-        simulate_arrivals(heterogeneous(), K, 80, steps, 0, synchronous=name == "prsgdm"),
+        num_steps=80,
         key=jax.random.key(0),
         model_state=start,
         local_learning_rate=0.03 if method.worker_momentum is None else 0.01,

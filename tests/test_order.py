@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from orlomo_jax.order import Event
-from orlomo_jax.trace import ArrivalTrace
+from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.traces.trace import ArrivalTrace
 from tests.orders import eventful_runs, orders, synchronous_orders
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
@@ -84,7 +84,7 @@ class TestFromWorkers:
         assert trace.dispatched_at.tolist() == [0, 0, 2, 3, 3]
         assert trace.rounds.tolist() == [0, 0, 1, 2, 2]
         assert trace.in_flight.tolist() == [4, 5, 2]
-        assert trace.events == tuple(Event(*event) for event in events)
+        assert trace.events == tuple(TraceEvent(*event) for event in events)
 
     def test_nothing_arrived(self):
         trace = ArrivalTrace.from_workers([], 2)

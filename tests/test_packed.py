@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import decoded, folders, packed, prepare
-from experiments.decoded import Arrays, DataError
-from experiments.folders import MANIFEST
+from experiments import prepare
+from experiments.data import folders, packed, tfds_cache
+from experiments.data.folders import MANIFEST
+from experiments.data.tfds_cache import Arrays, DataError
 
 
 def split(count, seed, num_classes=10):
@@ -81,27 +82,29 @@ class TestPack:
     def test_unpacked_data_equals_tfds_data(self, tmp_path):
         train, test = split(15, seed=3), split(4, seed=4)
         as_tfds(tmp_path / "tfds", train, test)
-        assert_same(decoded.arrays("cifar10", tmp_path / "tfds", tmp_path / "cache"), (train, test))
+        assert_same(
+            tfds_cache.arrays("cifar10", tmp_path / "tfds", tmp_path / "cache"), (train, test)
+        )
         packed.pack("cifar10", tmp_path / "out", 2, tmp_path / "tfds")
         packed.unpack(tmp_path / "out", tmp_path / "new")
-        assert_same(decoded.arrays("cifar10", tmp_path / "new"), (train, test))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path / "new"), (train, test))
 
     def test_tfds_data_counts_where_both_are_there(self, tmp_path):
         train, test = split(5, seed=5), split(2, seed=6)
         packed.write("cifar10", TRAIN, TEST, tmp_path)
         as_tfds(tmp_path, train, test)
-        assert_same(decoded.arrays("cifar10", tmp_path, tmp_path / "cache"), (train, test))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path, tmp_path / "cache"), (train, test))
 
     @pytest.mark.parametrize(("name", "classes"), [("cifar100", 100), ("tiny-imagenet", 200)])
     def test_every_data_set_can_be_packed(self, tmp_path, name, classes):
-        size = decoded.SOURCES[name].image_shape[0]
+        size = tfds_cache.SOURCES[name].image_shape[0]
         images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
         splits = [Arrays(images, np.array([0, classes - 1], np.int32))] * 2
         packed.write(name, *splits, tmp_path)
         packed.pack(name, tmp_path / "out", 2, tmp_path)
         manifest = packed.unpack(tmp_path / "out", tmp_path / "new")
-        assert manifest.splits == dict.fromkeys(decoded.SOURCES[name].splits, 2)
-        assert_same(decoded.arrays(name, tmp_path / "new"), splits)
+        assert manifest.splits == dict.fromkeys(tfds_cache.SOURCES[name].splits, 2)
+        assert_same(tfds_cache.arrays(name, tmp_path / "new"), splits)
 
     def test_the_fewest_parts_are_written(self, data_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(packed, "MAX_PART", 10_000)
@@ -111,7 +114,7 @@ class TestPack:
         assert len(sizes) == -(-sum(sizes) // 10_000) > 1
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*files, MANIFEST]
         packed.unpack(tmp_path / "out", tmp_path / "new")
-        assert_same(decoded.arrays("cifar10", tmp_path / "new"))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path / "new"))
 
     @pytest.mark.parametrize("parts", [-1, 0, 2, 1000])
     def test_a_wrong_number_of_parts_is_told(self, data_dir, tmp_path, monkeypatch, parts):
@@ -131,7 +134,7 @@ class TestPack:
         (tmp_path / "empty").mkdir()
         packed.pack("cifar10", tmp_path / "empty", 999, data_dir)
         packed.unpack(tmp_path / "empty", tmp_path / "new")
-        assert_same(decoded.arrays("cifar10", tmp_path / "new"))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path / "new"))
 
 
 class TestUnpack:
@@ -189,7 +192,7 @@ class TestUnpack:
         def full(path, *_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(decoded.np, "save", full)
+        monkeypatch.setattr(tfds_cache.np, "save", full)
         monkeypatch.setattr(packed.np, "savez_compressed", full)
         flags = ["--data-dir", str(tmp_path / "new")]
         with pytest.raises(SystemExit, match="No space left"):
@@ -221,16 +224,16 @@ class TestWrite:
     @pytest.mark.parametrize("name", ["train-images.npy", "test-labels.npy", MANIFEST])
     def test_damage_of_written_arrays_is_told(self, tmp_path, name, change):
         place = packed.write("cifar10", TRAIN, TEST, tmp_path)
-        assert_same(decoded.arrays("cifar10", tmp_path))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path))
         damage(place / name, change)
         with pytest.raises(DataError, match=f"{name} is (missing|damaged).*unpack cifar10 again"):
-            decoded.arrays("cifar10", tmp_path)
+            tfds_cache.arrays("cifar10", tmp_path)
 
     def test_the_folder_of_another_data_set_is_told(self, data_dir, tmp_path):
-        theirs = decoded.arrays_folder("cifar10", data_dir)
-        shutil.copytree(theirs, decoded.arrays_folder("cifar100", tmp_path))
+        theirs = tfds_cache.arrays_folder("cifar10", data_dir)
+        shutil.copytree(theirs, tfds_cache.arrays_folder("cifar100", tmp_path))
         with pytest.raises(DataError, match=f"{MANIFEST} is of cifar10"):
-            decoded.arrays("cifar100", tmp_path)
+            tfds_cache.arrays("cifar100", tmp_path)
 
 
 class TestCommand:
@@ -245,7 +248,7 @@ class TestCommand:
         assert f"cifar10: 3 images of split test\n{new}/orlomo_jax/cifar10" in (
             capsys.readouterr().out
         )
-        assert_same(decoded.arrays("cifar10", tmp_path / "new"))
+        assert_same(tfds_cache.arrays("cifar10", tmp_path / "new"))
 
     @pytest.mark.parametrize(
         ("flags", "reason"),
@@ -278,11 +281,11 @@ from pathlib import Path
 for name in ("tensorflow_datasets", "array_record", "PIL", "jax"):
     sys.modules[name] = None  # its import raises
 
-from experiments import decoded, packed
+from experiments.data import packed, tfds_cache
 
 out, data_dir = map(Path, sys.argv[1:])
 packed.unpack(out, data_dir)
-train, test = decoded.arrays("cifar10", data_dir)
+train, test = tfds_cache.arrays("cifar10", data_dir)
 print(len(train.labels), int(train.images.sum()), len(test.labels), int(test.images.sum()))
 """
 

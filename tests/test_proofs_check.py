@@ -10,8 +10,10 @@ import pytest
 
 import proofs_check
 from orlomo_jax import local_ormo_da, orlomo
-from proofs_check import SMALL, Subject, broken, mapping, replays, run, scaling, sequences
-from proofs_check.controls import controls
+from proofs_check import SMALL, Subject, counterexamples, coverage, run, sequences
+from proofs_check.checks import convergence_rates
+from proofs_check.mutants import faulty_rules
+from proofs_check.mutants.catalogue import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
 
 
@@ -40,7 +42,9 @@ def test_check_takes_a_users_rule():
     )
     assert {outcome.check for outcome in outcomes} == {"every-order", "random-runs"}
     assert all(outcome.passed for outcome in outcomes)
-    outcomes = proofs_check.check(broken.without_past_descent, size=size, statements=["lemma-2"])
+    outcomes = proofs_check.check(
+        faulty_rules.without_past_descent, size=size, statements=["lemma-2"]
+    )
     assert outcomes
     assert not any(outcome.passed for outcome in outcomes)
 
@@ -72,13 +76,13 @@ def test_a_statement_that_a_check_forgets_has_failed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("check", ["every-order", "server-step", "random-runs", "server-events"])
 def test_counterexamples_are_small_and_replay(check):
-    subject = Subject("faulty", rule=broken.without_past_descent)
+    subject = Subject("faulty", rule=faulty_rules.without_past_descent)
     size = replace(SMALL, minimize=True)
     failed = [o for o in run(subject, size, checks=[check]) if not o.passed]
-    content = json.loads(json.dumps(replays.as_json(failed[-1], size, None)))
-    residual, allowance = replays.replay(subject, content)
+    content = json.loads(json.dumps(counterexamples.as_json(failed[-1], size, None)))
+    residual, allowance = counterexamples.replay(subject, content)
     assert residual > allowance
-    residual, allowance = replays.replay(Subject(), content)
+    residual, allowance = counterexamples.replay(Subject(), content)
     assert residual <= allowance
     if "trace" in content["case"]:
         assert len(content["case"]["trace"]["workers"]) <= 3
@@ -87,26 +91,30 @@ def test_counterexamples_are_small_and_replay(check):
 def test_a_counterexample_without_a_smallest_case_is_rerun():
     control = controls()["η̂ = 1/K in flight [delay-facts]"]
     (failed,) = run(control.subject, SMALL, checks=["delay-facts"])
-    content = json.loads(json.dumps(replays.as_json(failed, SMALL, None)))
-    residual, allowance = replays.replay(control.subject, content)
+    content = json.loads(json.dumps(counterexamples.as_json(failed, SMALL, None)))
+    residual, allowance = counterexamples.replay(control.subject, content)
     assert residual > allowance
-    residual, allowance = replays.replay(Subject(), content)
+    residual, allowance = counterexamples.replay(Subject(), content)
     assert residual <= allowance
 
 
 def test_plots(tmp_path):
     values = np.array([1.0, 2.0, 4.0])
-    curves = [scaling.Curve("T", values, 3 / values, 1 / values, 1 / values)] * 2
-    scaling.plot(curves, tmp_path / "deep" / "remark.png")
+    curves = [convergence_rates.Curve("T", values, 3 / values, 1 / values, 1 / values)] * 2
+    convergence_rates.plot(curves, tmp_path / "deep" / "remark.png")
     assert (tmp_path / "deep" / "remark.png").stat().st_size > 5_000
 
 
 def test_map_names_code_checks_and_what_they_caught(monkeypatch):
     wanted = {"float32 coefficients [server-step]", "Lemma 1 with weight 1 [induction]"}
     some = {k: v for k, v in controls().items() if k in wanted}
-    monkeypatch.setattr(mapping, "controls", lambda: some)
-    text = "\n".join(mapping.lines())
-    for piece in ("orlomo_jax/rules/orlomo.py", "proofs_check/exhaustive.py", "server-step"):
+    monkeypatch.setattr(coverage, "controls", lambda: some)
+    text = "\n".join(coverage.lines())
+    for piece in (
+        "orlomo_jax/rules/orlomo.py",
+        "proofs_check/checks/every_order.py",
+        "server-step",
+    ):
         assert piece in text
     assert "caught  float32 coefficients" in text
     assert "caught  Lemma 1 with weight 1" in text

@@ -9,9 +9,9 @@ import pytest
 
 import proofs_check
 from proofs_check.__main__ import main
-from proofs_check.extras import MissingPackage
+from proofs_check.optional import MissingPackage
 
-FAULT = "proofs_check.broken:without_past_descent"
+FAULT = "proofs_check.mutants.faulty_rules:without_past_descent"
 
 
 def test_command_passes_and_writes_json(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_counterexamples_are_utf_8_whatever_the_terminal(tmp_path, monkeypatch):
 
 
 def test_map_prints_to_a_terminal_that_is_not_utf_8(monkeypatch):
-    monkeypatch.setattr("proofs_check.mapping.controls", dict)
+    monkeypatch.setattr("proofs_check.coverage.controls", dict)
     written = narrow(monkeypatch, "stdout")
     assert main(["--map"]) == 0
     assert b"Lemma 3" in written.getvalue()

@@ -2,8 +2,9 @@
 
 import pytest
 
-from proofs_check import SMALL, broken, run
-from proofs_check.controls import controls
+from proofs_check import SMALL, run
+from proofs_check.mutants import faulty_rules
+from proofs_check.mutants.catalogue import controls
 from proofs_check.registry import CHECKS
 
 CONTROLS = controls()
@@ -21,7 +22,7 @@ def test_is_caught(name):
 
 @pytest.mark.parametrize("check", [c.name for c in CHECKS.values() if c.rule_only])
 def test_the_rule_without_a_fault_passes(check):
-    outcomes = list(run(broken.intact(), SMALL, checks=[check]))
+    outcomes = list(run(faulty_rules.intact(), SMALL, checks=[check]))
     assert [outcome for outcome in outcomes if not outcome.passed] == []
 
 

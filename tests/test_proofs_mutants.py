@@ -6,10 +6,10 @@ import pytest
 
 from proofs_check import SMALL, Size, Subject, run
 from proofs_check.__main__ import main
-from proofs_check.controls import controls
-from proofs_check.mutants import SERVER
+from proofs_check.mutants.bookkeeping import SERVER
+from proofs_check.mutants.catalogue import controls
+from proofs_check.mutants.worker_rounds import INTACT, ROUND_KEYS
 from proofs_check.reference import EVENTS, timeline
-from proofs_check.worker_mutants import INTACT, ROUND_KEYS
 
 STEPS = (0, 1, 255, 256, 257, 1000, 1999)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax.pure import check_pure
+from orlomo_jax.worker.batch_check import check_batch_fn
 from tests.test_ends import runs
 
 KEY = jax.random.key(0)
@@ -55,13 +55,13 @@ def stateful():
 @pytest.mark.parametrize("make", list(stateful()), ids=lambda make: make.__name__)
 def test_a_function_that_changes_is_refused(make):
     with pytest.raises(TypeError, match=r"traced once.*jax\.pure_callback.*different batches"):
-        check_pure(make(), KEY)
+        check_batch_fn(make(), KEY)
 
 
 def test_a_loader_at_its_end_is_refused():
     batches = iter([np.ones((2, 3))])
     with pytest.raises(TypeError, match=r"traced once.*It raised StopIteration"):
-        check_pure(lambda key, worker, round: next(batches), KEY)
+        check_batch_fn(lambda key, worker, round: next(batches), KEY)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_loader_at_its_end_is_refused():
 )
 def test_functions_of_their_arguments_pass(batch_fn):
     with jax.enable_x64(True):
-        check_pure(batch_fn, KEY)
+        check_batch_fn(batch_fn, KEY)
 
 
 def test_a_function_that_keeps_what_it_computed_at_first_passes():
@@ -92,7 +92,7 @@ def test_a_function_that_keeps_what_it_computed_at_first_passes():
         kept.append(np.ones((4, 2, 3)))
         return jnp.ones((2, 3))
 
-    check_pure(batch_fn, KEY)
+    check_batch_fn(batch_fn, KEY)
 
 
 def test_what_a_function_raises_is_its_own():
@@ -100,7 +100,7 @@ def test_what_a_function_raises_is_its_own():
         raise KeyError("images")
 
     with pytest.raises(KeyError, match="images"):
-        check_pure(slip, KEY)
+        check_batch_fn(slip, KEY)
 
 
 @runs

@@ -15,29 +15,24 @@ import psutil
 import pytest
 import ray
 
-from orlomo_jax import (
-    Membership,
-    RayWorkers,
-    Work,
-    make_method,
-    narrow_reports,
-    simulate,
-    train,
-)
+from orlomo_jax import Membership, RayWorkers, cast_reports, make_method, simulate, train
 from orlomo_jax.runtimes import actor as ray_actor
 from orlomo_jax.runtimes import ray as ray_workers
+from orlomo_jax.worker import Workload
 from tests import helpers
 from tests.real_runs import (
     PARAMS,
     Killed,
     NoSuchBatchError,
+    S,
     arguments,
     assert_replays,
     batch_fn,
     killed_at,
+    loss_fn,
+    method_of,
     poison,
     run,
-    setup,
     with_metrics,
 )
 
@@ -88,11 +83,13 @@ def test_killed_actors_and_poisoned_reports_are_survived():
             victim.send_signal(signal.SIGKILL)
 
     def inject(report):
-        if report.round == 3:
+        if report.id.round == 3:
             return [poison(report, "nan"), report]
-        return [report, report] if report.round % 2 else [report]
+        return [report, report] if report.id.round % 2 else [report]
 
-    result = run(workers=RayWorkers(K), on_step=on_step, inject=inject, num_steps=45, audit=True)
+    result = run(
+        workers=RayWorkers(K), callbacks=[on_step], fault_injector=inject, num_steps=45, audit=True
+    )
     lost = [event for event in result.trace.events if event.kind == "lost"]
     assert result.health.lost == len(lost)
     assert len({pid for pid in killed}) <= len(lost), "and what was not finite besides"
@@ -104,20 +101,23 @@ def test_killed_actors_and_poisoned_reports_are_survived():
 
 @pytest.mark.slow
 def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
-    method, round_fn = setup("al_sgd")
-    options = arguments() | {"num_steps": 12}
-    narrow_fn = narrow_reports(round_fn, jnp.bfloat16)
-    job = (method, narrow_fn, batch_fn, PARAMS)
+    method = method_of("al_sgd")
+    narrow_fn = cast_reports(method.local_round(loss_fn), jnp.bfloat16)
+    options = arguments() | {"num_steps": 12, "round_fn": narrow_fn}
+    job = (method, None, batch_fn, PARAMS)
 
     with pytest.raises(Killed):
-        train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", on_step=killed_at(7), **options)
+        train(
+            *job, RayWorkers(K), journal=tmp_path / "a.jsonl", callbacks=[killed_at(7)], **options
+        )
     narrow = train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", **options)
     state, delta = 12, sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     reports = 12 - 7  # of the second process
     assert narrow.health.received_bytes == reports * (delta // 2 + state)
-    again = simulate(*job, narrow.trace, compiled=False, **arguments())
+    replay = arguments() | {"trace": narrow.trace}
+    again = simulate(*job, engine="eager", round_fn=narrow_fn, **replay)
     helpers.assert_trees_equal(narrow.params, again.params)
-    wide = simulate(method, round_fn, batch_fn, PARAMS, narrow.trace, **arguments())
+    wide = simulate(method, loss_fn, batch_fn, PARAMS, **replay)
     assert not np.array_equal(narrow.params["a"], wide.params["a"])
 
 
@@ -131,7 +131,7 @@ def test_workers_join_late_and_leave():
         if record.step == 100:
             membership.leave(0)
 
-    result = run(workers=RayWorkers(K), membership=membership, on_step=on_step, num_steps=300)
+    result = run(workers=RayWorkers(K), membership=membership, callbacks=[on_step], num_steps=300)
     assert [event[1:] for event in result.trace.events] == [("joined", 2), ("left", 0)]
     assert_replays(result)
 
@@ -157,10 +157,9 @@ def raising_in_actors(error):
     ],
 )
 def test_what_the_first_round_raises_ends_the_run_with_the_users_lines(error, seen):
-    method, round_fn = setup("orlomo")
-    slip = raising_in_actors(error)
+    job = (method_of("orlomo"), loss_fn, raising_in_actors(error), PARAMS, RayWorkers(K))
     with pytest.raises(seen, match="no such batch") as caught:
-        train(method, round_fn, slip, PARAMS, RayWorkers(K), num_steps=5, **arguments())
+        train(*job, num_steps=5, **arguments())
     notes = "".join(caught.value.__notes__)
     assert "the_slip" in notes
     assert f'File "{__file__}"' in notes
@@ -178,17 +177,16 @@ def test_actors_with_other_versions_are_refused(monkeypatch):
 @pytest.mark.slow
 def test_metrics_reach_the_history_and_replay():
     options = arguments() | {"num_steps": 9}
-    method = make_method("orlomo", K)
-    job = (method, method.local_round(with_metrics(), 2), batch_fn, PARAMS)
+    job = (method_of("orlomo"), with_metrics(), batch_fn, PARAMS)
     result = train(*job, RayWorkers(K), **options)
-    again = simulate(*job, result.trace, compiled=False, **arguments())
+    again = simulate(*job, trace=result.trace, engine="eager", **arguments())
     helpers.assert_trees_equal(result.history.metrics, again.history.metrics)
 
 
 @pytest.mark.slow
 def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
-    workers = RayWorkers(K)
-    workers.open(Work.of(setup("orlomo")[1], batch_fn, jax.random.key(0)))
+    workers, round_fn = RayWorkers(K), method_of("orlomo").local_round(loss_fn)
+    workers.open(Workload.of(round_fn, batch_fn, jax.random.key(0)))
     with pytest.raises(RuntimeError, match="in another run"):
         run(workers=workers)
     workers.close()
@@ -198,8 +196,8 @@ def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
 def test_too_few_processors():
     with pytest.raises(ValueError, match="4 actors of num_cpus=1 need 4 CPU, the cluster has 3"):
         train(
-            make_method("orlomo", 4),
-            setup("orlomo")[1],
+            make_method("orlomo", 4, S),
+            loss_fn,
             batch_fn,
             PARAMS,
             RayWorkers(4),

@@ -7,11 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import against_optax, data, execution, merged_statistics
-from experiments.runs import Run
+from experiments import against_optax, merged_statistics, runner
+from experiments.config import Run
+from experiments.data import datasets
 
 
-def made_up(name="cifar10", *_, **__) -> data.Dataset:
+def made_up(name="cifar10", *_, **__) -> datasets.Dataset:
     """Ten classes of 8×8 images, each a colour of its own under noise."""
     rng = np.random.default_rng(0)
     colours = rng.uniform(0, 255, (10, 1, 1, 3))
@@ -19,15 +20,15 @@ def made_up(name="cifar10", *_, **__) -> data.Dataset:
     def split(count):
         labels = rng.integers(0, 10, count)
         images = 0.5 * colours[labels] + 0.5 * rng.uniform(0, 255, (count, 8, 8, 3))
-        return data.Split(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
+        return datasets.Split(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
 
-    return data.Dataset(name, split(2000), split(500), 10, (0.5,) * 3, (0.25,) * 3, padding=0)
+    return datasets.Dataset(name, split(2000), split(500), 10, (0.5,) * 3, (0.25,) * 3, padding=0)
 
 
 @pytest.fixture
 def images(monkeypatch, tmp_path):
     """A data_dir of its own, since parts are cached by data_dir."""
-    monkeypatch.setattr(execution.data, "load", made_up)
+    monkeypatch.setattr(runner.data, "load", made_up)
     return tmp_path
 
 

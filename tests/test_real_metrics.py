@@ -6,18 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from orlomo_jax import Checkpoints, Journal, Threads, make_method, simulate, train
+from orlomo_jax import Checkpointer, ThreadWorkers, make_method, simulate, train
+from orlomo_jax.recording import Journal
 from orlomo_jax.runtimes import metrics
 from tests import helpers
 from tests.real_runs import PARAMS, K, Killed, S, T, arguments, batch_fn, killed_at, with_metrics
 
-METHOD = make_method("orlomo", K)
-JOB = (METHOD, METHOD.local_round(with_metrics(), S), batch_fn, PARAMS)
+METHOD = make_method("orlomo", K, S)
+JOB = (METHOD, with_metrics(), batch_fn, PARAMS)
 
 
 def assert_like_the_simulators(result, records):
     seen = []
-    again = simulate(*JOB, result.trace, compiled=False, on_step=seen.append, **arguments())
+    again = simulate(
+        *JOB, trace=result.trace, engine="eager", callbacks=[seen.append], **arguments()
+    )
     helpers.assert_trees_equal(result.history.metrics, again.history.metrics)
     assert np.isinf(result.history.metrics["nested"][1]).any()
     for ours, theirs in zip(records, seen[-len(records) :], strict=True):
@@ -26,25 +29,25 @@ def assert_like_the_simulators(result, records):
 
 def test_they_are_the_simulators():
     records = []
-    result = train(*JOB, Threads(K), num_steps=T, on_step=records.append, **arguments())
+    result = train(*JOB, ThreadWorkers(K), num_steps=T, callbacks=[records.append], **arguments())
     assert len(records) == T
     assert_like_the_simulators(result, records)
 
 
 @pytest.mark.parametrize("every", [5, 100])
 def test_they_survive_a_resumption(every, tmp_path):
-    options = arguments() | {"num_steps": T, "checkpoint": Checkpoints(tmp_path, every=every)}
+    options = arguments() | {"num_steps": T, "checkpoint": Checkpointer(tmp_path, every=every)}
     with pytest.raises(Killed):
-        train(*JOB, Threads(K), on_step=killed_at(13), **options)
+        train(*JOB, ThreadWorkers(K), callbacks=[killed_at(13)], **options)
     records = []
-    result = train(*JOB, Threads(K), on_step=records.append, **options)
+    result = train(*JOB, ThreadWorkers(K), callbacks=[records.append], **options)
     assert records[0].step == (11 if every == 5 else 1)
     assert_like_the_simulators(result, records)
 
 
 def test_the_journal_holds_them(tmp_path):
     path = tmp_path / "arrivals.jsonl"
-    result = train(*JOB, Threads(K), num_steps=4, journal=path, **arguments())
+    result = train(*JOB, ThreadWorkers(K), num_steps=4, journal=path, **arguments())
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert {len(row["metrics"]) for row in rows} == {4}
     loaded = Journal.load(path)
@@ -56,14 +59,11 @@ def test_the_journal_holds_them(tmp_path):
 def test_another_loss_is_noticed_before_the_first_step(tmp_path):
     options = arguments() | {"num_steps": T, "journal": tmp_path / "arrivals.jsonl"}
     with pytest.raises(Killed):
-        train(*JOB, Threads(K), on_step=killed_at(5), **options)
-    other = (
-        METHOD,
-        METHOD.local_round(lambda *args: (args[0]["b"].sum(), (args[1], {"a": 1.0})), S),
-    )
+        train(*JOB, ThreadWorkers(K), callbacks=[killed_at(5)], **options)
+    other = (METHOD, lambda *args: (args[0]["b"].sum(), (args[1], {"a": 1.0})))
     steps = []
     with pytest.raises(ValueError, match=r"another round_fn\.loss_fn"):
-        train(*other, batch_fn, PARAMS, Threads(K), on_step=steps.append, **options)
+        train(*other, batch_fn, PARAMS, ThreadWorkers(K), callbacks=[steps.append], **options)
     assert not steps
 
 

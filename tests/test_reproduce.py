@@ -4,11 +4,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments import cells, records, report, reproduce, search, together
-from experiments.runs import Run
+from experiments import records, report, reproduce
+from experiments.config import Run
+from experiments.paper import search, tables, tasks
 from orlomo_jax import ArrivalTrace
 
-SCALE = cells.SCALES["digits"]
+SCALE = tables.SCALES["digits"]
 ENVIRONMENT = {"device": "cpu", "cpus": 2, "jax": "0.10.2"}
 
 
@@ -36,28 +37,28 @@ def fill(runs, rows, seeds=3, **options):
 
 class TestPaper:
     def test_every_number_is_there(self):
-        numbers = cells.paper_numbers()
+        numbers = tables.paper_numbers()
         assert len(numbers) == 485
         by_table = [sum(n.table == table for n in numbers) for table in range(1, 7)]
         assert by_table == [96, 96, 5, 96, 96, 96]
 
     def test_numbers_known_by_heart(self):
         want = Run("orlomo", "resnet20", "cifar10", "heterogeneous", 16, 32)
-        (number,) = [n for n in cells.paper_numbers() if n.run == want and n.table == 4]
+        (number,) = [n for n in tables.paper_numbers() if n.run == want and n.table == 4]
         assert (number.metric, number.mean, number.std) == ("train_loss", 0.15, 0.01)
 
     def test_tiny_imagenets_slow_workers_take_four_times(self):
-        assert {run.slowdown for run in cells.table_runs(6)} == {4.0}
+        assert {run.slowdown for run in tables.table_runs(6)} == {4.0}
 
     def test_table_3_has_two_forms(self):
-        forms = [(r.scenario, r.slowdown, r.max_delay) for r in cells.table_runs(3)]
+        forms = [(r.scenario, r.slowdown, r.max_delay) for r in tables.table_runs(3)]
         assert ("one_slow", 50.0, 0) in forms
         assert ("one_delayed", 1.0, 9449) in forms
 
 
 class TestSelect:
     def test_conditions_are_joined(self):
-        runs = cells.select(cells.table_runs(1), "workers=8,method=orlomo,dataset=cifar100")
+        runs = tables.select(tables.table_runs(1), "workers=8,method=orlomo,dataset=cifar100")
         assert {(r.workers, r.method, r.dataset) for r in runs} == {(8, "orlomo", "cifar100")}
         assert len(runs) == 6
 
@@ -71,11 +72,11 @@ class TestSelect:
     )
     def test_unknown_cells(self, only, message):
         with pytest.raises(ValueError, match=message):
-            cells.select(cells.table_runs(1), only)
+            tables.select(tables.table_runs(1), only)
 
 
 class TestMissing:
-    run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+    run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
 
     def done(self, losses):
         """Return what a cell runs, in order, where these are the losses of the grid's rates."""
@@ -130,7 +131,7 @@ class TestMissing:
         assert search.search(rows, self.run, SCALE).chosen is None
 
     def test_tables_4_and_5_are_the_runs_of_2_and_1(self):
-        assert cells.table_runs(5) == cells.table_runs(1)
+        assert tables.table_runs(5) == tables.table_runs(1)
 
 
 class TestCommand:
@@ -140,7 +141,7 @@ class TestCommand:
         def execute_together(runs, *args, **options):
             return [execute(run, *args, **options) for run in runs]
 
-        monkeypatch.setattr(together.execution, "execute_together", execute_together)
+        monkeypatch.setattr(tasks.execution, "execute_together", execute_together)
         reproduce.main([*self.flags, "--output", str(path), *flags])
 
     def test_a_killed_command_goes_on(self, monkeypatch, tmp_path):
@@ -183,7 +184,7 @@ class TestCommand:
         points = {}
 
         def execute(run, *_, evaluate_every, **__):
-            num_steps = run.num_steps(len(together.execution.assemble(run).train.labels))
+            num_steps = run.num_steps(len(tasks.execution.assemble(run).train.labels))
             points[run.local_iterations] = num_steps // evaluate_every
             return row_of(run)
 
@@ -231,7 +232,7 @@ class TestCommand:
 
 class TestReport:
     def rows(self):
-        runs = [search.cell_of(SCALE.shrink(run)) for run in cells.table_runs(2)]
+        runs = [search.cell_of(SCALE.shrink(run)) for run in tables.table_runs(2)]
         rows = {}
         for run in search.missing(list(dict.fromkeys(runs)), rows, SCALE, 3):
             worse = {"orlomo": 0.0, "prsgdm": 0.1, "al_sgd": 0.2, "local_ormo_da": 0.3}[run.method]
@@ -258,7 +259,7 @@ class TestReport:
 
     def test_a_cell_without_a_finished_run_says_so(self):
         rows = {}
-        run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
         fill([run], rows, status="diverged")
         text = "\n".join(report.table_lines(2, rows, SCALE))
         assert "diverged at every rate" in text
@@ -276,7 +277,7 @@ class TestReport:
 
     def test_part_of_a_cell(self):
         """One seed has no spread, and methods that are not there yet leave dashes."""
-        run = search.cell_of(SCALE.shrink(cells.table_runs(2)[0]))
+        run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
         rows = {}
         fill([run], rows, seeds=1)
         (line,) = [x for x in report.table_lines(2, rows, SCALE) if x.startswith("| homogeneous")]
@@ -286,7 +287,7 @@ class TestReport:
 
     def test_table_3(self):
         rows = {}
-        runs = [search.cell_of(SCALE.shrink(run)) for run in cells.table_runs(3)]
+        runs = [search.cell_of(SCALE.shrink(run)) for run in tables.table_runs(3)]
         fill(runs, rows)
         text = "\n".join(report.table_lines(3, rows, SCALE))
         assert "| 50× slower | 34 | 99.99 ± 0.01 (3) | 9449 | 91.44 |" in text

@@ -4,23 +4,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import cells, report
+from experiments import report
+from experiments.paper import tables
+from experiments.paper.search import recorded
 from experiments.records import RESULTS
-from experiments.search import recorded
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.jsonl")))
 def test_the_report_is_rebuilt_from_the_rows(name, tmp_path):
     plt.switch_backend("agg")
     rows = recorded(RESULTS / f"{name}.jsonl")
-    report.build(rows, cells.SCALES[name], tmp_path)
+    report.build(rows, tables.SCALES[name], tmp_path)
     committed = RESULTS / name
     assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
 
 
 class TestDigits:
-    scale = cells.SCALES["digits"]
+    scale = tables.SCALES["digits"]
 
     def losses(self):
         """Training losses by cell and method: the seeds of the chosen learning rate."""
@@ -53,7 +54,7 @@ class TestDigits:
 class TestSmall:
     """Table 2's column K = 16, S = 32 of CIFAR10."""
 
-    scale = cells.SCALES["small"]
+    scale = tables.SCALES["small"]
 
     def cells(self):
         rows = recorded(RESULTS / "small.jsonl")
@@ -68,7 +69,7 @@ class TestSmall:
 
     def test_the_column_is_whole(self):
         for cell in self.cells():
-            assert set(cell) == set(cells.METHODS.values())
+            assert set(cell) == set(tables.METHODS.values())
             assert {len(entry.rows) for entry in cell.values()} == {self.scale.seeds}
 
     def test_orlomo_is_at_or_above_the_asynchronous_baselines(self):

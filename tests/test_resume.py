@@ -8,12 +8,9 @@ import time
 import jax
 import pytest
 
-from orlomo_jax import (
-    METHOD_NAMES,
-    Checkpoints,
-    Journal,
-    Membership,
-)
+from orlomo_jax import Checkpointer, Membership
+from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.recording import Journal
 from tests import helpers
 from tests.real_runs import (
     K,
@@ -40,14 +37,14 @@ def test_a_killed_run_loses_nothing_that_was_applied(name, tmp_path):
 
     for kill_at in (3, 9, 20):
         with pytest.raises(Killed):
-            run(name, checkpoint=Checkpoints(tmp_path, every=5), on_step=until(kill_at))
-    result = run(name, checkpoint=Checkpoints(tmp_path, every=5))
+            run(name, checkpoint=Checkpointer(tmp_path, every=5), callbacks=[until(kill_at)])
+    result = run(name, checkpoint=Checkpointer(tmp_path, every=5))
     orders = dict(applied)
     assert orders == dict(enumerate(result.trace.workers[:20].tolist(), 1)), "the same order"
     assert len(applied) == 3 + (9 - 0) + (20 - 5), "what lies beyond the checkpoint is repeated"
     assert not result.trace.events, "each worker is given the task that it had"
     assert_replays(result, name)
-    again = run(name, checkpoint=Checkpoints(tmp_path, every=5), on_step=until(1))
+    again = run(name, checkpoint=Checkpointer(tmp_path, every=5), callbacks=[until(1)])
     helpers.assert_trees_equal(again.params, result.params)
 
 
@@ -57,10 +54,10 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
         with pytest.raises(Killed):
             run(
                 workers=Unreliable(K, failing),
-                checkpoint=Checkpoints(tmp_path, every=4),
-                on_step=killed_at(step),
+                checkpoint=Checkpointer(tmp_path, every=4),
+                callbacks=[killed_at(step)],
             )
-    result = run(workers=Unreliable(K, failing), checkpoint=Checkpoints(tmp_path, every=4))
+    result = run(workers=Unreliable(K, failing), checkpoint=Checkpointer(tmp_path, every=4))
     assert len(result.trace.events) >= 8
     assert_replays(result)
 
@@ -70,40 +67,42 @@ def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
     failing = {(worker, round) for worker in range(K) for round in (2, 4)}
     workers = Unreliable(K, failing)
     with pytest.raises(Killed):
-        run(workers=workers, checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(25))
+        run(
+            workers=workers, checkpoint=Checkpointer(tmp_path, every=100), callbacks=[killed_at(25)]
+        )
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=5), on_step=killed_at(8))
-    assert Checkpoints(tmp_path, every=5).steps() == [5]
-    result = run(checkpoint=Checkpoints(tmp_path, every=5))
+        run(checkpoint=Checkpointer(tmp_path, every=5), callbacks=[killed_at(8)])
+    assert Checkpointer(tmp_path, every=5).steps() == [5]
+    result = run(checkpoint=Checkpointer(tmp_path, every=5))
     assert len(result.trace.events) >= 4 * K
     assert_replays(result)
 
 
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path):
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=100), on_step=killed_at(8))
+        run(checkpoint=Checkpointer(tmp_path, every=100), callbacks=[killed_at(8)])
     journal = tmp_path / "arrivals.jsonl"
     journal.write_text(journal.read_text() + '{"worker": 1, "ti')
     torn = journal.stat().st_size
     assert len(Journal.load(journal).arrivals) == 8
     assert journal.stat().st_size == torn, "reading changes nothing"
-    result = run(checkpoint=Checkpoints(tmp_path, every=100))
+    result = run(checkpoint=Checkpointer(tmp_path, every=100))
     assert_replays(result)
 
 
 def test_the_checkpoints_of_another_run_are_refused(tmp_path):
-    run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3))
+    run(num_steps=6, checkpoint=Checkpointer(tmp_path, every=3))
     with pytest.raises(ValueError, match="got one of another keys"):
-        run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3), key=jax.random.key(1))
+        run(num_steps=6, checkpoint=Checkpointer(tmp_path, every=3), key=jax.random.key(1))
     with pytest.raises(ValueError, match="got one of another method"):
-        run("al_sgd", num_steps=6, checkpoint=Checkpoints(tmp_path, every=3))
+        run("al_sgd", num_steps=6, checkpoint=Checkpointer(tmp_path, every=3))
     with pytest.raises(ValueError, match="got one of another local_learning_rate"):
-        run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3), local_learning_rate=0.2)
+        run(num_steps=6, checkpoint=Checkpointer(tmp_path, every=3), local_learning_rate=0.2)
     with pytest.raises(ValueError, match="`num_steps` must be ≥ 6"):
-        run(num_steps=4, checkpoint=Checkpoints(tmp_path, every=3))
+        run(num_steps=4, checkpoint=Checkpointer(tmp_path, every=3))
     (tmp_path / "arrivals.jsonl").unlink()
-    with pytest.raises(ValueError, match="must hold the run up to its checkpoint, 6 reports"):
-        run(num_steps=6, checkpoint=Checkpoints(tmp_path, every=3))
+    with pytest.raises(ValueError, match="must have the run up to its checkpoint, 6 reports"):
+        run(num_steps=6, checkpoint=Checkpointer(tmp_path, every=3))
 
 
 def test_the_journal_of_another_run_is_refused(tmp_path):
@@ -148,7 +147,7 @@ def test_one_process_at_a_time_writes_a_journal(tmp_path):
 NO_FCNTL = """
 import sys, types
 sys.modules["fcntl"] = None  # as on Windows
-from orlomo_jax import Arrival, Journal
+from orlomo_jax.recording import Arrival, Journal
 if taken := sys.argv[2:]:
     def locking(descriptor, mode, count):
         if taken == ["taken"]:
@@ -191,7 +190,7 @@ def test_a_journal_that_was_written_since_it_was_read_is_left_alone(tmp_path, be
 
 def test_a_refused_run_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="`audit` needs OrLoMo"):
-        run("al_sgd", audit=True, checkpoint=Checkpoints(tmp_path / "new", every=5))
+        run("al_sgd", audit=True, checkpoint=Checkpointer(tmp_path / "new", every=5))
     assert not (tmp_path / "new" / "arrivals.jsonl").exists()
 
 
@@ -213,12 +212,12 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
     with pytest.raises(Killed):
         run(
             membership=membership,
-            on_step=on_step,
-            checkpoint=Checkpoints(tmp_path, every=every),
+            callbacks=[on_step],
+            checkpoint=Checkpointer(tmp_path, every=every),
             **options,
         )
     result = run(
-        membership=Membership(K, then), checkpoint=Checkpoints(tmp_path, every=every), **options
+        membership=Membership(K, then), checkpoint=Checkpointer(tmp_path, every=every), **options
     )
     present = tuple(worker not in then for worker in range(K))
     assert result.health.present == present
@@ -228,5 +227,5 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
 
 def test_audit_goes_on_from_a_checkpoint(tmp_path):
     with pytest.raises(Killed):
-        run(checkpoint=Checkpoints(tmp_path, every=5), audit=True, on_step=killed_at(13))
-    run(checkpoint=Checkpoints(tmp_path, every=5), audit=True)
+        run(checkpoint=Checkpointer(tmp_path, every=5), audit=True, callbacks=[killed_at(13)])
+    run(checkpoint=Checkpointer(tmp_path, every=5), audit=True)

@@ -11,7 +11,7 @@ import pytest
 
 import orlomo_jax
 from orlomo_jax import LocalUpdate, al_sgd, delay_adaptive, local_ormo_da, orlomo, prsgdm
-from orlomo_jax.rules.base import _behind_a_barrier, _by_branch, geometric_sum
+from orlomo_jax.rules.ordering import _behind_a_barrier, _by_branch, geometric_sum
 from tests import helpers
 
 STEPS = 2000

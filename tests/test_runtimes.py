@@ -1,5 +1,6 @@
 """Real runs on threads: replays, losses, membership, audits."""
 
+import dataclasses
 import math
 import time
 
@@ -8,16 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import (
-    METHOD_NAMES,
-    AuditFailure,
-    Checkpoints,
-    Membership,
-    Threads,
-    WorkersGone,
-    orlomo,
-    train,
-)
+from orlomo_jax import Callback, Checkpointer, Membership, ThreadWorkers, orlomo, train
+from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.runtimes import WorkersLostError
+from orlomo_jax.server import AuditError
 from tests.real_runs import (
     PARAMS,
     K,
@@ -27,9 +22,11 @@ from tests.real_runs import (
     arguments,
     assert_replays,
     batch_fn,
+    loss_fn,
+    method_of,
     poison,
     run,
-    setup,
+    with_id,
 )
 
 
@@ -44,13 +41,13 @@ def compiled():
             raise Killed
 
     with pytest.raises(Killed):
-        run(num_steps=10**6, on_step=on_step)
+        run(num_steps=10**6, callbacks=[on_step])
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_run_replays_in_the_simulator_to_the_bit(name):
     seen = []
-    result = run(name, Threads(K, slowdowns=[1, 1, 3]), on_step=seen.append)
+    result = run(name, ThreadWorkers(K, slowdowns=[1, 1, 3]), callbacks=[seen.append])
     assert (result.status, result.trace.num_steps, len(seen)) == ("finished", T, T)
     assert [record.step for record in seen] == list(range(1, T + 1))
     assert [record.worker for record in seen] == result.trace.workers.tolist()
@@ -72,7 +69,7 @@ def test_a_lost_round_is_an_event_and_replays(name):
 @pytest.mark.usefixtures("compiled")
 def test_a_hanging_worker_is_given_up():
     workers = Unreliable(K, hanging={(2, 1)})
-    result = run(workers=workers, round_timeout=0.7, on_step=lambda record: time.sleep(0.05))
+    result = run(workers=workers, round_timeout=0.7, callbacks=[lambda record: time.sleep(0.05)])
     assert [event[1:] for event in result.trace.events] == [("lost", 2), ("redispatched", 2)]
     assert_replays(result)
 
@@ -94,7 +91,7 @@ def test_a_poisoned_report_changes_nothing(kind, reason, lost):
         seen.append(report)
         return [poison(report, kind), report] if len(seen) == 8 else [report]
 
-    result = run(inject=inject)
+    result = run(fault_injector=inject)
     expected = {reason: 1}
     if lost:  # the round is given up, and the good report comes too late
         expected["stale"] = expected.get("stale", 0) + 1
@@ -110,13 +107,13 @@ def test_duplicates_and_replays_are_applied_at_most_once():
         old.append(report)
         return [report, report, old[0], old[len(old) // 2]]
 
-    result = run(inject=inject)
+    result = run(fault_injector=inject)
     assert result.health.rejected["stale"] > 2 * T
     assert_replays(result)
 
 
 def test_what_is_no_report_is_rejected():
-    result = run(inject=lambda report: ["garbage", None, report])
+    result = run(fault_injector=lambda report: ["garbage", None, report])
     assert result.health.rejected == {"malformed": 2 * T}
     assert_replays(result)
 
@@ -124,16 +121,16 @@ def test_what_is_no_report_is_rejected():
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
     failing = {(worker, round) for worker in range(K) for round in range(4, 9)}
-    with pytest.raises(WorkersGone, match=r"3 lost rounds in a row, the last: it died"):
+    with pytest.raises(WorkersLostError, match=r"3 lost rounds in a row, the last: it died"):
         run(
             name,
             Unreliable(K, failing),
-            checkpoint=Checkpoints(tmp_path, every=100),
+            checkpoint=Checkpointer(tmp_path, every=100),
             max_failures=2,
         )
-    [step] = Checkpoints(tmp_path, every=100).steps()
+    [step] = Checkpointer(tmp_path, every=100).steps()
     assert step > 0
-    result = run(name, checkpoint=Checkpoints(tmp_path, every=100))
+    result = run(name, checkpoint=Checkpointer(tmp_path, every=100))
     assert result.status == "finished"
     assert_replays(result, name)
 
@@ -149,13 +146,15 @@ def test_one_lost_worker_is_no_end():
 
 
 def test_a_diverging_run_ends_as_diverged():
-    result = run(inject=lambda r: [poison(r, "nan") if r.round >= 3 else r], max_failures=1)
+    result = run(
+        fault_injector=lambda r: [poison(r, "nan") if r.id.round >= 3 else r], max_failures=1
+    )
     assert (result.status, result.diverged_at) == ("diverged", 3 * K)
     assert result.health.rejected == {"not finite": 2 * K}
 
 
 def test_a_synchronous_run_diverges_too():
-    result = run("prsgdm", inject=lambda r: [poison(r, "nan") if r.round >= 2 else r])
+    result = run("prsgdm", fault_injector=lambda r: [poison(r, "nan") if r.id.round >= 2 else r])
     assert result.status == "diverged"
 
 
@@ -163,9 +162,11 @@ def test_a_merge_that_overflows_has_diverged():
     def huge(report):
         return [report._replace(update=jax.tree.map(lambda x: x + 3e38, report.update))]
 
-    result = run("al_sgd", inject=lambda r: huge(r) if r.round == 9 else [r], num_steps=T)
+    result = run(
+        "al_sgd", fault_injector=lambda r: huge(r) if r.id.round == 9 else [r], num_steps=T
+    )
     assert result.status in ("diverged", "finished")
-    result = run("al_sgd", inject=huge, num_steps=2 * K)
+    result = run("al_sgd", fault_injector=huge, num_steps=2 * K)
     assert result.status == "diverged"
 
 
@@ -178,11 +179,11 @@ def test_an_early_nan_is_no_divergence():
             for worker in range(K):
                 membership.leave(worker)
 
-    with pytest.raises(WorkersGone, match="it was the last: it was asked to"):
+    with pytest.raises(WorkersLostError, match="it was the last: it was asked to"):
         run(
             membership=membership,
-            on_step=on_step,
-            inject=lambda r: [poison(r, "nan") if r.round == 1 else r],
+            callbacks=[on_step],
+            fault_injector=lambda r: [poison(r, "nan") if r.id.round == 1 else r],
             num_steps=10_000,
         )
 
@@ -197,7 +198,7 @@ def test_workers_join_late_and_leave():
         if record.step == 40:
             membership.leave(0)
 
-    result = run(membership=membership, on_step=on_step, num_steps=2000)
+    result = run(membership=membership, callbacks=[on_step], num_steps=2000)
     assert [event[1:] for event in result.trace.events] == [("joined", 2), ("left", 0)]
     first, last = (event.step for event in result.trace.events)
     assert 2 not in result.trace.workers[:first]
@@ -213,42 +214,50 @@ def test_one_leaves_as_another_joins():
             membership.leave(0)
             membership.join(1)
 
-    result = run(membership=membership, on_step=on_step, num_steps=2000)
+    result = run(membership=membership, callbacks=[on_step], num_steps=2000)
     assert result.health.present == (False, True, False)
     assert_replays(result)
 
 
 @pytest.mark.usefixtures("compiled")
 def test_a_slow_callback_is_nobodys_delay():
-    result = run(round_timeout=0.6, on_step=lambda record: time.sleep(0.5), num_steps=8)
+    result = run(round_timeout=0.6, callbacks=[lambda record: time.sleep(0.5)], num_steps=8)
     assert result.health.lost == 0
 
 
 def test_an_odd_report_stops_nothing():
     def inject(report):
-        return [report._replace(worker=True), report._replace(worker=np.int64(report.worker))]
+        return [with_id(report, worker=True), with_id(report, worker=np.int64(report.id.worker))]
 
-    result = run(inject=inject)
+    result = run(fault_injector=inject)
     assert_replays(result)
 
 
 def test_audit_holds_and_finds_a_broken_rule():
     run(workers=Unreliable(K, failing={(1, 1), (0, 2)}), audit=True, num_steps=60)
-    method, round_fn = setup("orlomo")
-    broken = method._replace(rule=orlomo(K, momentum=0.89))
-    with pytest.raises(AuditFailure, match=r"Lemma [12].* fails at step"):
-        train(
-            broken, round_fn, batch_fn, PARAMS, Threads(K), num_steps=T, audit=True, **arguments()
-        )
+    broken = method_of("orlomo").with_rule(orlomo(K, momentum=0.89))
+    job = (broken, loss_fn, batch_fn, PARAMS, ThreadWorkers(K))
+    with pytest.raises(AuditError, match=r"Lemma [12].* fails at step"):
+        train(*job, num_steps=T, audit=True, **arguments())
     with pytest.raises(ValueError, match="`audit` needs OrLoMo"):
         run("al_sgd", audit=True)
 
 
+@dataclasses.dataclass  # which cannot be hashed
+class Watch(Callback):
+    health_every: float | None
+    seen: list = dataclasses.field(default_factory=list)
+
+    def on_health(self, health):
+        self.seen.append(health)
+
+
 def test_health_counts_what_happened():
-    seen = []
+    often, never = Watch(0.2), Watch(None)
     workers = Unreliable(K, failing={(1, 1)})
-    result = run(workers=workers, on_health=seen.append, health_every=0.2, num_steps=3000)
-    health = result.health
+    result = run(workers=workers, callbacks=[often, never], num_steps=3000)
+    health, seen = result.health, often.seen
+    assert not never.seen
     assert seen
     assert seen[0].step <= health.step == 3000
     assert sum(health.delays) == 3000
@@ -266,12 +275,21 @@ def test_health_counts_what_happened():
         ({"key": jnp.zeros(2)}, TypeError, "`key` must be a jax.random.key"),
         ({"round_timeout": 0.0}, ValueError, "`round_timeout` must be > 0"),
         ({"start_timeout": -1.0}, ValueError, "`start_timeout` must be ≥ 0"),
-        ({"health_every": "often"}, TypeError, "`health_every` must be a number"),
+        ({"callbacks": [Watch("often")]}, TypeError, "`health_every` must be a number"),
+        ({"callbacks": [Watch(0)]}, ValueError, "`health_every` must be > 0"),
         ({"max_failures": -1}, ValueError, "`max_failures` must be ≥ 0"),
         ({"evaluate_every": -2}, ValueError, "`evaluate_every` must be ≥ 1"),
         ({"evaluate_every": 0}, ValueError, "`evaluate_every` must be ≥ 1"),
-        ({"membership": Membership(K + 1)}, ValueError, "`membership` must be of the 3 workers"),
-        ({"workers": Threads(K + 1)}, ValueError, "`num_workers` must be the method's, 3"),
+        (
+            {"membership": Membership(K + 1)},
+            ValueError,
+            "`membership` must be for the method's 3 workers, got num_workers=4",
+        ),
+        (
+            {"workers": ThreadWorkers(K + 1)},
+            ValueError,
+            "`workers` must be for the method's 3 workers",
+        ),
     ],
 )
 def test_bad_arguments(options, error, message):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from orlomo_jax import ArrivalTrace, Threads, make_method, simulate, train
-from orlomo_jax.schedules import CHUNK, check_schedules
-from tests.small_runs import batches, loss_fn
+from orlomo_jax import ThreadWorkers, make_method, simulate, train
+from orlomo_jax.server.schedules import CHUNK, check_schedules
+from tests.small_runs import S, batches, loss_fn
 
 NEGATIVE = optax.polynomial_schedule(0.3, -0.1, 1, 4)  # 0 at step 3
 T = 6
@@ -20,12 +20,12 @@ def never(record):
 
 
 def run(runtime, rate=0.1, num_steps=T, **method):
-    method = make_method("orlomo", 2, **method)
-    job = method, method.local_round(loss_fn, 2), batches(), jnp.zeros(1)
-    options = {"key": jax.random.key(0), "local_learning_rate": rate, "on_step": never}
+    job = make_method("orlomo", 2, S, **method), loss_fn, batches(), jnp.zeros(1)
+    options = {"key": jax.random.key(0), "local_learning_rate": rate, "callbacks": [never]}
+    options["num_steps"] = num_steps
     if runtime == "train":
-        return train(*job, Threads(2), num_steps=num_steps, **options)
-    return simulate(*job, ArrivalTrace.from_workers([0, 1] * (num_steps // 2), 2), **options)
+        return train(*job, ThreadWorkers(2), **options)
+    return simulate(*job, **options)
 
 
 @pytest.mark.parametrize("runtime", ["simulate", "train"])
@@ -56,7 +56,7 @@ def test_only_the_steps_of_the_run_count():
 
 
 def test_a_long_schedule_is_looked_at_to_its_end():
-    method = make_method("orlomo", 2)
+    method = make_method("orlomo", 2, S)
     last = 3 * CHUNK - 1
     schedule = lambda step: jnp.where(step < last, 0.1, -0.1)  # noqa: E731
     check_schedules(method, schedule, last)

@@ -5,19 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import (
-    LocalUpdate,
-    ParameterServer,
-    Report,
-    ReportRejected,
-    make_method,
-)
+from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
+from orlomo_jax.server import RejectedReportError
 from tests import helpers
 from tests.servers import (
     STATE,
     K,
+    S,
     assert_unchanged,
-    cached_method,
     make_report,
     make_server,
     snapshot,
@@ -39,25 +34,31 @@ def with_delta(delta):
     return lambda task: make_report(task, 1, STATE, update=LocalUpdate(delta, helpers.tree()))
 
 
+def with_id(task, **changes):
+    return make_report(task, 1, STATE, id=task.id._replace(**changes))
+
+
 BAD_REPORTS = {
     "not a report": (lambda task: task, "`report` must be a Report, got Task"),
+    "not an id": (lambda t: make_report(t, 1, STATE, id=None), "must be the TaskId of a task"),
+    "half an id": (lambda t: make_report(t, 1, STATE, id=(0, 1)), r"got id=\(0, 1\)"),
     "unknown worker": (
-        lambda t: make_report(t, 1, STATE, worker=K),
+        lambda t: with_id(t, worker=K),
         r"`worker` must be in \[0, 2\]",
     ),
-    "negative worker": (lambda t: make_report(t, 1, STATE, worker=-1), "got worker=-1"),
-    "worker of a wrong type": (lambda t: make_report(t, 1, STATE, worker="0"), "worker='0'"),
-    "idle worker": (lambda t: make_report(t, 1, STATE, worker=2), "worker 2 holds no task"),
+    "negative worker": (lambda t: with_id(t, worker=-1), "got worker=-1"),
+    "worker of a wrong type": (lambda t: with_id(t, worker="0"), "worker='0'"),
+    "idle worker": (lambda t: with_id(t, worker=2), "worker 2 holds no task"),
     "future index": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=9),
+        lambda t: with_id(t, dispatched_at=9),
         "dispatched_at=9, a wrong",
     ),
     "stale index": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=0),
+        lambda t: with_id(t, dispatched_at=0),
         "worker 0 holds round=1, dispatched_at=1; got a report of round=1, dispatched_at=0",
     ),
     "duplicate": (
-        lambda t: make_report(t, 1, STATE, dispatched_at=0, round=0),
+        lambda t: with_id(t, dispatched_at=0, round=0),
         "round=0, dispatched_at=0, a duplicate or stale one",
     ),
     "no update": (lambda t: make_report(t, 1, STATE, update=(1, 2)), "must be a LocalUpdate"),
@@ -106,7 +107,7 @@ def test_a_bad_report_changes_nothing(bad, message):
     task = server.dispatch(0)
     server.dispatch(1)
     before = snapshot(server)
-    with pytest.raises(ReportRejected, match=message):
+    with pytest.raises(RejectedReportError, match=message):
         server.receive(bad(task))
     assert_unchanged(server, before)
     server.receive(make_report(task, 1, STATE))
@@ -115,7 +116,7 @@ def test_a_bad_report_changes_nothing(bad, message):
 
 def test_plain_sgd_methods_refuse_momentum():
     server = make_server("al_sgd")
-    with pytest.raises(ReportRejected, match="`update` must have no local momentum"):
+    with pytest.raises(RejectedReportError, match="`update` must have no local momentum"):
         server.receive(make_report(server.dispatch(0)))
 
 
@@ -141,38 +142,41 @@ def test_bad_dispatch_changes_nothing(call, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"num_workers": 4},
-            ValueError,
-            "`num_workers` must be the method's, 3, got num_workers=4",
-        ),
-        ({"num_workers": 0}, ValueError, "num_workers=0"),
         ({"local_learning_rate": -1.0}, ValueError, "local_learning_rate=-1.0"),
         ({"local_learning_rate": float("nan")}, ValueError, "local_learning_rate=nan"),
         ({"params": {"a": jnp.arange(2)}}, TypeError, r"int32 at params\['a'\]"),
     ],
 )
 def test_bad_construction(options, error, message):
-    arguments = {"params": helpers.tree(), "num_workers": K, "local_learning_rate": 0.1} | options
+    arguments = {"params": helpers.tree(), "local_learning_rate": 0.1} | options
     with pytest.raises(error, match=message):
-        ParameterServer(make_method("orlomo", K), **arguments)
+        ParameterServer(make_method("orlomo", K, S), **arguments)
 
 
 def test_float64_of_numpy_is_another_dtype():
-    server = ParameterServer(cached_method("al_sgd", 1), jnp.zeros(2), 1, local_learning_rate=0.1)
+    server = ParameterServer(make_method("al_sgd", 1, S), jnp.zeros(2), local_learning_rate=0.1)
     task = server.dispatch(0)
-    with pytest.raises(ReportRejected, match="must be float32, got float64"):
-        server.receive(Report(*task[:3], LocalUpdate(np.full(2, 1e300)), finite=True))
+    with pytest.raises(RejectedReportError, match="must be float32, got float64"):
+        server.receive(Report(task.id, LocalUpdate(np.full(2, 1e300)), finite=True))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"round": 0.7}, {"round": float("inf")}, {"finite": "False"}, {"worker": None}]
+    "changes", [{"round": 0.7}, {"round": float("inf")}, {"worker": None}, {"dispatched_at": "0"}]
 )
-def test_fields_of_a_wrong_type_are_rejected(changes):
+def test_counts_of_a_wrong_type_are_rejected(changes):
     server = make_server()
     task = server.dispatch(0)
-    with pytest.raises(ReportRejected):
-        server.receive(make_report(task, 0, **changes))
+    with pytest.raises(RejectedReportError):
+        server.receive(make_report(task, 0, id=task.id._replace(**changes)))
+    assert server.step == 0
+
+
+def test_a_flag_of_a_wrong_type_is_rejected():
+    server = make_server()
+    with pytest.raises(
+        RejectedReportError, match="`finite` must be a bool or None, got finite='False'"
+    ):
+        server.receive(make_report(server.dispatch(0), 0, finite="False"))
     assert server.step == 0
 
 
@@ -184,28 +188,41 @@ def test_schedules_are_looked_at(rate):
 
 @pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), np.array(np.nan, np.float32)])
 def test_a_number_of_the_host_is_looked_at_whatever_the_report_says(nan):
-    method = make_method("al_sgd", 1)
-    server = ParameterServer(method, jnp.zeros([]), 1, local_learning_rate=0.1)
+    method = make_method("al_sgd", 1, S)
+    server = ParameterServer(method, jnp.zeros([]), local_learning_rate=0.1)
     task = server.dispatch(0)
-    with pytest.raises(ReportRejected):
-        server.receive(Report(*task[:3], LocalUpdate(nan), finite=True))
+    with pytest.raises(RejectedReportError):
+        server.receive(Report(task.id, LocalUpdate(nan), finite=True))
     assert server.step == 0
 
 
 def test_large_numbers_of_the_host_are_finite():
     """Whose squares are not, nor their sum."""
-    server = ParameterServer(make_method("al_sgd", 1), jnp.zeros(3), 1, local_learning_rate=0.1)
+    server = ParameterServer(make_method("al_sgd", 1, S), jnp.zeros(3), local_learning_rate=0.1)
     delta = np.full(3, 3e38, np.float32)
-    assert server.receive(Report(*server.dispatch(0)[:3], LocalUpdate(delta), finite=True)) == (0,)
+    assert server.receive(Report(server.dispatch(0).id, LocalUpdate(delta), finite=True)) == (0,)
 
 
 def test_a_snapshot_of_other_workers_changes_nothing():
+    method = make_method("orlomo", 2, S, momentum=0.5)
     server, other = (
         make_server(),
-        ParameterServer(make_method("orlomo", 2, 0.5), helpers.tree(1), 2, local_learning_rate=0.1),
+        ParameterServer(method, helpers.tree(1), local_learning_rate=0.1),
     )
     before = server.params
     with pytest.raises(ValueError, match="must be of num_workers=3, got rounds="):
         server.restore(*other.snapshot())
     helpers.assert_trees_equal(server.params, before)
-    assert server.dispatch(2).worker == 2
+    assert server.dispatch(2).id.worker == 2
+
+
+def test_what_an_engine_has_exported_is_refused_until_it_comes_back():
+    server = make_server()
+    task = server.dispatch(0)
+    exported = server.export()
+    for call in (server.view, server.snapshot, lambda: server.dispatch(1), lambda: server.params):
+        with pytest.raises(RuntimeError, match="the server's state is exported: import it first"):
+            call()
+    server.import_(exported)
+    assert server.held(0) is task
+    assert server.receive(make_report(task)) == (0,)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from orlomo_jax import RayWorkers, Threads, make_method, simulate, train
+from orlomo_jax import RayWorkers, ThreadWorkers, make_method, simulate, train
 from orlomo_jax.runtimes import settings
 from tests import helpers
 from tests.real_runs import batch_fn
@@ -34,11 +34,10 @@ def a_loss():
 
 
 def assert_reaches_the_workers(workers, dtype=None):
-    method = make_method("orlomo", K)
-    job = (method, method.local_round(a_loss(), 2), batch_fn, jnp.ones((3, 2), dtype))
+    job = (make_method("orlomo", K, 2), a_loss(), batch_fn, jnp.ones((3, 2), dtype))
     common = {"key": jax.random.key(0), "local_learning_rate": 0.01}
     result = train(*job, workers, num_steps=8, **common)
-    again = simulate(*job, result.trace, compiled=False, **common)
+    again = simulate(*job, trace=result.trace, engine="eager", **common)
     assert result.health.lost == 0
     helpers.assert_trees_equal(result.params, again.params)
     return result
@@ -48,7 +47,7 @@ def assert_reaches_the_workers(workers, dtype=None):
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_reach_threads(name):
     with CONTEXTS[name]():
-        assert_reaches_the_workers(Threads(K), float)
+        assert_reaches_the_workers(ThreadWorkers(K), float)
 
 
 @pytest.mark.slow
@@ -62,7 +61,7 @@ def test_contexts_reach_ray_actors():
 
 def test_a_thread_computes_on_the_default_device():
     with jax.default_device(jax.devices()[1]):
-        workers = Threads(K)
+        workers = ThreadWorkers(K)
         result = assert_reaches_the_workers(workers)
     assert result.params.devices() == {jax.devices()[1]}
 

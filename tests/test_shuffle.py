@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.shuffle import examples_at
+from experiments.data.shuffle import examples_at
 
 KEY = jax.random.key(0)
 

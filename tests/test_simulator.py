@@ -1,7 +1,5 @@
 """The simulator against a replay by hand, and what it records."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,15 @@ import optax
 import pytest
 
 from orlomo_jax import (
-    METHOD_NAMES,
     ArrivalTrace,
     heterogeneous,
     local_momentum_sgd,
     make_method,
+    one_slow_worker,
+    sample_trace,
     simulate,
-    simulate_arrivals,
 )
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
 
 K, S, RATE = 4, 3, 0.05
@@ -39,28 +38,21 @@ def batch_fn(key, worker, round):
 PARAMS = {"a": jnp.ones((3, 4)) * jnp.arange(4) / 4, "b": jnp.ones(4)}
 
 
-@lru_cache
-def setup(name):
-    method = make_method(name, K)
-    return method, method.local_round(loss_fn, S)
-
-
 def trace_for(name, num_steps=40, seed=0):
-    return simulate_arrivals(heterogeneous(), K, num_steps, S, seed, synchronous=name == "prsgdm")
+    return sample_trace(heterogeneous(), K, num_steps, S, seed, synchronous=name == "prsgdm")
 
 
 def run(name, trace=None, seed=0, **options):
-    method, round_fn = setup(name)
-    options = {"local_learning_rate": RATE} | options
-    trace = trace_for(name) if trace is None else trace
-    return simulate(method, round_fn, batch_fn, PARAMS, trace, key=jax.random.key(seed), **options)
+    options = {"local_learning_rate": RATE, "key": jax.random.key(seed)} | options
+    options["trace"] = trace_for(name) if trace is None else trace
+    return simulate(make_method(name, K, S), loss_fn, batch_fn, PARAMS, **options)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_same_seed_and_trace_are_the_same_to_the_bit(name):
     first, second, other = run(name), run(name), run(name, seed=1)
     helpers.assert_trees_equal(first.params, second.params)
-    helpers.assert_trees_equal(first.state, second.state)
+    helpers.assert_trees_equal(first.rule_state, second.rule_state)
     np.testing.assert_array_equal(first.history.loss, second.history.loss)
     assert not np.array_equal(first.params["a"], other.params["a"])
 
@@ -68,7 +60,8 @@ def test_same_seed_and_trace_are_the_same_to_the_bit(name):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_simulation_is_the_replay_by_hand(name):
     """A list of all versions, and the rule: no server, no clock."""
-    method, round_fn = setup(name)
+    method = make_method(name, K, S)
+    round_fn = method.local_round(loss_fn)
     trace = trace_for(name)
     data_key, noise_key = jax.random.split(jax.random.key(0))
     state = method.rule.init(PARAMS)
@@ -89,27 +82,26 @@ def test_simulation_is_the_replay_by_hand(name):
 
 def test_arrays_of_a_partial_are_arguments():
     """Runs whose batches differ in a Partial's arrays alone share one compiled program."""
-    method, traces = make_method("al_sgd", 2), []
+    method, traces = make_method("al_sgd", 2, 1), []
 
     def counting(scale, key, worker, round):
         traces.append(1)
         return scale * jnp.ones((1, 1))
 
-    round_fn = method.local_round(lambda p, m, batch, key: ((p * batch).sum(), (m, {})), 1)
-    for form in (True, False):
+    linear = lambda p, m, batch, key: ((p * batch).sum(), (m, {}))  # noqa: E731
+    for engine in ("compiled", "eager"):
         counts = []
         for scale in (1.0, 2.0, 3.0):
             batches = jax.tree_util.Partial(counting, jnp.array(scale))
-            trace = ArrivalTrace.from_workers([0, 1], 2)
             result = simulate(
                 method,
-                round_fn,
+                linear,
                 batches,
                 jnp.zeros(1),
-                trace,
+                trace=ArrivalTrace.from_workers([0, 1], 2),
                 key=jax.random.key(0),
                 local_learning_rate=1.0,
-                compiled=form,
+                engine=engine,
             )
             np.testing.assert_allclose(result.params, -scale)
             counts.append(len(traces))
@@ -117,14 +109,12 @@ def test_arrays_of_a_partial_are_arguments():
 
 
 def test_one_worker_one_step_is_optax_sgd():
-    trace = ArrivalTrace.from_workers([0] * 20, 1)
-    method = make_method("orlomo", 1)
     result = simulate(
-        method,
-        method.local_round(loss_fn, 1),
+        make_method("orlomo", 1, 1),
+        loss_fn,
         lambda key, worker, round: jax.tree.map(lambda x: x[:1], batch_fn(key, worker, round)),
         PARAMS,
-        trace,
+        num_steps=20,
         key=jax.random.key(0),
         local_learning_rate=RATE,
     )
@@ -150,16 +140,14 @@ def test_what_a_round_reads_depends_on_worker_and_round_alone():
     def one_hot(key, worker, round):
         return jax.nn.one_hot(jnp.array([worker * 10 + round]), 20)
 
-    method = make_method("al_sgd", 2, delay_weight=lambda delay: 1.0)
-    round_fn = method.local_round(linear, 1)
+    method = make_method("al_sgd", 2, 1, delay_weight=lambda delay: 1.0)
     for order in ([0, 0, 0, 1, 1], [1, 0, 1, 0, 0]):
-        trace = ArrivalTrace.from_workers(order, 2)
         result = simulate(
             method,
-            round_fn,
+            linear,
             one_hot,
             jnp.zeros(20),
-            trace,
+            trace=ArrivalTrace.from_workers(order, 2),
             key=jax.random.key(0),
             local_learning_rate=1.0,
         )
@@ -174,7 +162,7 @@ def test_history_records_and_evaluations():
         trace,
         evaluate=lambda params, model_state: {"norm": optax.tree.norm(params)},
         evaluate_every=10,
-        on_step=records.append,
+        callbacks=[records.append],
     )
     assert (result.status, result.diverged_at) == ("finished", None)
     assert result.trace is trace
@@ -206,13 +194,12 @@ def test_divergence_is_found_where_it_began(name, num_steps):
         x, y = batch_fn(key, worker, round)
         return jnp.where((worker == 1) & (round == 2), jnp.nan, x), y
 
-    method, round_fn = setup(name)
     result = simulate(
-        method,
-        round_fn,
+        make_method(name, K, S),
+        loss_fn,
         poisoned_batch_fn,
         PARAMS,
-        trace,
+        trace=trace,
         key=jax.random.key(0),
         local_learning_rate=RATE,
         evaluate=lambda params, model_state: {"norm": optax.tree.norm(params)},
@@ -228,13 +215,12 @@ def test_divergence_is_found_where_it_began(name, num_steps):
 @pytest.mark.parametrize("rate", [lambda step: jnp.nan, 1e38])
 def test_a_merge_that_overflows_is_divergence(rate):
     """Every report is finite, the last one too; only what the server makes of it is not."""
-    method = make_method("orlomo", 2, learning_rate=rate, delay_weight=lambda delay: 10.0)
     result = simulate(
-        method,
-        method.local_round(loss_fn, S),
+        make_method("orlomo", 2, S, learning_rate=rate, delay_weight=lambda delay: 10.0),
+        loss_fn,
         batch_fn,
         PARAMS,
-        ArrivalTrace.from_workers([0], 2),
+        trace=ArrivalTrace.from_workers([0], 2),
         key=jax.random.key(0),
         local_learning_rate=RATE,
     )
@@ -247,13 +233,12 @@ def test_events_are_replayed():
     trace = ArrivalTrace.from_workers([0, 0, 0, 1, 2, 1, 2, 2], 3, events=events)
     assert trace.dispatched_at.tolist() == [0, 1, 2, 3, 2, 4, 5, 7]
     counted = lambda key, worker, round: jax.nn.one_hot(jnp.array([worker * 4 + round]), 12)  # noqa: E731
-    method = make_method("al_sgd", 3, delay_weight=lambda delay: 1.0)
     result = simulate(
-        method,
-        method.local_round(lambda p, m, batch, key: (p @ batch, (m, {})), 1),
+        make_method("al_sgd", 3, 1, delay_weight=lambda delay: 1.0),
+        lambda p, m, batch, key: (p @ batch, (m, {})),
         counted,
         jnp.zeros(12),
-        trace,
+        trace=trace,
         key=jax.random.key(0),
         local_learning_rate=1.0,
     )
@@ -268,14 +253,13 @@ def test_no_steps():
 
 def test_schedule_follows_global_progress():
     """With one step a round and a loss of slope one, the descent is the sum of rates."""
-    method = make_method("al_sgd", 2, delay_weight=lambda delay: 1.0)
     trace = ArrivalTrace.from_workers([0, 1, 1, 0], 2)
     result = simulate(
-        method,
-        method.local_round(lambda p, m, batch, key: (p.sum(), (m, {})), 1),
+        make_method("al_sgd", 2, 1, delay_weight=lambda delay: 1.0),
+        lambda p, m, batch, key: (p.sum(), (m, {})),
         lambda key, worker, round: jnp.zeros(1),
         jnp.zeros(1),
-        trace,
+        trace=trace,
         key=jax.random.key(0),
         local_learning_rate=lambda step: 1.0 + step,
     )
@@ -289,13 +273,21 @@ def test_schedule_follows_global_progress():
         (
             {"trace": trace_for("prsgdm")},
             ValueError,
-            "`trace` must have synchronous=False for orlomo, got synchronous=True",
+            "`trace` must have synchronous=False and num_workers=4 for orlomo, "
+            "got synchronous=True and num_workers=4",
         ),
         (
             {"trace": ArrivalTrace.from_workers([0], 2)},
             ValueError,
-            "must be the method's, 4, got",
+            "num_workers=4 for orlomo, got synchronous=False and num_workers=2",
         ),
+        ({"num_steps": 9}, ValueError, "pass no num_steps and no compute_times"),
+        ({"compute_times": heterogeneous()}, ValueError, "pass no num_steps and no compute_times"),
+        ({"trace": None}, ValueError, "`num_steps` must be given, or a trace"),
+        ({"round_fn": make_method("orlomo", K, S).local_round(loss_fn)}, ValueError, "got both"),
+        ({"loss_fn": None}, ValueError, "pass either `loss_fn` or `round_fn`, got neither"),
+        ({"callbacks": [3]}, TypeError, "`callbacks` must hold Callback objects or functions"),
+        ({"engine": "fast"}, ValueError, "`engine` must be .* got engine='fast'"),
         ({"key": 0}, TypeError, "`key` must be a jax.random.key"),
         ({"key": jax.random.PRNGKey(0)}, TypeError, "`key` must be a jax.random.key"),
         ({"evaluate_every": 0}, ValueError, "`evaluate_every` must be ≥ 1"),
@@ -304,23 +296,36 @@ def test_schedule_follows_global_progress():
     ],
 )
 def test_bad_arguments(options, error, message):
-    method, round_fn = setup("orlomo")
     arguments = {"trace": trace_for("orlomo"), "key": jax.random.key(0), "local_learning_rate": 0.1}
-    arguments |= options
+    arguments |= {"loss_fn": loss_fn, "batch_fn": batch_fn, "params": PARAMS} | options
     with pytest.raises(error, match=message):
-        simulate(method, round_fn, batch_fn, PARAMS, **arguments)
+        simulate(make_method("orlomo", K, S), **arguments)
+
+
+@pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
+def test_without_a_trace_the_arrivals_are_sampled(name):
+    """From the method's K and S, and of its kind."""
+    job = (make_method(name, K, S), loss_fn, batch_fn, PARAMS)
+    options = {"key": jax.random.key(0), "local_learning_rate": RATE}
+    sampled = simulate(*job, num_steps=40, trace_seed=3, **options)
+    assert sampled.trace == trace_for(name, seed=3)
+    helpers.assert_trees_equal(sampled.params, run(name, sampled.trace).params)
+    slow = one_slow_worker(9.0)
+    sampled = simulate(*job, num_steps=40, compute_times=slow, **options)
+    synchronous = name == "prsgdm"
+    assert sampled.trace == sample_trace(slow, K, 40, S, 0, synchronous=synchronous)
 
 
 def test_a_round_of_another_kind_is_refused():
     """AL-SGD's reports carry no momentum: a momentum round was meant for another method."""
-    method, _ = setup("al_sgd")
     with pytest.raises(ValueError, match=r"make the round by method\.local_round"):
         simulate(
-            method,
-            local_momentum_sgd(loss_fn, S),
+            make_method("al_sgd", K, S),
+            None,
             batch_fn,
             PARAMS,
-            trace_for("al_sgd"),
+            num_steps=40,
             key=jax.random.key(0),
             local_learning_rate=0.1,
+            round_fn=local_momentum_sgd(loss_fn, S),
         )

@@ -1,15 +1,14 @@
 """Several runs of one shape as one program: the results of single runs, and checkpoints."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import METHOD_NAMES, Checkpoints, make_method, simulate
-from orlomo_jax.arrivals import heterogeneous, homogeneous, simulate_arrivals
-from orlomo_jax.simulator import RunStart, simulate_together
+from orlomo_jax import Checkpointer, make_method, simulate
+from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.simulation.simulate import RunStart, simulate_together
+from orlomo_jax.traces.compute_times import heterogeneous, homogeneous, sample_trace
 from tests import helpers
 
 K, S, T = 4, 2, 24
@@ -33,12 +32,6 @@ def evaluate(params, model_state):
     return {"norm": jnp.abs(params["a"]).sum() + model_state["mean"].sum()}
 
 
-@lru_cache
-def setup(name):
-    method = make_method(name, K)
-    return method, method.local_round(loss_fn, S)
-
-
 def decayed(rate, step):
     return rate / (1 + 0.1 * step)
 
@@ -48,7 +41,7 @@ def start(name, seed, rate=0.05):
     keys = jax.random.split(jax.random.key(seed), 2)
     return RunStart(
         params={"a": 0.3 * jax.random.normal(keys[0], (3, 4)), "b": jnp.ones(4)},
-        trace=simulate_arrivals(times, K, T, S, seed, synchronous=name == "prsgdm"),
+        trace=sample_trace(times, K, T, S, seed, synchronous=name == "prsgdm"),
         key=keys[1],
         local_learning_rate=jax.tree_util.Partial(decayed, np.float32(rate)),
         model_state={"mean": jnp.zeros(3)},
@@ -56,30 +49,29 @@ def start(name, seed, rate=0.05):
 
 
 def together(name, starts, **options):
-    method, round_fn = setup(name)
+    method = make_method(name, K, S)
     options = {"evaluate": evaluate, "evaluate_every": 10} | options
-    return simulate_together(method, round_fn, batch_fn, starts, **options)
+    return simulate_together(method, method.local_round(loss_fn), batch_fn, starts, **options)
 
 
 def alone(name, start):
-    method, round_fn = setup(name)
     return simulate(
-        method,
-        round_fn,
+        make_method(name, K, S),
+        loss_fn,
         batch_fn,
         start.params,
-        start.trace,
+        trace=start.trace,
         key=start.key,
         model_state=start.model_state,
         local_learning_rate=start.local_learning_rate,
         evaluate=evaluate,
         evaluate_every=10,
-        compiled=True,
+        engine="compiled",
     )
 
 
 def trees(result):
-    return result.params, result.model_state, result.state, np.asarray(result.history.loss)
+    return result.params, result.model_state, result.rule_state, np.asarray(result.history.loss)
 
 
 @pytest.mark.slow
@@ -113,7 +105,7 @@ def test_one_that_diverges_leaves_the_others_alone():
 def test_stopped_and_resumed_is_unbroken_to_the_bit(name, tmp_path):
     starts = [start(name, 0), start(name, 1, rate=1e30), start(name, 2)]
     unbroken = together(name, starts)
-    checkpoint, results, calls = Checkpoints(tmp_path / "runs", every=7), None, 0
+    checkpoint, results, calls = Checkpointer(tmp_path / "runs", every=7), None, 0
     while results is None:
         results = together(name, starts, checkpoint=checkpoint, stop=lambda: True)
         calls += 1
@@ -128,26 +120,26 @@ def test_one_run_stops_and_resumes_too(tmp_path):
     starts = [start("orlomo", 0)]
     stops = iter([False, True])
     assert (
-        together("orlomo", starts, checkpoint=Checkpoints(tmp_path, 100), stop=lambda: next(stops))
+        together("orlomo", starts, checkpoint=Checkpointer(tmp_path, 100), stop=lambda: next(stops))
         is None
     )
-    assert Checkpoints(tmp_path, 100).steps() == [20]
-    (result,) = together("orlomo", starts, checkpoint=Checkpoints(tmp_path, 100))
+    assert Checkpointer(tmp_path, 100).steps() == [20]
+    (result,) = together("orlomo", starts, checkpoint=Checkpointer(tmp_path, 100))
     helpers.assert_trees_equal(trees(result), trees(together("orlomo", starts)[0]))
 
 
 def test_another_group_does_not_resume(tmp_path):
     starts = [start("orlomo", seed) for seed in range(2)]
-    together("orlomo", starts, checkpoint=Checkpoints(tmp_path, 100), stop=lambda: True)
+    together("orlomo", starts, checkpoint=Checkpointer(tmp_path, 100), stop=lambda: True)
     with pytest.raises(ValueError, match="another together"):
-        together("orlomo", [*starts, starts[0]], checkpoint=Checkpoints(tmp_path, 100))
+        together("orlomo", [*starts, starts[0]], checkpoint=Checkpointer(tmp_path, 100))
     with pytest.raises(ValueError, match="another keys"):
-        together("orlomo", starts[::-1], checkpoint=Checkpoints(tmp_path, 100))
+        together("orlomo", starts[::-1], checkpoint=Checkpointer(tmp_path, 100))
 
 
 def test_what_cannot_run_together_is_refused():
     one = start("orlomo", 0)
-    shorter = one._replace(trace=simulate_arrivals(homogeneous(), K, T - 1, S, 0))
+    shorter = one._replace(trace=sample_trace(homogeneous(), K, T - 1, S, 0))
     constant = one._replace(local_learning_rate=0.1)
     wider = one._replace(params={"a": jnp.ones((3, 5)), "b": jnp.ones(5)})
     for starts, message in (

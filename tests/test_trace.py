@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orlomo_jax.arrivals import (
+from orlomo_jax.traces.compute_times import (
     homogeneous,
-    simulate_arrivals,
+    sample_trace,
 )
-from orlomo_jax.trace import ArrivalTrace
+from orlomo_jax.traces.trace import ArrivalTrace
 from tests.orders import eventful_runs
 
 FORMAT = {"format": "orlomo_jax.ArrivalTrace"}
@@ -151,7 +151,7 @@ class TestFiles:
         assert mode == 0o666 & ~umask
 
     def test_synchronous_round_trip(self, tmp_path):
-        trace = simulate_arrivals(homogeneous(), 3, 8, 1, 0, synchronous=True)
+        trace = sample_trace(homogeneous(), 3, 8, 1, 0, synchronous=True)
         trace.save(tmp_path / "trace.json")
         assert ArrivalTrace.load(tmp_path / "trace.json") == trace
 

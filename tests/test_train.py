@@ -11,9 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 import orlomo_jax
-from experiments import execution, models, records, train
-from experiments.runs import Form, Run
-from orlomo_jax import Arrival, ArrivalTrace, AuditFailure, Journal, WorkersGone
+from experiments import models, records, runner, train
+from experiments.config import Form, Run
+from orlomo_jax import ArrivalTrace
+from orlomo_jax.recording import Arrival, Journal
+from orlomo_jax.runtimes import WorkersLostError
+from orlomo_jax.server import AuditError
 
 FLAGS = (
     "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "
@@ -77,12 +80,12 @@ def test_a_real_run_is_repeated_at_a_desk(tmp_path, capsys):
     assert first["health"]["rejected"] == {}
 
 
-@pytest.mark.parametrize("error", [WorkersGone, AuditFailure])
+@pytest.mark.parametrize("error", [WorkersLostError, AuditError])
 def test_a_real_run_that_breaks_off_says_where_its_arrivals_are(tmp_path, monkeypatch, error):
     def breaks_off(*_, **__):
         raise error("at step 7 something is wrong")
 
-    monkeypatch.setattr(execution, "train", breaks_off)
+    monkeypatch.setattr(runner, "train", breaks_off)
     flags = ["--runtime", "threads", "--output", str(tmp_path / "runs.jsonl")]
     with pytest.raises(SystemExit, match=r"at step 7 .* are in .*arrivals\.jsonl"):
         train.main([*FLAGS, *flags])
@@ -210,10 +213,10 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
         seen.append(convolution)
         return models.make(*args, **options)
 
-    monkeypatch.setattr(execution, "models", SimpleNamespace(make=make))
+    monkeypatch.setattr(runner, "models", SimpleNamespace(make=make))
     run = Run(model="mlp", dataset="digits", width=0.3)
     for convolution in ("auto", "xla", "matmul", "xla"):
-        execution.assemble(run, convolution=convolution)
+        runner.assemble(run, convolution=convolution)
     assert seen == ["auto", "xla", "matmul"]  # each once
 
 
@@ -225,10 +228,10 @@ def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
         forms.append((options.get("worker_axis"), options.get("compute_batch")))
         return orlomo_jax.simulate(*job, **options)
 
-    monkeypatch.setattr(execution, "simulate", simulate)
+    monkeypatch.setattr(runner, "simulate", simulate)
     run = Run(model="mlp", dataset="digits", workers=4, local_iterations=4, epochs=2)
     alone, together = (
-        execution.execute(run, form=form)[0] for form in (Form(), Form("vmap", compute_batch=4))
+        runner.execute(run, form=form)[0] for form in (Form(), Form("vmap", compute_batch=4))
     )
     assert forms == [("auto", None), ("vmap", 4)]
     assert together["form"] == {"worker_axis": "vmap", "compute_batch": 4, "convolution": "auto"}

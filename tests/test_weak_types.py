@@ -6,24 +6,19 @@ import numpy as np
 import pytest
 
 from orlomo_jax import (
-    METHOD_NAMES,
     ArrivalTrace,
     LocalUpdate,
-    Threads,
+    ThreadWorkers,
     local_momentum_sgd,
     make_method,
     simulate,
     train,
 )
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
+from tests.helpers import ENGINES
 
 K, S = 2, 3
-FORMS = {
-    "driven": {"compiled": False},
-    "loop": {"compiled": True},
-    "map": {"worker_axis": "map"},
-    "vmap": {"worker_axis": "vmap"},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +50,7 @@ def batch_fn(key, worker, round):
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_rules(name, momentum):
-    rule = make_method(name, K, momentum).rule
+    rule = make_method(name, K, S, momentum=momentum).rule
     params, report = weak(1 / 3, 2 / 3), LocalUpdate(weak(1 / 7, 1 / 11), weak(1 / 13, 1 / 17))
     results = []
     for cast in (lambda x: x, strong):
@@ -81,26 +76,25 @@ def test_rounds(momentum):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_NAMES)
-@pytest.mark.parametrize("form", [*FORMS, "threads"])
-def test_runs(name, form):
-    method = make_method(name, K)
-    round_fn = method.local_round(loss_fn, S)
+@pytest.mark.parametrize("engine", [*ENGINES, "threads"])
+def test_runs(name, engine):
+    method = make_method(name, K, S)
     trace = ArrivalTrace.from_workers([0, 1] * 8, K, synchronous=method.synchronous)
     results = []
     for cast in (lambda x: x, strong):
         params, state = cast(weak(1 / 3, 2 / 3)), cast(jnp.asarray(0.7) * 1)
-        job = (method, round_fn, batch_fn, params)
+        job = (method, loss_fn, batch_fn, params)
         settings = {
             "key": jax.random.key(0),
             "local_learning_rate": 0.05,
             "model_state": state,
         }
-        if form == "threads" and not results:
-            real = train(*job, Threads(K), num_steps=16, **settings)
+        if engine == "threads" and not results:
+            real = train(*job, ThreadWorkers(K), num_steps=16, **settings)
             trace, result = real.trace, real
         else:
-            options = FORMS["driven"] if form == "threads" else FORMS[form]
-            result = simulate(*job, trace, **settings, **options)
+            settings["engine"] = ENGINES["eager" if engine == "threads" else engine]
+            result = simulate(*job, trace=trace, **settings)
         assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {jnp.dtype("float64")}
         results.append(result)
     helpers.assert_trees_close(results[0][:3], results[1][:3], 1e-12)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from orlomo_jax import all_finite, local_momentum_sgd, narrow_reports
+from orlomo_jax import cast_reports, local_momentum_sgd
+from orlomo_jax.trees import all_finite
 from tests import helpers
 
 S = 5
@@ -255,7 +256,7 @@ def test_a_narrowing_that_overflows_is_not_finite(problem):
     params, model_state, batches, key = problem
     round_fn = local_momentum_sgd(loss_fn, S)
     args = (params, model_state, (1e4 * batches[0], 1e8 * batches[1]), 1.0, key)
-    wide, narrow = round_fn(*args), narrow_reports(round_fn, jnp.float16)(*args)
+    wide, narrow = round_fn(*args), cast_reports(round_fn, jnp.float16)(*args)
     assert bool(wide.finite)
     assert not bool(jnp.isfinite(narrow.update.delta["b"]).all())
     assert not bool(narrow.finite)

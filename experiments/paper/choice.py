@@ -16,7 +16,7 @@ import jax
 from experiments import records, runner
 from experiments.config import Run
 from experiments.paper.tasks import Way
-from orlomo_jax.simulation.simulate import simulate_together
+from orlomo_jax.simulation import simulate_together
 
 SEGMENT = 32
 """Global iterations of a timed segment."""

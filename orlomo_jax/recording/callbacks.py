@@ -27,7 +27,7 @@ class Callback:
     A plain function may be passed instead of an object: it is called as :meth:`on_step`.
 
     Attributes:
-        health_every: Seconds between two calls of :meth:`on_health`; None for never.
+        health_every: Seconds > 0 between two calls of :meth:`on_health`; None for never.
 
     Example:
         >>> class StopBelow(Callback):
@@ -73,9 +73,12 @@ def as_callback(callback: Any) -> Callback:
     """Return a callback object.
 
     Raises:
-        TypeError: If it is neither a Callback nor a function.
+        TypeError: If it is neither a Callback nor a function, or its period is not a number.
+        ValueError: If its period is not positive.
     """
     if isinstance(callback, Callback):
+        if (every := callback.health_every) is not None:
+            check_number("health_every", every, lambda x: x > 0, "> 0")
         return callback
     if not callable(callback) or isinstance(callback, type):
         raise TypeError(f"`callbacks` must hold Callback objects or functions, got {callback!r}")

@@ -40,8 +40,8 @@ class StateSource(Protocol):
         """Return the state, valid until the next step."""
         ...
 
-    def copy(self) -> ServerState:
-        """Return the state; its arrays stay as they are."""
+    def model(self) -> tuple[Any, Any]:
+        """Return params and model state; their arrays stay as they are."""
         ...
 
     def sync_to_server(self) -> None:
@@ -60,9 +60,9 @@ class ServerSource:
         """Return the state, valid until the next step."""
         return self.server.view()
 
-    def copy(self) -> ServerState:
-        """Return the state; its arrays stay as they are."""
-        return self.server.state
+    def model(self) -> tuple[Any, Any]:
+        """Return params and model state; their arrays stay as they are."""
+        return self.server.params, self.server.model_state
 
     def sync_to_server(self) -> None:
         """Do nothing: the server has the state."""
@@ -249,8 +249,7 @@ class RunRecorder:
             TypeError: If it is not ``{name: scalar}``.
         """
         assert self.recording.evaluate is not None
-        state = self.source.copy()
-        values = self.recording.evaluate(state.params, state.model_state)
+        values = self.recording.evaluate(*self.source.model())
         try:
             return {name: float(value) for name, value in values.items()}
         except (AttributeError, TypeError, ValueError) as error:

@@ -34,7 +34,7 @@ class RunLog:
         self.journal, self.recorder = journal, recorder
         self.meter = Meter(recorder.source.server.num_workers)
         self._began = time.monotonic()
-        self._health_at: dict[Any, float] = {}
+        self._health_at: dict[int, float] = {}  # by the callback's place
 
     def resume_clock(self) -> None:
         """Continue from the time of the last arrival: time between processes does not count."""
@@ -81,11 +81,11 @@ class RunLog:
     def report_health(self, present: set[int]) -> None:
         """Tell the callbacks whose time has come how the run fares."""
         now = time.monotonic()
-        for callback in self.recorder.recording.callbacks:
+        for place, callback in enumerate(self.recorder.recording.callbacks):
             if (every := callback.health_every) is None:
                 continue
-            if now >= self._health_at.setdefault(callback, now + every):
-                self._health_at[callback] = now + every
+            if now >= self._health_at.setdefault(place, now + every):
+                self._health_at[place] = now + every
                 callback.on_health(self.health(present))
 
     def health(self, present: set[int]) -> Health:

@@ -190,8 +190,10 @@ def _train(
             with saved.reading():
                 seen = check_count("events", notes["events"])
         _check_journal(journal, server.step, seen or 0, recording.num_steps)
-        state = server.state
-        auditor = Audit(method, state.params, state.rule_state) if audit else None
+        auditor = None
+        if audit:
+            state = server.state
+            auditor = Audit(method, state.params, state.rule_state)
         log = RunLog(journal, recorder)
         driver = Driver(workers, workload, recorder, log, saver, auditor, options)
         with contextlib.closing(recorder):

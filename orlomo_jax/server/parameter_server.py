@@ -126,7 +126,7 @@ class ParameterServer:
             commit_like(rule_state, params),  # as from the second step on, or it compiles twice
             model_state,
             model_state if method.synchronous else None,
-            jnp.asarray(first, float),
+            commit_like(jnp.asarray(first, float), params),
         )
         # What was handed out to a worker or a caller is never donated while they can see it.
         self._share_all()

@@ -2,4 +2,6 @@
 
 from orlomo_jax.simulation.engine import Compiled as Compiled
 from orlomo_jax.simulation.engine import Eager as Eager
+from orlomo_jax.simulation.simulate import RunStart as RunStart
 from orlomo_jax.simulation.simulate import simulate as simulate
+from orlomo_jax.simulation.simulate import simulate_together as simulate_together

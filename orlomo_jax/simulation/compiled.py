@@ -115,9 +115,10 @@ class CompiledEngine:
         """Return the state, valid until the next segment."""
         return self.server.view() if self._carry is None else self._carry.state
 
-    def copy(self) -> ServerState:
-        """Return the state; its arrays stay as they are."""
-        return jax.tree.map(jnp.copy, self.view())
+    def model(self) -> tuple[Any, Any]:
+        """Return params and model state; their arrays stay as they are."""
+        state = self.view()
+        return jax.tree.map(jnp.copy, (state.params, state.model_state))
 
     def sync_to_server(self) -> None:
         """Give the server the state, as if it had received each report."""

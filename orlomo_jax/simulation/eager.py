@@ -43,9 +43,9 @@ class EagerEngine:
         """Return the state, valid until the next step."""
         return self.server.view()
 
-    def copy(self) -> ServerState:
-        """Return the state; its arrays stay as they are."""
-        return self.server.state
+    def model(self) -> tuple[Any, Any]:
+        """Return params and model state; their arrays stay as they are."""
+        return self.server.params, self.server.model_state
 
     def sync_to_server(self) -> None:
         """Do nothing: the server has the state."""

@@ -43,8 +43,8 @@ class Engine(Protocol):
         """Return the state, valid until the next step."""
         ...
 
-    def copy(self) -> ServerState:
-        """Return the state; its arrays stay as they are."""
+    def model(self) -> tuple[Any, Any]:
+        """Return params and model state; their arrays stay as they are."""
         ...
 
     def sync_to_server(self) -> None:

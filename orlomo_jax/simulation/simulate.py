@@ -30,7 +30,7 @@ from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.batch_check import check_batch_fn
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.protocols import BatchFn, Evaluate, LossFn, RoundFn
-from orlomo_jax.worker.workload import Workload, check_key
+from orlomo_jax.worker.workload import Workload, as_batch_fn, check_key
 
 
 class RunStart(NamedTuple):
@@ -220,6 +220,7 @@ def simulate_together(
         raise ValueError("the traces of runs together must have the same number of steps")
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     engine = Compiled("loop") if len(starts) > 1 else engine
+    batch_fn = as_batch_fn(batch_fn)  # one for all: Partials are compared by identity
     runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
     check_batch_fn(runs[0].workload.batch_fn, starts[0].key)
     with nullcontext() if checkpoint is None else checkpoint.alone():

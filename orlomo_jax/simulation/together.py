@@ -140,7 +140,12 @@ class Lane:
             return self._engine.view()
         return _lane(carry.state, np.int32(self._index))
 
-    copy = view  # slices are copies
+    def model(self) -> tuple[Any, Any]:
+        """Return the run's params and model state; their arrays stay as they are."""
+        carry = self._group.carry
+        if carry is None:
+            return self._engine.model()
+        return _lane((carry.state.params, carry.state.model_state), np.int32(self._index))
 
     def advance(self, stop: int) -> list[RoundMetrics]:
         """Raise: all runs advance together."""

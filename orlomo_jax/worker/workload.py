@@ -19,6 +19,11 @@ from orlomo_jax.worker.local_round import RoundResult, convolves
 _NONE = np.int32(-1)
 
 
+def as_batch_fn(batch_fn: Callable) -> Callable:
+    """Return a traced batch function as a ``Partial``, and HostBatches as they are."""
+    return batch_fn if isinstance(batch_fn, HostBatches) else trees.as_partial(batch_fn)
+
+
 def check_key(key: Any) -> None:
     """Raise TypeError unless ``key`` is a ``jax.random.key``."""
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
@@ -80,9 +85,7 @@ class Workload(NamedTuple):
     @classmethod
     def of(cls, round_fn: Callable, batch_fn: Callable, key: Array) -> Workload:
         """Split the run's key, and make the batch function's arrays arguments of programs."""
-        if not isinstance(batch_fn, HostBatches):
-            batch_fn = trees.as_partial(batch_fn)
-        return cls(round_fn, batch_fn, *jax.random.split(key))
+        return cls(round_fn, as_batch_fn(batch_fn), *jax.random.split(key))
 
     def run(
         self,
