@@ -16,7 +16,7 @@ from orlomo_jax.journal import Arrival
 from orlomo_jax.order import TraceEvent
 from orlomo_jax.plan import apply_event
 from orlomo_jax.recorder import RunRecorder
-from orlomo_jax.reports import Reason, Report, ReportRejected, Task
+from orlomo_jax.reports import Reason, Report, ReportRejected, Task, claimed_id
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
@@ -246,8 +246,9 @@ class Driver:
         _log.warning("rejected a report, %s: %s", error.reason, error)
         if error.reason == "stale" or not isinstance(report, Report):
             return
+        task_id = claimed_id(report)
         for task in filter(None, map(self.server.held, sorted(self.present))):
-            if task.id == report.id:
+            if task.id == task_id:
                 failure = Failure(str(error), error.reason)
                 self._abandon_round(task.id.worker, failure, restart=False)
 

@@ -12,7 +12,7 @@ from orlomo_jax.books import TaskId
 from orlomo_jax.health import Health, Meter
 from orlomo_jax.journal import Arrival, Journal
 from orlomo_jax.recorder import RunRecorder
-from orlomo_jax.reports import Report, ReportRejected
+from orlomo_jax.reports import Report, ReportRejected, claimed_id
 from orlomo_jax.runtimes import metrics
 from orlomo_jax.runtimes.protocol import TaskOutcome
 from orlomo_jax.state import start_momentum
@@ -71,7 +71,8 @@ class RunLog:
     def rejected(self, report: Any, error: ReportRejected) -> None:
         """Write down a rejected report."""
         self.meter.rejected[error.reason] += 1
-        worker = report.id[0] if isinstance(report, Report) and report.id else None
+        task_id = claimed_id(report)
+        worker = None if task_id is None else task_id.worker
         self.journal.refused(worker, error.reason, str(error), self.seconds())
 
     def happened(self, kind: str, worker: int, why: str = "") -> None:
