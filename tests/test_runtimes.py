@@ -125,6 +125,13 @@ def test_what_is_no_report_is_rejected():
     assert_replays(result)
 
 
+@pytest.mark.parametrize("odd", [5, "abc", (), (None, 0, 0), (np.zeros(2), 0, 0), [9, 0, 0]])
+def test_what_is_no_id_is_rejected(odd):
+    result = run(fault_injector=lambda report: [report._replace(id=odd), report], num_steps=6)
+    assert result.health.rejected == {"malformed": 6}
+    assert_replays(result)
+
+
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
     failing = {(worker, round) for worker in range(K) for round in range(4, 9)}
