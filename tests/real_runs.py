@@ -89,6 +89,7 @@ def assert_replays(result, name="orlomo"):
     again = simulate(*job, trace=result.trace, engine="eager", **arguments())
     for part in ("params", "model_state", "rule_state"):
         helpers.assert_trees_equal(getattr(result, part), getattr(again, part))
+    assert result.history.loss.dtype == again.history.loss.dtype
     np.testing.assert_array_equal(result.history.loss, again.history.loss)
     np.testing.assert_array_equal(result.history.delay, again.history.delay)
     ours, theirs = ([e.metrics for e in r.history.evaluations] for r in (result, again))

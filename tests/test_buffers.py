@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.server import ServerState, TaskId
 from orlomo_jax.server.buffer_pool import LARGE, BufferPool
+from orlomo_jax.server.parameter_server import ServerState, TaskId
 from orlomo_jax.server.step import server_step
 
 SIZE = LARGE // 4

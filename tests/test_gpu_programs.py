@@ -15,7 +15,7 @@ from orlomo_jax.server_step import server_step
 from experiments.gpu_programs import targets, training
 from experiments.gpu_programs.inspection import inspect
 from orlomo_jax import LocalUpdate, make_method
-from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.methods.method import METHOD_NAMES
 
 if find_spec("jax_plugins") is None or not any(
     find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)

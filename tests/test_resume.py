@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from orlomo_jax import Checkpointer, Membership
-from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.methods.method import METHOD_NAMES
 from orlomo_jax.recording import Journal
 from tests import helpers
 from tests.real_runs import (

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from orlomo_jax import Callback, Checkpointer, Membership, ThreadWorkers, orlomo, train
-from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.methods.method import METHOD_NAMES
 from orlomo_jax.runtimes import WorkersLostError
-from orlomo_jax.server import AuditError
+from orlomo_jax.server.parameter_server import AuditError
 from tests.real_runs import (
     PARAMS,
     K,
@@ -115,6 +115,13 @@ def test_duplicates_and_replays_are_applied_at_most_once():
 def test_what_is_no_report_is_rejected():
     result = run(fault_injector=lambda report: ["garbage", None, report])
     assert result.health.rejected == {"malformed": 2 * T}
+    assert_replays(result)
+
+
+@pytest.mark.parametrize("odd", [5, "abc", (), (None, 0, 0), (np.zeros(2), 0, 0), [9, 0, 0]])
+def test_what_is_no_id_is_rejected(odd):
+    result = run(fault_injector=lambda report: [report._replace(id=odd), report], num_steps=6)
+    assert result.health.rejected == {"malformed": 6}
     assert_replays(result)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.server import RejectedReportError
+from orlomo_jax.server.parameter_server import RejectedReportError
 from tests import helpers
 from tests.servers import (
     STATE,

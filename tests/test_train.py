@@ -16,7 +16,7 @@ from experiments.config import Form, Run
 from orlomo_jax import ArrivalTrace
 from orlomo_jax.recording import Arrival, Journal
 from orlomo_jax.runtimes import WorkersLostError
-from orlomo_jax.server import AuditError
+from orlomo_jax.server.parameter_server import AuditError
 
 FLAGS = (
     "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "

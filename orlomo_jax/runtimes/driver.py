@@ -17,7 +17,7 @@ from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
 from orlomo_jax.server.audit import Audit
-from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task
+from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.events import apply_event
@@ -246,8 +246,9 @@ class Driver:
         _log.warning("rejected a report, %s: %s", error.reason, error)
         if error.reason == "stale" or not isinstance(report, Report):
             return
+        task_id = claimed_id(report)
         for task in filter(None, map(self.server.held, sorted(self.present))):
-            if task.id == report.id:
+            if task.id == task_id:
                 failure = Failure(str(error), error.reason)
                 self._abandon_round(task.id.worker, failure, restart=False)
 

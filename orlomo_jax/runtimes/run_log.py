@@ -13,7 +13,7 @@ from orlomo_jax.recording.journal import Arrival, Journal
 from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.runtimes import metric_rows
 from orlomo_jax.runtimes.protocol import TaskOutcome
-from orlomo_jax.server.reports import RejectedReportError, Report
+from orlomo_jax.server.reports import RejectedReportError, Report, claimed_id
 from orlomo_jax.server.state import start_momentum
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.worker.workload import RoundMetrics
@@ -71,7 +71,8 @@ class RunLog:
     def rejected(self, report: Any, error: RejectedReportError) -> None:
         """Write down a rejected report."""
         self.meter.rejected[error.reason] += 1
-        worker = report.id[0] if isinstance(report, Report) and report.id else None
+        task_id = claimed_id(report)
+        worker = None if task_id is None else task_id.worker
         self.journal.refused(worker, error.reason, str(error), self.seconds())
 
     def happened(self, kind: str, worker: int, why: str = "") -> None:

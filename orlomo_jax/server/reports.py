@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+import operator
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,19 @@ class RejectedReportError(ValueError):
         """Keep the message and the reason."""
         super().__init__(message)
         self.reason: Reason = reason
+
+
+def claimed_id(report: Any) -> TaskId | None:
+    """Return the id of what should be a report; None where it has none of three integers.
+
+    Example:
+        >>> claimed_id(Report((0, 1, True), None)), claimed_id(Report("id", None)), claimed_id(None)
+        (TaskId(worker=0, round=1, dispatched_at=1), None, None)
+    """
+    try:
+        return TaskId(*map(operator.index, report.id))
+    except (AttributeError, TypeError):
+        return None
 
 
 class ReportSchema:
