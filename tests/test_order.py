@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 
 from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace

@@ -8,7 +8,7 @@ import stat
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orlomo_jax.traces.compute_times import (
