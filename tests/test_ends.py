@@ -18,7 +18,7 @@ from orlomo_jax import (
     simulate,
     train,
 )
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.server.state import start_momentum
 from tests import helpers

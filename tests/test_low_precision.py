@@ -16,7 +16,7 @@ from orlomo_jax import (
     simulate,
     train,
 )
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
 from tests.helpers import ENGINES
 

@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from orlomo_jax import Membership, RayWorkers, cast_reports, make_method, simulate, train
-from orlomo_jax.runtimes import actor as ray_actor
 from orlomo_jax.runtimes import ray as ray_workers
-from orlomo_jax.worker.local_round import Workload
+from orlomo_jax.runtimes import ray_actor
+from orlomo_jax.worker import Workload
 from tests import helpers
 from tests.real_runs import (
     PARAMS,

@@ -8,7 +8,7 @@ import pytest
 
 from orlomo_jax import Checkpointer, ThreadWorkers, make_method, simulate, train
 from orlomo_jax.recording import Journal
-from orlomo_jax.runtimes import metrics
+from orlomo_jax.runtimes import metric_rows
 from tests import helpers
 from tests.real_runs import PARAMS, K, Killed, S, T, arguments, batch_fn, killed_at, with_metrics
 
@@ -52,7 +52,7 @@ def test_the_journal_holds_them(tmp_path):
     assert {len(row["metrics"]) for row in rows} == {4}
     loaded = Journal.load(path)
     like = jax.tree.map(lambda x: x[0], result.history.metrics)
-    again = metrics.stacked([arrival.metrics for arrival in loaded.arrivals], like)
+    again = metric_rows.stacked([arrival.metrics for arrival in loaded.arrivals], like)
     helpers.assert_trees_equal(again, result.history.metrics)
 
 
@@ -69,7 +69,7 @@ def test_another_loss_is_noticed_before_the_first_step(tmp_path):
 
 def test_rows_without_metrics_are_nan():
     like = {"a": jax.ShapeDtypeStruct((2,), np.float32)}
-    found = metrics.stacked([(), [[1.0, 2.0]]], like)
+    found = metric_rows.stacked([(), [[1.0, 2.0]]], like)
     np.testing.assert_array_equal(found["a"], [[np.nan, np.nan], [1, 2]])
 
 
@@ -81,8 +81,8 @@ def test_every_dtype_comes_back_to_the_bit(dtype):
     x = rng.normal(size=(3, 2)).astype(dtype)
     x[0, 0] = np.nan
     tree = {"x": x, "empty": np.zeros((0, 2), dtype), "scalar": x[1, 1]}
-    rows = [json.loads(json.dumps(metrics.as_row(tree), allow_nan=False))]
-    again = jax.tree.map(lambda leaf: leaf[0], metrics.stacked(rows, tree))
+    rows = [json.loads(json.dumps(metric_rows.as_row(tree), allow_nan=False))]
+    again = jax.tree.map(lambda leaf: leaf[0], metric_rows.stacked(rows, tree))
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(tree), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours.astype(complex), theirs.astype(complex))

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from orlomo_jax import Checkpointer, Membership
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.recording import Journal
 from tests import helpers
 from tests.real_runs import (
@@ -122,15 +122,31 @@ def test_the_journal_of_another_run_is_refused(tmp_path):
     journal.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="`rounds` must be what the worker holds"):
         Journal.load(journal).trace()
-    with pytest.raises(ValueError, match="must go with its checkpoint: at step 2 it has Arrival"):
+    with pytest.raises(ValueError, match=r"jsonl must be of one run: `rounds` must be what"):
         run(num_steps=9, journal=journal)
+
+
+def test_a_journal_of_other_arrivals_than_the_checkpoint_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        run(checkpoint=Checkpointer(tmp_path, every=4), callbacks=[killed_at(6)])
+    journal = tmp_path / "arrivals.jsonl"
+    header, first, *_ = journal.read_text().splitlines()
+    first = json.loads(first)
+    other = (first["worker"] + 1) % K
+    alone = [
+        json.dumps(first | {"worker": other, "round": step, "dispatched_at": step})
+        for step in range(6)
+    ]
+    journal.write_text("\n".join([header, *alone, ""]))
+    with pytest.raises(ValueError, match="must go with its checkpoint: at step 4 it has Arrival"):
+        run(checkpoint=Checkpointer(tmp_path, every=4))
 
 
 def test_one_process_at_a_time_writes_a_journal(tmp_path):
     first = Journal({"num_workers": 1, "synchronous": False}, tmp_path / "a.jsonl")
     first.happened("lost", 0, time=0.0)
     code = (
-        "import sys; from orlomo_jax import Journal; "
+        "import sys; from orlomo_jax.recording import Journal; "
         "Journal({'num_workers': 1, 'synchronous': False}, sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl")]

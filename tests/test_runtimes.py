@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from orlomo_jax import Callback, Checkpointer, Membership, ThreadWorkers, orlomo, train
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.runtimes import WorkersLostError
-from orlomo_jax.server.parameter_server import AuditError
+from orlomo_jax.server import AuditError
 from tests.real_runs import (
     PARAMS,
     K,

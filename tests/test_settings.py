@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from orlomo_jax import RayWorkers, ThreadWorkers, make_method, simulate, train
-from orlomo_jax.runtimes import settings
+from orlomo_jax.runtimes import jax_settings
 from tests import helpers
 from tests.real_runs import batch_fn
 
@@ -67,15 +67,15 @@ def test_a_thread_computes_on_the_default_device():
 
 
 def test_settings_are_adopted_once_and_given_back():
-    before = settings.capture()
+    before = jax_settings.capture()
     with jax.enable_x64(True), jax.default_matmul_precision("float32"), jax.disable_jit():
-        inside = settings.capture()
-    assert settings.capture() == before
-    with settings.using(inside):
-        assert settings.capture() == inside
-    assert settings.capture() == before
+        inside = jax_settings.capture()
+    assert jax_settings.capture() == before
+    with jax_settings.using(inside):
+        assert jax_settings.capture() == inside
+    assert jax_settings.capture() == before
     try:
-        settings.adopt(settings.portable(inside))
-        assert settings.capture() == inside
+        jax_settings.adopt(jax_settings.portable(inside))
+        assert jax_settings.capture() == inside
     finally:
-        settings.adopt(settings.portable(before))
+        jax_settings.adopt(jax_settings.portable(before))

@@ -12,7 +12,7 @@ import pytest
 
 from orlomo_jax import ParameterServer, ThreadWorkers, make_method, train
 from orlomo_jax.server.step import server_step
-from orlomo_jax.worker.local_round import Workload
+from orlomo_jax.worker import Workload
 from tests.real_runs import (
     PARAMS,
     STATE,

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from orlomo_jax import Membership
-from orlomo_jax.worker.local_round import Workload
+from orlomo_jax.worker import Workload
 from tests.real_runs import K, Unreliable, run
 
 
