@@ -10,16 +10,12 @@ import pytest
 from orlomo_jax import (
     ArrivalTrace,
     Checkpointer,
-    heterogeneous,
-    make_method,
-    sample_trace,
     simulate,
 )
 from orlomo_jax.methods import METHOD_NAMES
-from tests.support import helpers
+from tests.support import helpers, toy
+from tests.support.toy import PARAMS, STATE, K, batch_fn, loss_fn, method_of, schedule
 
-K, S = 3, 2
-PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2, jnp.bfloat16), "none": None}
 EVENTS = [(2, "joined", 2), (9, "lost", 1), (11, "redispatched", 1), (20, "left", 0)]
 
 
@@ -27,27 +23,11 @@ class Killed(BaseException):
     pass
 
 
-def loss_fn(params, model_state, batch, key):
-    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
-    error = noisy @ params["a"] + params["b"] - 1
-    state = {"mean": 0.9 * model_state["mean"] + 0.1 * noisy.mean(0)}
-    return jnp.mean(error**2), (state, {})
-
-
-def batch_fn(key, worker, round):
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    return jax.random.normal(key, (S, 4, 3))
-
-
-def decaying(step):
-    return 0.1 / (1.0 + step)
-
-
 def trace_for(name, seed=0):
     if name == "orlomo":
         order = [0, 1, 0, 2, 0, 1, 2, 2, 0, 2, 0, 2, 0, 1, 1, 2, 0, 1, 0, 2, 1, 1, 2, 1, 2, 1, 1, 2]
         return ArrivalTrace.from_workers(order, K, events=EVENTS)
-    return sample_trace(heterogeneous(), K, 28, S, seed, synchronous=name == "prsgdm")
+    return toy.trace_of(name, 28, seed)
 
 
 def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
@@ -58,14 +38,14 @@ def run(name, checkpoint=None, kill_at=None, seed=0, params=PARAMS, **options):
     arguments = {
         "trace": trace_for(name),
         "key": jax.random.key(seed),
-        "model_state": {"mean": jnp.zeros(3)},
-        "local_learning_rate": decaying,
-        "evaluate": lambda params, model_state: {"a": params["a"].sum()},
+        "model_state": STATE,
+        "local_learning_rate": schedule,
+        "evaluate": toy.evaluate,
         "evaluate_every": 5,
         "callbacks": [on_step],
         "checkpoint": checkpoint,
     }
-    return simulate(make_method(name, K, S), loss_fn, batch_fn, params, **arguments | options)
+    return simulate(method_of(name), loss_fn, batch_fn, params, **arguments | options)
 
 
 def assert_same(resumed, unbroken):
@@ -118,8 +98,8 @@ def test_a_resumed_run_goes_on_where_its_parameters_were(place, engine, tmp_path
         assert resumed.params[name].devices() == params["a"].devices()
 
 
-def test_leaves_without_entries_are_saved_too(tmp_path):
-    params = PARAMS | {"empty": jnp.zeros((0, 3))}
+def test_leaves_without_entries_and_of_16_bits_are_saved_too(tmp_path):
+    params = PARAMS | {"b": jnp.ones(2, jnp.bfloat16), "empty": jnp.zeros((0, 3))}
     unbroken = run("orlomo", params=params)
     with pytest.raises(Killed):
         run("orlomo", Checkpointer(tmp_path, every=4), kill_at=11, params=params)
@@ -165,7 +145,7 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
         ("al_sgd", {"seed": 1}, "key"),
         ("al_sgd", {"trace": trace_for("al_sgd", seed=1)}, "trace"),
         ("al_sgd", {"local_learning_rate": 0.1}, "local_learning_rate"),
-        ("al_sgd", {"local_learning_rate": lambda t: decaying(t) / 2}, "local_learning_rate"),
+        ("al_sgd", {"local_learning_rate": lambda t: schedule(t) / 2}, "local_learning_rate"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, options, part):

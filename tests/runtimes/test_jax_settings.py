@@ -9,7 +9,7 @@ import pytest
 from orlomo_jax import RayWorkers, ThreadWorkers, make_method, simulate, train
 from orlomo_jax.runtimes import jax_settings
 from tests.support import helpers
-from tests.support.real_runs import batch_fn
+from tests.support.toy import batch_fn
 
 K = 2
 CONTEXTS = {

@@ -21,20 +21,16 @@ from orlomo_jax.runtimes import ray_actor
 from orlomo_jax.worker import Workload
 from tests.support import helpers
 from tests.support.real_runs import (
-    PARAMS,
     Killed,
     NoSuchBatchError,
-    S,
     arguments,
     assert_replays,
-    batch_fn,
     killed_at,
-    loss_fn,
-    method_of,
     poison,
     run,
     with_metrics,
 )
+from tests.support.toy import PARAMS, S, batch_fn, loss_fn, method_of
 
 K = 3
 

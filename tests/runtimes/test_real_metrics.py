@@ -10,17 +10,8 @@ from orlomo_jax import Checkpointer, ThreadWorkers, make_method, simulate, train
 from orlomo_jax.recording import Journal
 from orlomo_jax.runtimes import metric_rows
 from tests.support import helpers
-from tests.support.real_runs import (
-    PARAMS,
-    K,
-    Killed,
-    S,
-    T,
-    arguments,
-    batch_fn,
-    killed_at,
-    with_metrics,
-)
+from tests.support.real_runs import Killed, T, arguments, killed_at, with_metrics
+from tests.support.toy import PARAMS, K, S, batch_fn
 
 METHOD = make_method("orlomo", K, S)
 JOB = (METHOD, with_metrics(), batch_fn, PARAMS)

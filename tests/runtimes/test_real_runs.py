@@ -14,20 +14,16 @@ from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.runtimes import WorkersLostError
 from orlomo_jax.server import AuditError
 from tests.support.real_runs import (
-    PARAMS,
-    K,
     Killed,
     T,
     Unreliable,
     arguments,
     assert_replays,
-    batch_fn,
-    loss_fn,
-    method_of,
     poison,
     run,
     with_id,
 )
+from tests.support.toy import PARAMS, K, batch_fn, loss_fn, method_of
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,8 @@ from orlomo_jax import Checkpointer, Membership
 from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.recording import Journal
 from tests.support import helpers
-from tests.support.real_runs import (
-    K,
-    Killed,
-    Unreliable,
-    assert_replays,
-    killed_at,
-    run,
-)
+from tests.support.real_runs import Killed, Unreliable, assert_replays, killed_at, run
+from tests.support.toy import K
 
 
 @pytest.mark.slow

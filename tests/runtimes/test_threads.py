@@ -13,19 +13,8 @@ import pytest
 from orlomo_jax import ParameterServer, ThreadWorkers, make_method, train
 from orlomo_jax.server.step import server_step
 from orlomo_jax.worker import Workload
-from tests.support.real_runs import (
-    PARAMS,
-    STATE,
-    K,
-    S,
-    T,
-    arguments,
-    assert_replays,
-    batch_fn,
-    loss_fn,
-    method_of,
-    run,
-)
+from tests.support.real_runs import T, arguments, assert_replays, run
+from tests.support.toy import PARAMS, STATE, K, S, batch_fn, loss_fn, method_of
 
 
 def test_an_interpreter_with_busy_threads_exits_cleanly():

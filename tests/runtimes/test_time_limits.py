@@ -6,7 +6,8 @@ import pytest
 
 from orlomo_jax import Membership
 from orlomo_jax.worker import Workload
-from tests.support.real_runs import K, Unreliable, run
+from tests.support.real_runs import Unreliable, run
+from tests.support.toy import K
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 
 from orlomo_jax import ThreadWorkers, train
 from orlomo_jax.runtimes import TaskOutcome, WorkersLostError
-from tests.support.real_runs import PARAMS, K, S, arguments, batch_fn, loss_fn, method_of, run
+from tests.support.real_runs import arguments, run
+from tests.support.toy import PARAMS, K, S, batch_fn, loss_fn, method_of
 
 
 class Raising(ThreadWorkers):

@@ -15,9 +15,7 @@ from orlomo_jax import (
     Compiled,
     Eager,
     ParameterServer,
-    heterogeneous,
     make_method,
-    sample_trace,
     simulate,
 )
 from orlomo_jax.methods import METHOD_NAMES
@@ -26,41 +24,27 @@ from orlomo_jax.simulation import engine as engines
 from orlomo_jax.simulation.compiled import LENGTH, CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
 from orlomo_jax.worker import Workload
-from tests.support import helpers
+from tests.support import helpers, toy
+from tests.support.toy import (
+    PARAMS,
+    ROUNDING,
+    STATE,
+    K,
+    S,
+    batch_fn,
+    loss_fn,
+    method_of,
+    schedule,
+)
 
-K, S = 4, 2
-PARAMS = {"a": jnp.ones((3, 4)) * jnp.arange(4) / 4, "b": jnp.ones(4), "none": None}
-STATE = {"mean": jnp.zeros(3)}
 EVENTS = [(2, "joined", 2), (9, "lost", 1), (11, "redispatched", 1), (60, "left", 0)]
-ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
-"""float32 over 100 iterations: their programs add in another order."""
-
-
-def loss_fn(params, model_state, batch, key):
-    x = batch + 0.1 * jax.random.normal(key, batch.shape)
-    error = jnp.tanh(x @ params["a"]) @ params["b"] - jnp.sin(batch).sum(-1)
-    return jnp.mean(error**2), ({"mean": 0.9 * model_state["mean"] + 0.1 * x.mean(0)}, {})
-
-
-def batches(poison, key, worker, round):
-    """Batches of which those of one (worker, round) are not finite."""
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    bad = (worker == poison[0]) & (round == poison[1])
-    return jnp.where(bad, jnp.nan, jax.random.normal(key, (S, 8, 3)))
-
-
-batch_fn = jax.tree_util.Partial(batches, jnp.array([-1, -1]))
-
-
-def schedule(step):
-    return 0.1 / (1.0 + 0.01 * step)
 
 
 @lru_cache
 def trace_for(name, num_steps=100):
     if name == "prsgdm":
-        return sample_trace(heterogeneous(), K, num_steps, S, 0, synchronous=True)
-    rng, busy, order = np.random.default_rng(0), {0, 1, 3}, []
+        return toy.trace_of(name, num_steps)
+    rng, busy, order = np.random.default_rng(0), {0, 1}, []
     for t in range(num_steps):
         for step, kind, worker in EVENTS:
             if step == t:
@@ -75,11 +59,11 @@ def run(name, engine, **options):
         "key": jax.random.key(0),
         "model_state": STATE,
         "local_learning_rate": schedule,
-        "evaluate": lambda params, model_state: {"a": params["a"].sum()},
+        "evaluate": toy.evaluate,
         "evaluate_every": 30,
     }
     arguments |= {"batch_fn": batch_fn, "engine": ENGINES.get(engine, engine)} | options
-    return simulate(make_method(name, K, S), loss_fn, params=PARAMS, **arguments)
+    return simulate(method_of(name), loss_fn, params=PARAMS, **arguments)
 
 
 ENGINES = {
@@ -98,7 +82,7 @@ def workload_for(method, loss_fn=loss_fn, batch_fn=batch_fn):
 
 
 def server_for(name):
-    server = ParameterServer(make_method(name, K, S), PARAMS, STATE, local_learning_rate=schedule)
+    server = ParameterServer(method_of(name), PARAMS, STATE, local_learning_rate=schedule)
     for worker in range(K):
         if worker != 2 or name == "prsgdm":
             server.dispatch(worker)
@@ -161,7 +145,7 @@ def test_the_servers_tables_are_those_of_the_eager_run(name, engine):
 @pytest.mark.parametrize(("name", "engine"), [("orlomo", "vmap"), ("prsgdm", "loop")])
 def test_divergence_is_found_where_it_began(name, engine):
     trace = trace_for(name)
-    poisoned = jax.tree_util.Partial(batches, jnp.array([1, 2]))
+    poisoned = toy.poisoned(1, 2)
     results = [run(name, e, batch_fn=poisoned, evaluate=None) for e in ("eager", engine)]
     bad = np.flatnonzero((trace.workers == 1) & (trace.rounds == 2))[0]
     for result in results:

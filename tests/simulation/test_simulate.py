@@ -16,36 +16,21 @@ from orlomo_jax import (
     simulate,
 )
 from orlomo_jax.methods import METHOD_NAMES
-from tests.support import helpers
+from tests.support import helpers, toy
+from tests.support.toy import PARAMS, STATE, K, S, batch_fn, loss_fn, method_of, schedule
 
-K, S, RATE = 4, 3, 0.05
-
-
-def loss_fn(params, model_state, batch, key):
-    """A regression with noise from the round's own key."""
-    x, y = batch
-    x = x + 0.1 * jax.random.normal(key, x.shape)
-    error = jnp.tanh(x @ params["a"]) @ params["b"] - y
-    return jnp.mean(error**2), (model_state, {})
-
-
-def batch_fn(key, worker, round):
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    x = jax.random.normal(key, (S, 8, 3))
-    return x, jnp.sin(x).sum(-1)
-
-
-PARAMS = {"a": jnp.ones((3, 4)) * jnp.arange(4) / 4, "b": jnp.ones(4)}
+RATE = 0.05
 
 
 def trace_for(name, num_steps=40, seed=0):
-    return sample_trace(heterogeneous(), K, num_steps, S, seed, synchronous=name == "prsgdm")
+    return toy.trace_of(name, num_steps, seed)
 
 
 def run(name, trace=None, seed=0, **options):
-    options = {"local_learning_rate": RATE, "key": jax.random.key(seed)} | options
+    defaults = {"batch_fn": batch_fn, "model_state": STATE, "key": jax.random.key(seed)}
+    options = defaults | {"local_learning_rate": schedule} | options
     options["trace"] = trace_for(name) if trace is None else trace
-    return simulate(make_method(name, K, S), loss_fn, batch_fn, PARAMS, **options)
+    return simulate(method_of(name), loss_fn, params=PARAMS, **options)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -60,7 +45,7 @@ def test_same_seed_and_trace_are_the_same_to_the_bit(name):
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_simulation_is_the_replay_by_hand(name):
     """A list of all versions, and the rule: no server, no clock."""
-    method = make_method(name, K, S)
+    method = method_of(name)
     round_fn = method.local_round(loss_fn)
     trace = trace_for(name)
     data_key, noise_key = jax.random.split(jax.random.key(0))
@@ -69,8 +54,8 @@ def test_simulation_is_the_replay_by_hand(name):
     for worker, round, index in zip(trace.workers, trace.rounds, trace.dispatched_at, strict=True):
         key = jax.random.fold_in(jax.random.fold_in(noise_key, worker), round)
         start = momentums[index].momentum if name == "prsgdm" else None
-        batches = batch_fn(data_key, worker, round)
-        result = round_fn(versions[index], None, batches, RATE, key, momentum=start)
+        batches, rate = batch_fn(data_key, worker, round), schedule(index)
+        result = round_fn(versions[index], STATE, batches, rate, key, momentum=start)
         updates, state = method.rule.update(result.update, state, dispatched_at=int(index))
         versions.append(optax.apply_updates(versions[-1], updates))
         momentums.append(state)
@@ -112,18 +97,19 @@ def test_one_worker_one_step_is_optax_sgd():
     result = simulate(
         make_method("orlomo", 1, 1),
         loss_fn,
-        lambda key, worker, round: jax.tree.map(lambda x: x[:1], batch_fn(key, worker, round)),
+        lambda key, worker, round: batch_fn(key, worker, round)[:1],
         PARAMS,
         num_steps=20,
+        model_state=STATE,
         key=jax.random.key(0),
         local_learning_rate=RATE,
     )
     data_key, noise_key = jax.random.split(jax.random.key(0))
     sgd, params = optax.sgd(RATE, momentum=0.9), PARAMS
     state = sgd.init(params)
-    gradient_fn = jax.grad(lambda params, batch, key: loss_fn(params, None, batch, key)[0])
+    gradient_fn = jax.grad(lambda params, batch, key: loss_fn(params, STATE, batch, key)[0])
     for t in range(20):
-        batch = jax.tree.map(lambda x: x[0], batch_fn(data_key, 0, t))
+        batch = batch_fn(data_key, 0, t)[0]
         key = jax.random.fold_in(jax.random.fold_in(noise_key, 0), t)
         gradient = gradient_fn(params, batch, jax.random.fold_in(key, 0))
         updates, state = sgd.update(gradient, state)
@@ -177,7 +163,11 @@ def test_history_records_and_evaluations():
     assert [r.step for r in records] == list(range(1, 26))
     assert [r.step for r in records if r.evaluation] == [10, 20, 25]
     np.testing.assert_allclose([float(r.loss) for r in records], result.history.loss, rtol=1e-6)
-    assert result.history.loss[-5:].mean() < result.history.loss[:5].mean()
+
+
+def test_training_lowers_the_loss():
+    loss = run("orlomo", trace_for("orlomo", 100)).history.loss
+    assert loss[-20:].mean() < 0.9 * loss[:20].mean()
 
 
 def test_evaluation_does_not_change_the_run():
@@ -189,19 +179,10 @@ def test_evaluation_does_not_change_the_run():
 @pytest.mark.parametrize("num_steps", [320, 40])
 def test_divergence_is_found_where_it_began(name, num_steps):
     trace = trace_for(name, num_steps)
-
-    def poisoned_batch_fn(key, worker, round):
-        x, y = batch_fn(key, worker, round)
-        return jnp.where((worker == 1) & (round == 2), jnp.nan, x), y
-
-    result = simulate(
-        make_method(name, K, S),
-        loss_fn,
-        poisoned_batch_fn,
-        PARAMS,
-        trace=trace,
-        key=jax.random.key(0),
-        local_learning_rate=RATE,
+    result = run(
+        name,
+        trace,
+        batch_fn=toy.poisoned(1, 2),
         evaluate=lambda params, model_state: {"norm": optax.tree.norm(params)},
     )
     poisoned = np.flatnonzero((trace.workers == 1) & (trace.rounds == 2))[0]
@@ -215,9 +196,13 @@ def test_divergence_is_found_where_it_began(name, num_steps):
 @pytest.mark.parametrize("rate", [lambda step: jnp.nan, 1e38])
 def test_a_merge_that_overflows_is_divergence(rate):
     """Every report is finite, the last one too; only what the server makes of it is not."""
+
+    def stateless(params, model_state, batch, key):
+        return loss_fn(params, STATE, batch, key)[0], (model_state, {})
+
     result = simulate(
         make_method("orlomo", 2, S, learning_rate=rate, delay_weight=lambda delay: 10.0),
-        loss_fn,
+        stateless,
         batch_fn,
         PARAMS,
         trace=ArrivalTrace.from_workers([0], 2),
@@ -273,18 +258,18 @@ def test_schedule_follows_global_progress():
         (
             {"trace": trace_for("prsgdm")},
             ValueError,
-            "`trace` must have synchronous=False and num_workers=4 for orlomo, "
-            "got synchronous=True and num_workers=4",
+            "`trace` must have synchronous=False and num_workers=3 for orlomo, "
+            "got synchronous=True and num_workers=3",
         ),
         (
             {"trace": ArrivalTrace.from_workers([0], 2)},
             ValueError,
-            "num_workers=4 for orlomo, got synchronous=False and num_workers=2",
+            "num_workers=3 for orlomo, got synchronous=False and num_workers=2",
         ),
         ({"num_steps": 9}, ValueError, "pass no num_steps and no compute_times"),
         ({"compute_times": heterogeneous()}, ValueError, "pass no num_steps and no compute_times"),
         ({"trace": None}, ValueError, "`num_steps` must be given, or a trace"),
-        ({"round_fn": make_method("orlomo", K, S).local_round(loss_fn)}, ValueError, "got both"),
+        ({"round_fn": method_of("orlomo").local_round(loss_fn)}, ValueError, "got both"),
         ({"loss_fn": None}, ValueError, "pass either `loss_fn` or `round_fn`, got neither"),
         ({"callbacks": [3]}, TypeError, "`callbacks` must hold Callback objects or functions"),
         ({"engine": "fast"}, ValueError, "`engine` must be .* got engine='fast'"),
@@ -299,14 +284,14 @@ def test_bad_arguments(options, error, message):
     arguments = {"trace": trace_for("orlomo"), "key": jax.random.key(0), "local_learning_rate": 0.1}
     arguments |= {"loss_fn": loss_fn, "batch_fn": batch_fn, "params": PARAMS} | options
     with pytest.raises(error, match=message):
-        simulate(make_method("orlomo", K, S), **arguments)
+        simulate(method_of("orlomo"), **arguments)
 
 
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
 def test_without_a_trace_the_arrivals_are_sampled(name):
     """From the method's K and S, and of its kind."""
     job = (make_method(name, K, S), loss_fn, batch_fn, PARAMS)
-    options = {"key": jax.random.key(0), "local_learning_rate": RATE}
+    options = {"key": jax.random.key(0), "local_learning_rate": schedule, "model_state": STATE}
     sampled = simulate(*job, num_steps=40, trace_seed=3, **options)
     assert sampled.trace == trace_for(name, seed=3)
     helpers.assert_trees_equal(sampled.params, run(name, sampled.trace).params)
@@ -326,6 +311,7 @@ def test_a_round_of_another_kind_is_refused():
             PARAMS,
             num_steps=40,
             key=jax.random.key(0),
+            model_state=STATE,
             local_learning_rate=0.1,
             round_fn=local_momentum_sgd(loss_fn, S),
         )

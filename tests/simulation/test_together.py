@@ -5,26 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax import Checkpointer, make_method, simulate
+from orlomo_jax import Checkpointer, simulate
 from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.simulation.simulate import RunStart, simulate_together
 from orlomo_jax.traces.compute_times import heterogeneous, homogeneous, sample_trace
 from tests.support import helpers
+from tests.support.toy import STATE, K, S, batch_fn, loss_fn, method_of
 
-K, S, T = 4, 2, 24
+T = 24
 ROUNDING = {"rtol": 2e-5, "atol": 2e-6}
 """float32 over 24 iterations: one program for all runs adds in another order than one for one."""
-
-
-def loss_fn(params, model_state, batch, key):
-    x = batch + 0.1 * jax.random.normal(key, batch.shape)
-    error = jnp.tanh(x @ params["a"]) @ params["b"] - jnp.sin(batch).sum(-1)
-    return jnp.mean(error**2), ({"mean": 0.9 * model_state["mean"] + 0.1 * x.mean(0)}, {})
-
-
-def batch_fn(key, worker, round):
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    return jax.random.normal(key, (S, 8, 3))
 
 
 @jax.jit
@@ -40,23 +30,23 @@ def start(name, seed, rate=0.05):
     times = (homogeneous, heterogeneous)[seed % 2]()
     keys = jax.random.split(jax.random.key(seed), 2)
     return RunStart(
-        params={"a": 0.3 * jax.random.normal(keys[0], (3, 4)), "b": jnp.ones(4)},
+        params={"a": 0.3 * jax.random.normal(keys[0], (3, 2)), "b": jnp.ones(2)},
         trace=sample_trace(times, K, T, S, seed, synchronous=name == "prsgdm"),
         key=keys[1],
         local_learning_rate=jax.tree_util.Partial(decayed, np.float32(rate)),
-        model_state={"mean": jnp.zeros(3)},
+        model_state=STATE,
     )
 
 
 def together(name, starts, **options):
-    method = make_method(name, K, S)
+    method = method_of(name)
     options = {"evaluate": evaluate, "evaluate_every": 10} | options
     return simulate_together(method, method.local_round(loss_fn), batch_fn, starts, **options)
 
 
 def alone(name, start):
     return simulate(
-        make_method(name, K, S),
+        method_of(name),
         loss_fn,
         batch_fn,
         start.params,

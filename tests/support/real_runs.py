@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orlomo_jax import LocalUpdate, ThreadWorkers, make_method, simulate, train
+from orlomo_jax import LocalUpdate, ThreadWorkers, simulate, train
 from orlomo_jax.runtimes import TaskOutcome
-from tests.support import helpers
+from tests.support import helpers, toy
+from tests.support.toy import PARAMS, STATE, K, batch_fn, loss_fn, method_of, schedule
 
-K, S, T = 3, 2, 30
-PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2), "none": None}
-STATE = {"mean": jnp.zeros(3)}
+T = 30
 
 
 class Killed(BaseException):
@@ -34,21 +33,9 @@ def killed_at(step):
     return on_step
 
 
-def loss_fn(params, model_state, batch, key):
-    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
-    error = jnp.tanh(noisy @ params["a"] + params["b"]) - 0.5
-    state = {"mean": 0.9 * model_state["mean"] + 0.1 * noisy.mean(0)}
-    return jnp.mean(error**2), (state, {})
-
-
-def batch_fn(key, worker, round):
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    return jax.random.normal(key, (S, 4, 3))
-
-
 def with_metrics():
     """Return a loss with metrics of several shapes; Ray pickles it by value."""
-    plain = loss_fn
+    plain = toy.loss_fn
 
     def with_metrics_fn(params, model_state, batch, key):
         loss, (model_state, _) = plain(params, model_state, batch, key)
@@ -59,20 +46,12 @@ def with_metrics():
     return with_metrics_fn
 
 
-def method_of(name):
-    return make_method(name, K, S)
-
-
-def schedule(step):
-    return 0.1 / (1.0 + step)
-
-
 def arguments(seed=0):
     return {
         "key": jax.random.key(seed),
         "model_state": STATE,
         "local_learning_rate": schedule,
-        "evaluate": lambda params, model_state: {"a": params["a"].sum()},
+        "evaluate": toy.evaluate,
         "evaluate_every": 7,
     }
 
@@ -80,10 +59,11 @@ def arguments(seed=0):
 def run(name="orlomo", workers=None, *, num_steps=T, **options):
     workers = ThreadWorkers(K) if workers is None else workers
     options = arguments() | {"num_steps": num_steps} | options
-    return train(method_of(name), loss_fn, batch_fn, PARAMS, workers, **options)
+    batches = options.pop("batch_fn", batch_fn)
+    return train(method_of(name), loss_fn, batches, PARAMS, workers, **options)
 
 
-def assert_replays(result, name="orlomo"):
+def assert_replays(result, name="orlomo", batch_fn=batch_fn):
     """The simulator repeats the run from its trace: to the bit, the programs being the same."""
     job = (method_of(name), loss_fn, batch_fn, PARAMS)
     again = simulate(*job, trace=result.trace, engine="eager", **arguments())
