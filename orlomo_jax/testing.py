@@ -10,7 +10,7 @@ import numpy as np
 
 from orlomo_jax.methods import METHOD_NAMES, make_method
 from orlomo_jax.recording.history import TrainingResult
-from orlomo_jax.runtimes import TaskOutcome, WorkerPool, train
+from orlomo_jax.runtimes import TaskOutcome, WorkerPool, WorkersLostError, train
 from orlomo_jax.simulation.simulate import simulate
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import Workload
@@ -18,7 +18,7 @@ from orlomo_jax.worker.workload import Workload
 _S = 2
 
 
-def check_worker_pool(pool: WorkerPool) -> None:
+def check_worker_pool(pool: WorkerPool, round_timeout: float = 120.0) -> None:
     """Run a small problem on a worker pool, and check what ``train`` relies on.
 
     - Runs of the paper's four methods, and one of :class:`~orlomo_jax.HostBatches`, end, and the
@@ -29,6 +29,8 @@ def check_worker_pool(pool: WorkerPool) -> None:
 
     Args:
         pool: K ≥ 2 workers on devices of the kind that the simulator uses.
+        round_timeout: Seconds until a round without an outcome fails; a worker starts and compiles
+            in them, too.
 
     Raises:
         AssertionError: If a check fails; the message says which.
@@ -39,13 +41,14 @@ def check_worker_pool(pool: WorkerPool) -> None:
     """
     assert pool.num_workers >= 2, "a pool must have at least 2 workers to be checked"
     for name in METHOD_NAMES:
-        _check_replay(pool, name, _batches)
-    _check_replay(pool, "orlomo", HostBatches.of(_host_batches))
-    kinds = [event.kind for event in _check_replay(_Losing(pool), "orlomo", _batches).trace.events]
+        _check_replay(pool, name, _batches, round_timeout)
+    _check_replay(pool, "orlomo", HostBatches.of(_host_batches), round_timeout)
+    losing = _check_replay(_Losing(pool), "orlomo", _batches, round_timeout)
+    kinds = [event.kind for event in losing.trace.events]
     assert kinds == ["lost", "redispatched"], f"one round must be lost, got the events {kinds}"
-    _check_exception(pool)
+    _check_exception(pool, round_timeout)
     _check_one_run_at_a_time(pool)
-    _check_replay(pool, "orlomo", _batches)  # after an error, too
+    _check_replay(pool, "orlomo", _batches, round_timeout)  # after an error, too
 
 
 def _loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
@@ -71,13 +74,27 @@ def _arguments(pool: WorkerPool, name: str, batch_fn: Any) -> tuple:
 _OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float32(0))}
 
 
-def _train(pool: WorkerPool, *args: Any, **options: Any) -> TrainingResult:
-    return train(*args, pool, num_steps=6 * pool.num_workers, key=jax.random.key(0), **options)
+def _train(pool: WorkerPool, args: tuple, round_timeout: float) -> TrainingResult:
+    return train(
+        *args,
+        pool,
+        num_steps=6 * pool.num_workers,
+        key=jax.random.key(0),
+        round_timeout=round_timeout,
+        start_timeout=0.0,
+        max_failures=1,
+        **_OPTIONS,
+    )
 
 
-def _check_replay(pool: WorkerPool, name: str, batch_fn: Any) -> TrainingResult:
+def _check_replay(
+    pool: WorkerPool, name: str, batch_fn: Any, round_timeout: float
+) -> TrainingResult:
     args = _arguments(pool, name, batch_fn)
-    real = _train(pool, *args, **_OPTIONS)
+    try:
+        real = _train(pool, args, round_timeout)
+    except WorkersLostError as error:
+        raise AssertionError(f"a run of {name} must finish, got {error!r}") from error
     assert real.status == "finished", f"a run of {name} must finish, got {real.status!r}"
     key = jax.random.key(0)
     again = simulate(*args, trace=real.trace, key=key, engine="eager", **_OPTIONS)
@@ -106,7 +123,7 @@ class _Losing:
         return TaskOutcome(outcome.id, None, error="lost by check_worker_pool")
 
 
-def _check_exception(pool: WorkerPool) -> None:
+def _check_exception(pool: WorkerPool, round_timeout: float) -> None:
     def batches(worker, round):
         if worker == 1:
             raise KeyError("check_worker_pool has no batch for worker 1")
@@ -114,11 +131,15 @@ def _check_exception(pool: WorkerPool) -> None:
 
     args = _arguments(pool, "prsgdm", HostBatches.of(batches))
     try:
-        _train(pool, *args, **_OPTIONS)
+        _train(pool, args, round_timeout)
     except KeyError as error:
         if "worker 1" not in str(error):
             raise AssertionError("the exception must be the worker's own") from error
         return
+    except WorkersLostError as error:
+        raise AssertionError(
+            "an exception in a worker's first round must reach the caller"
+        ) from error
     raise AssertionError("an exception in a worker's first round must reach the caller")
 
 
