@@ -152,9 +152,13 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open the folder."""
-        module = _import("tensorboardX", "TensorBoard", "tensorboardX")
-        self._writer: Any = module.SummaryWriter(os.fspath(folder))
+        """Check that tensorboardX is installed."""
+        self._module = _import("tensorboardX", "TensorBoard", "tensorboardX")
+        self._folder, self._writer = os.fspath(folder), None
+
+    def on_start(self, step: int, num_steps: int) -> None:
+        """Open an event file."""
+        self._writer: Any = self._module.SummaryWriter(self._folder)
 
     def on_step(self, record: StepRecord) -> None:
         """Write the step, if it has an evaluation."""
@@ -164,6 +168,12 @@ class TensorBoard(Callback):
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.step, walltime=record.time)
         self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is still in memory, and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class CSVLog(Callback):
@@ -201,18 +211,22 @@ class CSVLog(Callback):
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
+                header, *rows = list(csv.reader(file)) or [self.HEADER]
                 if tuple(header) != self.HEADER:
                     raise ValueError(f"{self.path} is not a file of CSVLog: choose another path")
-        self._file = self.path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
         kept = [row for row in rows if len(row) == len(self.HEADER) and int(row[0]) <= step]
-        self._writer.writerows([self.HEADER, *kept])
+        new = self.path.with_name(f"{self.path.name}.new")  # a killed process leaves the old rows
+        with new.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.HEADER, *kept])
+        new.replace(self.path)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def on_step(self, record: StepRecord) -> None:
         """Write the numbers of a step."""
         at = record[:4]
         self._writer.writerows([*at, name, value] for name, value in _scalars(record))
+        self._file.flush()  # so that a killed process has the rows up to its checkpoint
 
     def close(self) -> None:
         """Close the file."""
