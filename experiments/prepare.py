@@ -92,7 +92,7 @@ def _write(name: str, content: Content, place: Path) -> dict[str, int]:
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    from experiments import tiny_imagenet  # registers the builder
+    from experiments.data import tiny_imagenet  # registers the builder
 
     del tiny_imagenet
     tfds_name = name.replace("-", "_")

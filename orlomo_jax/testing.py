@@ -63,7 +63,7 @@ def _host_batches(worker: int, round: int) -> Any:
     return np.random.default_rng([worker, round]).normal(size=(_S, 4, 3)).astype(np.float32)
 
 
-def _arguments(pool: WorkerPool, name: str, batch_fn: Any) -> tuple:
+def _arguments(pool: Any, name: str, batch_fn: Any) -> tuple:
     method = make_method(name, pool.num_workers, _S)
     return method, _loss, batch_fn, {"w": jnp.ones((3,))}
 
@@ -71,13 +71,14 @@ def _arguments(pool: WorkerPool, name: str, batch_fn: Any) -> tuple:
 _OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float32(0))}
 
 
-def _train(pool: WorkerPool, *args: Any, **options: Any) -> TrainingResult:
-    return train(*args, pool, num_steps=6 * pool.num_workers, key=jax.random.key(0), **options)
+def _train(pool: Any, args: tuple) -> TrainingResult:
+    num_steps, key = 6 * pool.num_workers, jax.random.key(0)
+    return train(*args, workers=pool, num_steps=num_steps, key=key, **_OPTIONS)
 
 
-def _check_replay(pool: WorkerPool, name: str, batch_fn: Any) -> TrainingResult:
+def _check_replay(pool: Any, name: str, batch_fn: Any) -> TrainingResult:
     args = _arguments(pool, name, batch_fn)
-    real = _train(pool, *args, **_OPTIONS)
+    real = _train(pool, args)
     assert real.status == "finished", f"a run of {name} must finish, got {real.status!r}"
     key = jax.random.key(0)
     again = simulate(*args, trace=real.trace, key=key, engine="eager", **_OPTIONS)
@@ -114,7 +115,7 @@ def _check_exception(pool: WorkerPool) -> None:
 
     args = _arguments(pool, "prsgdm", HostBatches.of(batches))
     try:
-        _train(pool, *args, **_OPTIONS)
+        _train(pool, args)
     except KeyError as error:
         if "worker 1" not in str(error):
             raise AssertionError("the exception must be the worker's own") from error

@@ -65,8 +65,12 @@ AnyCallback: TypeAlias = Callback | Callable[[StepRecord], bool | None]
 
 
 class _StepFunction(Callback):
-    def __init__(self, function: Callable[[StepRecord], bool | None]) -> None:
-        self.on_step = function  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __init__(self, function: Callable[[StepRecord], Any]) -> None:
+        self._function = function
+
+    def on_step(self, record: StepRecord) -> bool | None:
+        """Call the function."""
+        return self._function(record)
 
 
 def as_callback(callback: Any) -> Callback:

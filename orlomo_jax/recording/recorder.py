@@ -29,12 +29,15 @@ class StateSource(Protocol):
     """Where a recorder reads a run's state.
 
     Attributes:
-        server: The run's server.
         first_nonfinite: The step of the first non-finite round, −1 for none.
     """
 
-    server: ParameterServer
     first_nonfinite: Any
+
+    @property
+    def server(self) -> ParameterServer:
+        """The run's server."""
+        ...
 
     def view(self) -> ServerState:
         """Return the state, valid until the next step."""

@@ -13,14 +13,12 @@ from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.recording.journal import Arrival
 from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.recording.saver import RunSaver
+from orlomo_jax.runtimes.journal_replay import JournalReplay
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
 from orlomo_jax.server.audit import Audit
 from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task, claimed_id
-from orlomo_jax.server.task_table import TaskId
-from orlomo_jax.traces.arrival_order import TraceEvent
-from orlomo_jax.traces.events import apply_event
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
@@ -68,49 +66,16 @@ class Driver:
         self.server, self.workers, self.workload = recorder.source.server, workers, workload
         self.recorder, self.log, self.journal = recorder, log, log.journal
         self.saver, self.audit, self.options = saver, audit, options
-        self.present = set(range(self.server.num_workers)) - set(self.journal.identity["absent"])
         self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
         self.given_up: dict[int, Failure] = {}
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.starting: set[int] = set()  # workers without an answer since they were started
         self.untried: set[int] = set()  # workers from the beginning, without a report so far
-        self.unseen = 0  # the newest events of the journal, while its reports are repeated
-
-    def repeat(self, seen: int | None) -> None:
-        """Repeat what the journal has beyond the checkpoint: the same rounds, in its order.
-
-        Args:
-            seen: How many of its events the checkpoint has seen; None without a checkpoint.
-        """
-        if seen is None:
-            for worker in sorted(self.present):
-                self.server.dispatch(worker)
-        for event in self.journal.events[: seen or 0]:
-            self._update_membership(event)
-        events: defaultdict[int, list[TraceEvent]] = defaultdict(list)
-        for event in self.journal.events[seen or 0 :]:
-            events[event.step].append(event)
-            self.unseen += 1
-        arrivals = self.journal.arrivals[self.server.step :]
-        if arrivals:
-            _log.info("repeating %d reports since the checkpoint", len(arrivals))
-        for arrival in arrivals:
-            self._replay_events(events.pop(self.server.step, []))
-            task, task_id = self.server.held(arrival.worker), TaskId(*arrival[:3])
-            if task is None or task.id != task_id:
-                raise ValueError(
-                    f"{self.journal.path} must go with its checkpoint: at step {self.server.step} "
-                    f"it has {arrival}, but the worker holds {task and task.id}"
-                )
-            result, *_ = self.workload.run(task.id.worker, task.id.round, task.start)
-            report = task.report(result)
-            for worker in self.server.receive(report):
-                self.server.dispatch(worker)
-            self._record(report, arrival)
-        self._replay_events(events.pop(self.server.step, []))
+        self.replay = JournalReplay(self.server, workload, self.journal)
+        self.present = self.replay.present
 
     def train(self) -> None:
-        """Train to the end."""
+        """Train to the end, on real workers."""
         self._looked = time.monotonic()
         self.workers.open(self.workload)
         try:
@@ -123,7 +88,7 @@ class Driver:
         finally:
             self.workers.close()
 
-    def _record(self, report: Report, arrival: Arrival) -> None:
+    def record(self, report: Report, arrival: Arrival) -> None:
         """Audit, record and save, after the server has applied a report."""
         if self.audit is not None:
             state = self.server.state
@@ -136,19 +101,7 @@ class Driver:
         """Write a checkpoint, after the journal up to it is on disk."""
         assert self.saver is not None
         self.journal.sync()
-        self.saver.save(events=len(self.journal.events) - self.unseen)
-
-    def _replay_events(self, events: list[TraceEvent]) -> None:
-        self.unseen -= len(events)
-        for event in events:
-            apply_event(event, self.server)
-            self._update_membership(event)
-
-    def _update_membership(self, event: TraceEvent) -> None:
-        if event.kind == "joined":
-            self.present.add(event.worker)
-        elif event.kind == "left":
-            self.present.discard(event.worker)
+        self.saver.save(events=len(self.journal.events) - self.replay.unseen)
 
     def _begin(self) -> None:
         """Start the workers, with the tasks that they hold; everybody but the absent takes part."""
@@ -238,7 +191,7 @@ class Driver:
             task = self.server.dispatch(other)
             if self.server.step < self.recorder.recording.num_steps:
                 self._submit(task)
-        self._record(report, arrival)
+        self.record(report, arrival)
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
         """Log a rejected report; the worker loses its round, if the report was of it."""

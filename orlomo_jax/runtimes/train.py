@@ -199,7 +199,7 @@ def _train(
         with contextlib.closing(recorder):
             recorder.start(journal.trace())
             log.health(driver.present)  # so that errors show before the first step
-            driver.repeat(seen)
+            driver.replay.run(seen, driver.record)
             log.resume_clock()
             if not recorder.ended:
                 driver.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,12 @@ from orlomo_jax.rules import contract
 from orlomo_jax.server.buffer_pool import BufferPool
 from orlomo_jax.server.placement import as_jax_arrays, commit_like, put_like
 from orlomo_jax.server.reports import RejectedReportError, Report, ReportSchema, Task
-from orlomo_jax.server.state import ServerState, leaf_dtypes, nonempty_leaves, unflatten_like
+from orlomo_jax.server.snapshots import Export, read_snapshot, take_snapshot
+from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.server.step import check_model_state_weight, server_step, weight_on_host
 from orlomo_jax.server.task_table import TaskId, TaskTable
-from orlomo_jax.trees import Array, PyTree, as_partial
+from orlomo_jax.trees import PyTree, as_partial
 from orlomo_jax.worker.workload import RoundInput
-
-
-class Export(NamedTuple):
-    """A server's complete content, for a compiled engine."""
-
-    table: TaskTable
-    state: ServerState
-    tasks: dict[int, Task]
 
 
 def _transaction(method: Callable[..., Any]) -> Any:
@@ -217,13 +210,14 @@ class ParameterServer:
         self.check_report(report)
         state, shared = self.view(), self._handed_out is not None
         step_fn = server_step(self.method, not shared, not self._rule_state_shared)
+        task_id: Any = TaskId(*map(np.int32, report.id))  # pyright: ignore[reportArgumentType]
         self._state = step_fn(
             self._buffers.acquire() if shared else [],
             state.params,
             state.rule_state,
             state._replace(params=None, rule_state=None),
             Report(
-                TaskId(*map(np.int32, report.id)),
+                task_id,
                 put_like(report.update, state.params),
                 put_like(report.model_state, state.model_state),
             ),
@@ -255,38 +249,20 @@ class ParameterServer:
 
     @_transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return everything as arrays by name, and as JSON-able bookkeeping.
-
-        Tasks of the same version share one copy. Arrays are lists of leaves: :meth:`restore`
-        knows the structures.
-        """
-        versions = {str(task.id.dispatched_at): _leaves(task.start) for task in self.tasks.values()}
-        arrays = {"state": _leaves(self.view()), "versions": versions}
-        return jax.device_get(arrays), self.table.snapshot()
+        """Return everything as arrays by name, and as JSON-able bookkeeping."""
+        return take_snapshot(Export(self.table, self.view(), self.tasks))
 
     @_transaction
-    def restore(self, arrays: dict[str, Any], table: dict[str, Any]) -> None:
-        """Take the state of a :meth:`snapshot` of a server made with the same arguments.
+    def restore(self, arrays: dict[str, Any], rows: dict[str, Any]) -> None:
+        """Take a :meth:`snapshot` of a server made with the same arguments.
 
         Raises:
             ValueError: If the snapshot is of another number of workers, or its trees are not like
                 this server's; nothing has changed then.
         """
-        restored = TaskTable(self.method.name, self.num_workers, self.method.synchronous)
-        restored.restore(table)
+        table = TaskTable(self.method.name, self.num_workers, self.method.synchronous)
         state = self.view()
-        start = self._newest(state)
-        new = ServerState(*_unflatten(state, arrays["state"]))
-        versions = {
-            int(index): RoundInput(*_unflatten(start, version))
-            for index, version in (arrays["versions"] or {}).items()
-        }
-        self.tasks = {
-            worker: Task(task_id, versions[task_id.dispatched_at])
-            for worker, task_id in restored.held.items()
-        }
-        self._state, self.table = new, restored
-        self._share_all()
+        self.import_(read_snapshot(state, self._newest(state), table, arrays, rows))
 
     def _share_all(self) -> None:
         """Mark all arrays as shared, so that the next step donates none of them."""
@@ -325,13 +301,3 @@ class ParameterServer:
                 check_model_state_weight(float(weight), self.step, delay)
             except ValueError as error:
                 raise RejectedReportError(str(error)) from error
-
-
-def _leaves(trees: Any) -> dict[str, list[Array]]:
-    """Return the non-empty leaves of each field."""
-    return {name: nonempty_leaves(tree) for name, tree in trees._asdict().items()}
-
-
-def _unflatten(like: Any, leaves: dict[str, Any]) -> list[Any]:
-    """Return the fields of :func:`_leaves`, as trees like those of ``like``."""
-    return [unflatten_like(name, tree, leaves[name]) for name, tree in like._asdict().items()]

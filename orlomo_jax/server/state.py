@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import LocalOrMoDAState, OrLoMoState, PRSGDmState, contract
-from orlomo_jax.trees import Array, ArrayLike, PyTree
+from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.workload import RoundInput
 
 _WITH_MOMENTUM = (OrLoMoState, LocalOrMoDAState, PRSGDmState)
@@ -84,40 +82,3 @@ def start_momentum(rule_state: Any) -> trees.Params:
 
     found = optax.tree.get_all_with_path(rule_state, "momentum", filtering=of_a_state)
     return found[0][1] if found else None
-
-
-def nonempty_leaves(tree: PyTree) -> list[Array]:
-    """Return the leaves that have entries; a checkpoint does not store empty ones."""
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-
-
-def unflatten_like(name: str, like: PyTree, leaves: list[ArrayLike] | None) -> PyTree:
-    """Return a tree like ``like`` from :func:`nonempty_leaves`, on the same devices.
-
-    Raises:
-        ValueError: If the number of leaves, a shape or a dtype differs.
-
-    Example:
-        >>> like = {"a": jnp.ones(2), "none": jnp.ones(0)}
-        >>> unflatten_like("params", like, [jnp.zeros(2)])["a"]
-        Array([0., 0.], dtype=float32)
-    """
-    wanted, structure = jax.tree.flatten(like)
-    there: Any = leaves or []
-    if len(there) != len(nonempty_leaves(like)):
-        raise ValueError(
-            f"the snapshot's `{name}` must have {len(nonempty_leaves(like))} leaves, "
-            f"got {len(there)}"
-        )
-    there = iter(there)
-    tree = jax.tree.unflatten(
-        # An empty leaf is made anew: trees of a server may share one, but it is donated once.
-        structure,
-        [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted],
-    )
-    trees.check_like(name, tree, like, dtypes=True)
-    return tree
-
-
-def _placed(value: ArrayLike, like: Array) -> Array:
-    return jax.device_put(value, like.sharding) if like.committed else jnp.asarray(value)

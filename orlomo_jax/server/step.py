@@ -36,8 +36,9 @@ def apply_report(
         schedule: γ as a function of the step, or None if it stays as it is.
     """
     worker, _, dispatched_at = report.id
+    update: Any = report.update
     updates, rule_state = method.rule.update(
-        report.update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
+        update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
     )
     params = optax.apply_updates(state.params, updates)
     frozen = Unmoved(method)(state.params)

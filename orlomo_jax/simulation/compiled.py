@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.methods.method import Method
-from orlomo_jax.server.parameter_server import Export, ParameterServer
+from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
 from orlomo_jax.server.reports import RejectedReportError, Report, Task
+from orlomo_jax.server.snapshots import Export
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.server.step import (
     apply_report,
@@ -183,8 +184,8 @@ def segment_program(
     together = over_rows[rounds]
 
     @partial(jax.jit, donate_argnames="carry")
-    def run(batch_fn, schedule, carry, segment, first, groups, data_key, noise_key):
-        segment = Segment(*jnp.asarray(segment))  # NumPy arrays if JAX does not compile
+    def run(batch_fn, schedule, carry, table, first, groups, data_key, noise_key):
+        segment: Any = Segment(*jnp.asarray(table))  # NumPy arrays if JAX does not compile
 
         def compute(slots, row):
             start = jax.tree.map(lambda x: _at(x, segment.reads[row]), slots)

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import jax
 
 from orlomo_jax.checks import check_count
+from orlomo_jax.recording.recorder import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
-from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
 from orlomo_jax.simulation.planning import group_starts
@@ -23,32 +23,12 @@ MANY = 1_000_000
 instead of copying them into slots and out again."""
 
 
-class Engine(Protocol):
-    """Carries out a simulated run.
-
-    Attributes:
-        server: The run's server. Its step is current; its state is only after
-            :meth:`sync_to_server`.
-        first_nonfinite: The step of the first non-finite round, −1 for none.
-    """
-
-    server: ParameterServer
-    first_nonfinite: Any
+class Engine(StateSource, Protocol):
+    """Carries out a simulated run; the server's step is always current."""
 
     def advance(self, stop: int) -> Iterable[RoundMetrics]:
         """Apply reports until step ``stop``; return the metrics of each."""
         ...
-
-    def view(self) -> ServerState:
-        """Return the state, valid until the next step."""
-        ...
-
-    def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
-        ...
-
-    def sync_to_server(self) -> None:
-        """Give the server the state, as if it had received each report."""
 
 
 @dataclass(frozen=True)

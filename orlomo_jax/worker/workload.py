@@ -57,7 +57,7 @@ class RoundMetrics(NamedTuple):
         metrics: Those of ``loss_fn``.
     """
 
-    loss: Array
+    loss: Array | float
     metrics: PyTree
 
     @classmethod
