@@ -90,7 +90,7 @@ def zero_updates(rule: Any, params: PyTree, *, momentum: bool) -> list[bool]:
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
 
     def updates(params, report):
-        update, _ = rule.update(report, rule.init(params), params, dispatched_at=0)
+        update, _ = rule.update(report, rule.init(params), params, dispatched_at=0, worker=0)
         return update
 
     try:
