@@ -120,7 +120,7 @@ def test_the_journal_of_another_run_is_refused(tmp_path):
     arrival = json.loads(lines[3])  # as if another task's report had been applied
     lines[3] = json.dumps(arrival | {"round": arrival["round"] + 1})
     journal.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match="`rounds` must be what the worker holds"):
+    with pytest.raises(ValueError, match="`rounds` must follow from the arrivals and events"):
         Journal.load(journal).trace()
     with pytest.raises(ValueError, match="must go with its checkpoint: at step 2 it has Arrival"):
         run(num_steps=9, journal=journal)

@@ -1,4 +1,4 @@
-"""Server rules: what the server does with a worker's report, as optax transformations."""
+"""Server rules: optax transformations of a worker's report to an update of the parameters."""
 
 from orlomo_jax.rules.al_sgd import ALSGDState as ALSGDState
 from orlomo_jax.rules.al_sgd import al_sgd as al_sgd

@@ -1,4 +1,4 @@
-"""Who reports when: arrival traces and models of compute times; NumPy only."""
+"""Arrival traces and models of compute times; uses NumPy only."""
 
 from orlomo_jax.traces.arrival_order import TraceEvent as TraceEvent
 from orlomo_jax.traces.compute_times import ComputeTimes as ComputeTimes
