@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orlomo_jax import arrivals
-from orlomo_jax.traces.compute_times import (
+from orlomo_jax.traces import (
     ComputeTimes,
     heterogeneous,
     homogeneous,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.traces.trace_validation import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace
 from tests.orders import eventful_runs, orders, synchronous_orders
 

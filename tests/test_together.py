@@ -8,7 +8,7 @@ import pytest
 from orlomo_jax import Checkpointer, make_method, simulate
 from orlomo_jax.methods.method import METHOD_NAMES
 from orlomo_jax.simulation.simulate import RunStart, simulate_together
-from orlomo_jax.traces.compute_times import heterogeneous, homogeneous, sample_trace
+from orlomo_jax.traces import heterogeneous, homogeneous, sample_trace
 from tests import helpers
 
 K, S, T = 4, 2, 24

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orlomo_jax.traces.compute_times import (
+from orlomo_jax.traces import (
     homogeneous,
     sample_trace,
 )

@@ -8,7 +8,7 @@ from orlomo_jax import rules
 from orlomo_jax.methods.method import Method
 from orlomo_jax.methods.registry import register_method
 from orlomo_jax.rules import contract
-from orlomo_jax.rules.learning_rate import global_learning_rate
+from orlomo_jax.rules.delay_adaptive_rate import global_learning_rate
 
 METHOD_NAMES = ("orlomo", "prsgdm", "al_sgd", "local_ormo_da")
 """The paper's four methods."""

@@ -11,8 +11,8 @@ from typing import IO, Any, NamedTuple
 
 from orlomo_jax.checks import check_same
 from orlomo_jax.recording.locks import open_alone
-from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.traces.trace_validation import TraceEvent
 
 _FORMAT = "orlomo_jax.Journal"
 

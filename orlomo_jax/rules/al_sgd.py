@@ -10,7 +10,7 @@ import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import contract, ordering
-from orlomo_jax.rules.learning_rate import DelayWeight, global_learning_rate
+from orlomo_jax.rules.delay_adaptive_rate import DelayWeight, global_learning_rate
 from orlomo_jax.trees import Array
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,12 +12,13 @@ from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.recording.journal import Arrival
 from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.recording.saver import RunSaver
+from orlomo_jax.runtimes.failures import Failure, Failures
 from orlomo_jax.runtimes.journal_replay import JournalReplay
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
 from orlomo_jax.server.audit import Audit
-from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task, claimed_id
+from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
@@ -29,14 +29,6 @@ _log = logging.getLogger("orlomo_jax")
 
 class WorkersLostError(RuntimeError):
     """Raised when no worker is left, or a synchronous method lost one. Progress has been saved."""
-
-
-class Failure(NamedTuple):
-    """Why a worker lost its round: in words, as a rejected report's reason, as an exception."""
-
-    why: str
-    reason: Reason | None = None
-    exception: Exception | None = None
 
 
 class RunOptions(NamedTuple):
@@ -66,8 +58,7 @@ class Driver:
         self.server, self.workers, self.workload = recorder.source.server, workers, workload
         self.recorder, self.log, self.journal = recorder, log, log.journal
         self.saver, self.audit, self.options = saver, audit, options
-        self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
-        self.given_up: dict[int, Failure] = {}
+        self.failures = Failures(options.max_failures)
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.starting: set[int] = set()  # workers without an answer since they were started
         self.untried: set[int] = set()  # workers from the beginning, without a report so far
@@ -183,7 +174,7 @@ class Driver:
             return
         worker = int(report.id.worker)
         self.untried.discard(worker)
-        self.failures.pop(worker, None)
+        self.failures.forgive(worker)
         self.sent_at.pop(worker, None)
         # Only what is in the journal may have consequences: a resumed run repeats all of it.
         arrival = self.log.arrived(report, outcome.metrics)
@@ -211,20 +202,18 @@ class Driver:
         self.server.release(worker)
         self.sent_at.pop(worker, None)
         self.log.meter.failed(worker, why)
-        self.failures[worker].append(failure)
+        in_a_row = self.failures.count(worker, failure)
         self.log.happened("lost", worker, why)
         _log.warning("worker %s lost its round: %s", worker, why, exc_info=error)
-        if (count := len(self.failures[worker])) > self.options.max_failures:
-            self.given_up[worker] = failure
-            self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
+        if worker in self.failures.given_up:
+            self._leave(worker, f"{in_a_row} lost rounds in a row, the last: {failure.why}")
             return
         if restart:
             self._start(worker)
         self._dispatch(worker, "redispatched")
 
     def _join(self, worker: int) -> None:
-        self.failures.pop(worker, None)
-        self.given_up.pop(worker, None)
+        self.failures.forgive(worker)
         self.present.add(worker)
         self._start(worker)
         self._dispatch(worker, "joined")
@@ -241,20 +230,18 @@ class Driver:
             self.log.happened("left", worker, why)
             if self.present:
                 return
-        reasons = {failure.reason for failure in self.given_up.values()}
         if self.saver is not None:
             with contextlib.suppress(OSError):  # the journal has it all; say what happened
                 self._save()
-        if reasons == {"not finite"}:
+        if self.failures.are_not_finite():
             self.recorder.first_nonfinite = self.server.step
         else:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
-            cause = None if (last := self.given_up.get(worker)) is None else last.exception
-            others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
+            last = self.failures.given_up.get(worker)
             raise WorkersLostError(
                 f"worker {worker} is gone at step {self.server.step} of "
-                f"{self.recorder.recording.num_steps} and {waits}: {why}{others}"
-            ) from cause
+                f"{self.recorder.recording.num_steps} and {waits}: {why}{self.failures}"
+            ) from (None if last is None else last.exception)
 
     def _start(self, worker: int) -> None:
         self.workers.start(worker)

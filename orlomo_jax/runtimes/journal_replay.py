@@ -10,8 +10,8 @@ from orlomo_jax.recording.journal import Arrival, Journal
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.reports import Report
 from orlomo_jax.server.task_table import TaskId
-from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.events import apply_event
+from orlomo_jax.traces.trace_validation import TraceEvent
 from orlomo_jax.worker.workload import Workload
 
 _log = logging.getLogger("orlomo_jax")

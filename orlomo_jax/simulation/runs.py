@@ -21,7 +21,7 @@ from orlomo_jax.recording.saver import RunSaver
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import mesh_context
 from orlomo_jax.server.schedules import check_schedules
-from orlomo_jax.simulation.engine import Compiled, Eager, choose, make_engine
+from orlomo_jax.simulation.engine_choice import Compiled, Eager, choose, make_engine
 from orlomo_jax.simulation.together import Alone, Together
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.trees import Array, PyTree

@@ -13,9 +13,10 @@ from orlomo_jax.recording.callbacks import AnyCallback
 from orlomo_jax.recording.checkpoint import Checkpointer
 from orlomo_jax.recording.history import TrainingResult
 from orlomo_jax.recording.interrupts import put_off_interrupts
-from orlomo_jax.simulation.engine import Compiled, Eager
+from orlomo_jax.simulation.engine_choice import Compiled, Eager
 from orlomo_jax.simulation.runs import RunStart, simulate_together
-from orlomo_jax.traces.compute_times import ComputeTimes, heterogeneous, sample_trace
+from orlomo_jax.traces.compute_times import ComputeTimes, heterogeneous
+from orlomo_jax.traces.sample_trace import sample_trace
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.host_batches import HostBatches

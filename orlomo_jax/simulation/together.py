@@ -14,7 +14,7 @@ import numpy as np
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import Carry, CompiledEngine, by_round
-from orlomo_jax.simulation.engine import Engine
+from orlomo_jax.simulation.engine_choice import Engine
 from orlomo_jax.worker.workload import RoundMetrics
 
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
@@ -47,7 +47,7 @@ class Together:
         engines: One for each run, none of them started, all with ``rounds="loop"``.
 
     Attributes:
-        lanes: An :class:`~orlomo_jax.simulation.engine.Engine` for each run, to read from.
+        lanes: An :class:`~orlomo_jax.simulation.engine_choice.Engine` for each run, to read from.
 
     Raises:
         ValueError: If the runs do not share a program, batch function or tree of arrays.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Protocol
 
-from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.traces.trace_validation import TraceEvent
 
 
 class Dispatches(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orlomo_jax.checks import check_count
-from orlomo_jax.traces.arrival_order import (
+from orlomo_jax.traces.trace_validation import (
     TraceEvent,
     check_arrival_order,
     check_times,
