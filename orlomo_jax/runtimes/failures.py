@@ -39,7 +39,7 @@ class Failures:
         self.given_up: dict[int, Failure] = {}
 
     def count(self, worker: int, failure: Failure) -> int:
-        """Count a lost round; give the worker up if it is one too many. Return how many in a row."""
+        """Count a lost round; give the worker up if it is one too many. Return the count."""
         self._in_a_row[worker] += 1
         if self._in_a_row[worker] > self._most:
             self.given_up[worker] = failure

@@ -51,7 +51,7 @@ class Carry(NamedTuple):
 
 
 class CompiledEngine:
-    """Simulates a run in compiled segments; see :class:`~orlomo_jax.simulation.engine_choice.Engine`.
+    """Simulates a run in compiled segments; see ``Engine`` in engine_choice.py.
 
     Args:
         server: A server that has dispatched its first tasks.

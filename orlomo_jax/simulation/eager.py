@@ -14,7 +14,7 @@ from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 
 class EagerEngine(ServerSource):
-    """Simulates a run step by step; see :class:`~orlomo_jax.simulation.engine_choice.Engine`."""
+    """Simulates a run step by step; see ``Engine`` in engine_choice.py."""
 
     def __init__(self, server: ParameterServer, workload: Workload, trace: ArrivalTrace) -> None:
         """Continue from the server's step."""

@@ -43,6 +43,7 @@ def sample_trace(
             than ``num_steps`` reports.
 
     Example:
+        >>> from orlomo_jax import per_worker_times
         >>> model = per_worker_times([1.0, 2.5], variation=0.0)
         >>> sample_trace(model, 2, num_steps=6, num_local_steps=1, seed=0).workers.tolist()
         [0, 0, 1, 0, 0, 0]
