@@ -1,4 +1,4 @@
-"""The paper's four methods."""
+"""Defines and registers the paper's four methods."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ def _orlomo(
     args = num_workers, momentum, learning_rate, delay_weight
     rule = rules.orlomo(*args, accumulator_dtype=accumulator_dtype)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method(
-        "orlomo",
-        rule,
-        num_workers,
-        num_local_steps,
-        worker_momentum=momentum,
-        model_state_weight=rate,
-    )
+    return Method("orlomo", rule, num_workers, num_local_steps, momentum, model_state_weight=rate)
 
 
 def _local_ormo_da(
@@ -57,7 +50,7 @@ def _al_sgd(
     delay_weight=None,
     accumulator_dtype=None,
 ) -> Method:
-    contract.check_momentum(momentum)  # taken for uniformity, not used
+    contract.check_momentum(momentum)  # not used; all four methods take the same arguments
     rule = rules.al_sgd(num_workers, learning_rate, delay_weight)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
     return Method("al_sgd", rule, num_workers, num_local_steps, model_state_weight=rate)
@@ -78,18 +71,12 @@ def _prsgdm(
             f"got learning_rate={learning_rate!r}, delay_weight={delay_weight!r}"
         )
 
-    def running_mean(step, delay):  # after the K reports of a round: their average
+    def running_mean(step, delay):  # merges the K reports of a round to their average
         return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
 
-    return Method(
-        "prsgdm",
-        rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype),
-        num_workers,
-        num_local_steps,
-        worker_momentum=momentum,
-        synchronous=True,
-        model_state_weight=running_mean,
-    )
+    rule = rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype)
+    method = Method("prsgdm", rule, num_workers, num_local_steps, momentum, synchronous=True)
+    return method._replace(model_state_weight=running_mean)
 
 
 for _name, _factory in zip(METHOD_NAMES, (_orlomo, _prsgdm, _al_sgd, _local_ormo_da), strict=True):
