@@ -102,7 +102,7 @@ class _Losing:
     def wait(self, timeout: float) -> TaskOutcome | None:
         """Return the next outcome; that of worker 0's first round without its report."""
         outcome = self._pool.wait(timeout)
-        if outcome is None or outcome.id[:2] != (0, 0):
+        if outcome is None or (outcome.id.worker, outcome.id.round) != (0, 0):
             return outcome
         return TaskOutcome(outcome.id, None, error="lost by check_worker_pool")
 

@@ -215,7 +215,7 @@ class CSVLog(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         """Write the numbers of a step."""
-        at = record[:4]
+        at = record.step, record.time, record.worker, record.delay
         self._writer.writerows([*at, name, value] for name, value in _scalars(record))
 
     def close(self) -> None:

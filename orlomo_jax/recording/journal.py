@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from orlomo_jax.checks import check_same
 from orlomo_jax.recording.locks import open_alone
+from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
 
@@ -35,6 +36,11 @@ class Arrival(NamedTuple):
     time: float
     loss: float
     metrics: Sequence[Any] = ()
+
+    @property
+    def id(self) -> TaskId:
+        """The task's."""
+        return TaskId(self.worker, self.round, self.dispatched_at)
 
 
 class Journal:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from orlomo_jax.recording.journal import Arrival, Journal
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.reports import Report
-from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.events import apply_event
 from orlomo_jax.traces.trace_validation import TraceEvent
 from orlomo_jax.worker.workload import Workload
@@ -56,7 +55,7 @@ class JournalReplay:
             _log.info("repeating %d reports since the checkpoint", len(arrivals))
         for arrival in arrivals:
             self._apply(events.pop(server.step, []))
-            task, task_id = server.held(arrival.worker), TaskId(*arrival[:3])
+            task, task_id = server.held(arrival.worker), arrival.id
             if task is None or task.id != task_id:
                 raise ValueError(
                     f"{journal.path} must go with its checkpoint: at step {server.step} it has "

@@ -218,7 +218,7 @@ def _identity(runs: Sequence[_Run], settings: Eager | Compiled, step: int) -> di
         )
     identity = {"run by": "simulate", "together": len(runs)} | of_run(server, workload)
     for index, run in enumerate(others, 1):
-        own = of_rate(run.server) | of_keys(*run.workload[2:])
+        own = of_rate(run.server) | of_keys(*run.workload.keys)
         identity |= {f"{name} of run {index}": value for name, value in own.items()}
     identity |= {"engine": type(settings).__name__} | asdict(settings)
     return identity | {"trace": [run.trace.digest(step) for run in runs]}

@@ -74,7 +74,7 @@ class Together:
         self._program = over_runs(first.program)
         self._schedules = _stack([engine.server.schedule for engine in engines])
         self._keys = [
-            jnp.stack(list(keys)) for keys in zip(*(e.workload[2:] for e in engines), strict=True)
+            jnp.stack(list(keys)) for keys in zip(*(e.workload.keys for e in engines), strict=True)
         ]
 
     def advance(self, stop: int) -> list[list[RoundMetrics]]:

@@ -86,6 +86,11 @@ class Workload(NamedTuple):
         """Split the run's key, and turn the batch function into a ``Partial``."""
         return cls(round_fn, as_batch_fn(batch_fn), *jax.random.split(key))
 
+    @property
+    def keys(self) -> tuple[Array, Array]:
+        """The keys of batches and rounds."""
+        return self.data_key, self.noise_key
+
     def run(
         self,
         worker: Any,
