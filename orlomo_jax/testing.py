@@ -15,7 +15,7 @@ from orlomo_jax.simulation.simulate import simulate
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import Workload
 
-_S = 2
+_K, _S = 2, 2
 
 
 def check_worker_pool(pool: WorkerPool) -> None:
@@ -28,16 +28,15 @@ def check_worker_pool(pool: WorkerPool) -> None:
     - A pool that is in a run refuses another one.
 
     Args:
-        pool: K ≥ 2 workers on devices of the kind that the simulator uses.
+        pool: The pool; its workers compute on devices of the kind that the simulator uses.
 
     Raises:
         AssertionError: If a check fails; the message says which.
 
     Example:
         >>> from orlomo_jax import ThreadWorkers
-        >>> check_worker_pool(ThreadWorkers(2))
+        >>> check_worker_pool(ThreadWorkers())
     """
-    assert pool.num_workers >= 2, "a pool must have at least 2 workers to be checked"
     for name in METHOD_NAMES:
         _check_replay(pool, name, _batches)
     _check_replay(pool, "orlomo", HostBatches.of(_host_batches))
@@ -63,8 +62,8 @@ def _host_batches(worker: int, round: int) -> Any:
     return np.random.default_rng([worker, round]).normal(size=(_S, 4, 3)).astype(np.float32)
 
 
-def _arguments(pool: Any, name: str, batch_fn: Any) -> tuple:
-    method = make_method(name, pool.num_workers, _S)
+def _arguments(name: str, batch_fn: Any) -> tuple:
+    method = make_method(name, _K, _S)
     return method, _loss, batch_fn, {"w": jnp.ones((3,))}
 
 
@@ -72,12 +71,12 @@ _OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float3
 
 
 def _train(pool: Any, args: tuple) -> TrainingResult:
-    num_steps, key = 6 * pool.num_workers, jax.random.key(0)
+    num_steps, key = 6 * _K, jax.random.key(0)
     return train(*args, workers=pool, num_steps=num_steps, key=key, **_OPTIONS)
 
 
 def _check_replay(pool: Any, name: str, batch_fn: Any) -> TrainingResult:
-    args = _arguments(pool, name, batch_fn)
+    args = _arguments(name, batch_fn)
     real = _train(pool, args)
     assert real.status == "finished", f"a run of {name} must finish, got {real.status!r}"
     key = jax.random.key(0)
@@ -95,7 +94,7 @@ class _Losing:
     """A pool whose worker 0 loses its first round."""
 
     def __init__(self, pool: WorkerPool) -> None:
-        self.num_workers, self._pool = pool.num_workers, pool
+        self._pool = pool
         for name in ("open", "start", "submit", "stop", "close"):
             setattr(self, name, getattr(pool, name))
 
@@ -113,7 +112,7 @@ def _check_exception(pool: WorkerPool) -> None:
             raise KeyError("check_worker_pool has no batch for worker 1")
         return _host_batches(worker, round)
 
-    args = _arguments(pool, "prsgdm", HostBatches.of(batches))
+    args = _arguments("prsgdm", HostBatches.of(batches))
     try:
         _train(pool, args)
     except KeyError as error:
@@ -124,12 +123,12 @@ def _check_exception(pool: WorkerPool) -> None:
 
 
 def _check_one_run_at_a_time(pool: WorkerPool) -> None:
-    method, loss_fn, batch_fn, _ = _arguments(pool, "orlomo", _batches)
+    method, loss_fn, batch_fn, _ = _arguments("orlomo", _batches)
     workload = Workload.of(method.local_round(loss_fn), batch_fn, jax.random.key(0))
-    pool.open(workload)
+    pool.open(workload, _K)
     try:
         try:
-            pool.open(workload)
+            pool.open(workload, _K)
         except RuntimeError:
             return
         raise AssertionError("a pool that is open must refuse to be opened again (RuntimeError)")

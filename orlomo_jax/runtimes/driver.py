@@ -68,7 +68,7 @@ class Driver:
     def train(self) -> None:
         """Train to the end, on real workers."""
         self._looked = time.monotonic()
-        self.workers.open(self.workload)
+        self.workers.open(self.workload, self.server.num_workers)
         try:
             with put_off_interrupts(self.saver is not None) as interrupted:
                 self._begin()

@@ -39,15 +39,10 @@ class WorkerPool(Protocol):
     A pool runs a task with ``workload.run(worker, round, task.start)`` and builds the report with
     ``task.report(result)``: then a real run can be replayed bit for bit. Test a pool of your own
     with :func:`orlomo_jax.testing.check_worker_pool`.
-
-    Attributes:
-        num_workers: K ≥ 1.
     """
 
-    num_workers: int
-
-    def open(self, workload: Workload) -> None:
-        """Prepare for a run; raise RuntimeError if another one is under way."""
+    def open(self, workload: Workload, num_workers: int) -> None:
+        """Prepare for a run of K workers; raise RuntimeError if another one is under way."""
 
     def start(self, worker: int) -> None:
         """Start a worker; if it runs already, replace it by a new one."""

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from orlomo_jax.checks import check_count
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
@@ -47,7 +46,6 @@ class RayWorkers:
     contexts such as ``jax.enable_x64(True)`` included; the default device is not one of them.
 
     Args:
-        num_workers: K ≥ 1.
         address: Of a running cluster, ``"auto"`` for the one of this host; see ``ray.init``.
         actor_options: Ray's options of each actor, such as ``{"num_gpus": 1}``. The default is
             ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``. Without ``num_gpus`` actors
@@ -60,21 +58,18 @@ class RayWorkers:
 
     Example:
         >>> from orlomo_jax import RayWorkers
-        >>> RayWorkers(4, slowdowns=[1, 1, 1, 2]).num_workers
-        4
+        >>> workers = RayWorkers(actor_options={"num_cpus": 2}, slowdowns=[1, 1, 1, 2])
     """
 
     def __init__(
         self,
-        num_workers: int,
         address: str | None = None,
         actor_options: Mapping[str, Any] | None = None,
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; actors start with the run."""
         self._ray = import_ray()
-        self.num_workers = check_count("num_workers", num_workers, 1)
-        self.slowdowns = check_slowdowns(slowdowns, num_workers)
+        self._factors, self.slowdowns, self.num_workers = slowdowns, (), 0
         self._address = address
         defaults = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         never_again = {"max_restarts": 0, "max_task_retries": 0}
@@ -89,7 +84,7 @@ class RayWorkers:
         self._free = threading.Lock()
         self._initialised_here = False
 
-    def open(self, workload: Workload) -> None:
+    def open(self, workload: Workload, num_workers: int) -> None:
         """Connect to Ray, and put what all actors know into its object store.
 
         Raises:
@@ -97,8 +92,10 @@ class RayWorkers:
             RuntimeError: If these workers are in another run.
             ValueError: If the cluster has not the processors or GPUs for all actors.
         """
+        slowdowns = check_slowdowns(self._factors, num_workers)
         if not self._free.acquire(blocking=False):
             raise RuntimeError("these workers are in another run: make others, or wait for its end")
+        self.slowdowns, self.num_workers = slowdowns, num_workers
         try:
             self._connect()
             self._publish(workload)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from orlomo_jax.checks import check_count
 from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.server.placement import to_numpy
@@ -33,7 +32,6 @@ class ThreadWorkers:
     and a new one takes its place.
 
     Args:
-        num_workers: K ≥ 1.
         devices: Worker k computes on ``devices[k % len(devices)]``. None is JAX's default device
             where one is set, else ``jax.devices()``.
         slowdowns: Factors ≥ 1, one a worker: after a round of c seconds worker k sleeps
@@ -51,7 +49,7 @@ class ThreadWorkers:
         ...     from_loss(lambda params, batch: jnp.mean((params - batch) ** 2)),
         ...     lambda key, worker, round: jnp.ones((4, 1)),
         ...     jnp.zeros(1),
-        ...     ThreadWorkers(2),
+        ...     ThreadWorkers(),
         ...     num_steps=30,
         ...     key=jax.random.key(0),
         ...     local_learning_rate=0.01,
@@ -62,13 +60,11 @@ class ThreadWorkers:
 
     def __init__(
         self,
-        num_workers: int,
         devices: Sequence[Any] | None = None,
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; threads start with the run."""
-        self.num_workers = check_count("num_workers", num_workers, 1)
-        self.slowdowns = check_slowdowns(slowdowns, num_workers)
+        self._factors, self.slowdowns = slowdowns, ()
         if devices is not None and not devices:
             raise ValueError("`devices` must hold a device, got none")
         self._devices, self._free = devices, threading.Lock()
@@ -80,14 +76,16 @@ class ThreadWorkers:
         self._settings: dict[str, Any] = {}
         self._outcomes: queue.SimpleQueue[TaskOutcome] = queue.SimpleQueue()
 
-    def open(self, workload: Workload) -> None:
+    def open(self, workload: Workload, num_workers: int) -> None:
         """Put the batches' arrays on every device."""
+        slowdowns = check_slowdowns(self._factors, num_workers)
         if not self._free.acquire(blocking=False):
             raise RuntimeError("these workers are in another run: make others, or wait for its end")
+        self.slowdowns = slowdowns
         self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
         self._settings = jax_settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
-        self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
+        self._used = [devices[worker % len(devices)] for worker in range(num_workers)]
         self._workloads = {
             device: _on_device(workload, device) for device in dict.fromkeys(self._used)
         }

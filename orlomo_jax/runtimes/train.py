@@ -80,7 +80,7 @@ def train(
         loss_fn: As in :func:`~orlomo_jax.simulate`; None if ``round_fn`` is given.
         batch_fn: As in :func:`~orlomo_jax.simulate`.
         params: w_0.
-        workers: The pool of K workers: :class:`~orlomo_jax.ThreadWorkers` or
+        workers: The worker pool: :class:`~orlomo_jax.ThreadWorkers` or
             :class:`~orlomo_jax.RayWorkers`.
         num_steps: T ≥ 1, the reports to apply.
         key: A ``jax.random.key``.
@@ -128,13 +128,15 @@ def train(
     num_steps = check_count("num_steps", num_steps, 1)
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     options = RunOptions(
-        membership=Membership(workers.num_workers) if membership is None else membership,
+        membership=Membership() if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
         start_timeout=check_number("start_timeout", start_timeout, lambda x: x >= 0, "≥ 0"),
         max_failures=check_count("max_failures", max_failures),
         fault_injector=fault_injector,
     )
-    _check_workers(method, workers, options.membership)
+    options.membership.bind(method.num_workers)
+    if method.synchronous and options.membership.absent:
+        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
     check_key(key)
     if audit:
         check_auditable(method)
@@ -204,17 +206,6 @@ def _train(
             if not recorder.ended:
                 driver.train()
             return recorder.end(recorder.result(journal.trace(), log.health(driver.present)))
-
-
-def _check_workers(method: Method, workers: WorkerPool, membership: Membership) -> None:
-    for name, given in (("workers", workers), ("membership", membership)):
-        if given.num_workers != method.num_workers:
-            raise ValueError(
-                f"`{name}` must be for the method's {method.num_workers} workers, got "
-                f"num_workers={given.num_workers}"
-            )
-    if method.synchronous and membership.absent:
-        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
 
 
 def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> None:
