@@ -67,7 +67,7 @@ def _unflatten(like: Any, leaves: dict[str, Any]) -> list[Any]:
 
 
 def nonempty_leaves(tree: PyTree) -> list[Array]:
-    """Return the leaves that have entries; a checkpoint does not store empty ones."""
+    """Return the leaves that are not empty; a checkpoint stores only those."""
     return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
 
 
@@ -91,7 +91,7 @@ def unflatten_like(name: str, like: PyTree, leaves: list[ArrayLike] | None) -> P
         )
     there = iter(there)
     tree = jax.tree.unflatten(
-        # An empty leaf is made anew: trees of a server may share one, but it is donated once.
+        # A new array for each empty leaf: the same array must not be donated twice.
         structure,
         [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted],
     )

@@ -1,4 +1,4 @@
-"""The server's state as one pytree: what tasks are made of, and what a checkpoint stores."""
+"""Defines the server's state as one pytree."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class ServerState(NamedTuple):
     local_learning_rate: Array
 
     def sent(self, dtypes: tuple[Any, ...], *, with_momentum: bool) -> RoundInput:
-        """Return what a task dispatched now carries.
+        """Return the inputs of a task that is dispatched now.
 
         Args:
-            dtypes: Those in which workers get params and model state; see :func:`leaf_dtypes`.
+            dtypes: The workers' dtypes of params and model state; see :func:`leaf_dtypes`.
             with_momentum: Whether workers start from the rule's momentum.
         """
         momentum = start_momentum(self.rule_state) if with_momentum else None
@@ -52,7 +52,7 @@ def leaf_dtypes(tree: Any) -> tuple[Any, ...]:
 
 
 def rounded(tree: Any, dtypes: tuple[Any, ...]) -> Any:
-    """Return a tree in these dtypes, one for each leaf; the same arrays if they have them."""
+    """Return a tree with its leaves cast to these dtypes; the same tree if nothing changes."""
     leaves, structure = jax.tree.flatten(tree)
     if leaf_dtypes(leaves) == dtypes:
         return tree
@@ -65,17 +65,17 @@ def _cast(leaves: list[Any], dtypes: tuple[Any, ...]) -> list[Any]:
 
 
 def start_momentum(rule_state: Any) -> trees.Params:
-    """Return the momentum of a rule's state, wherever a chain keeps it; None if there is none.
+    """Return the momentum in a rule's state, also in a chain; None if there is none.
 
-    If the chain has several rules of this package, that of the first; else the first field named
-    ``momentum`` in the state of any transformation. Reports that a state stores do not count.
+    It is the momentum of the first rule of this package. Without one, it is the first field named
+    ``momentum`` in the state of any transformation, except in a stored report.
     """
     is_rule = lambda x: isinstance(x, _WITH_MOMENTUM)  # noqa: E731
     rules = [x for x in jax.tree.leaves(rule_state, is_leaf=is_rule) if is_rule(x)]
     if rules:
         return rules[0].momentum
 
-    def of_a_state(path, value):  # not of a params tree, of hyperparameters or of a report
+    def of_a_state(path, value):  # not of params, hyperparameters or a report
         key = path[-1]
         is_field = isinstance(key, optax.tree_utils.NamedTupleKey)
         return is_field and key.tuple_name != contract.LocalUpdate.__name__
