@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orlomo_jax.server.placement import beside, on_host
+from orlomo_jax.server.placement import put_like, to_numpy
 
 
 class TestOnHost:
     def test_any_tree(self):
         tree = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": [np.float64(2), 3.0, None], "c": ()}
-        there = on_host(tree)
+        there = to_numpy(tree)
         wanted = jax.device_get(tree)
         assert jax.tree.structure(there) == jax.tree.structure(wanted)
         for leaf, like in zip(jax.tree.leaves(there), jax.tree.leaves(wanted), strict=True):
@@ -21,7 +21,7 @@ class TestOnHost:
 
     def test_nothing_is_copied_on_a_cpu(self):
         x = jnp.ones(1000)
-        assert on_host(x).ctypes.data == x.unsafe_buffer_pointer()
+        assert to_numpy(x).ctypes.data == x.unsafe_buffer_pointer()
 
 
 class TestBeside:
@@ -32,7 +32,7 @@ class TestBeside:
     def test_what_is_there_stays(self, params):
         tree = (params, {"w": np.ones(2, np.float32)})
         for moved, leaf in zip(
-            jax.tree.leaves(beside(tree, params)), jax.tree.leaves(tree), strict=True
+            jax.tree.leaves(put_like(tree, params)), jax.tree.leaves(tree), strict=True
         ):
             assert moved is leaf
 
@@ -40,9 +40,9 @@ class TestBeside:
         mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
         params = jax.device_put(params, sharding)
-        (moved,) = jax.tree.leaves(beside({"w": jnp.ones(2)}, params))
+        (moved,) = jax.tree.leaves(put_like({"w": jnp.ones(2)}, params))
         assert isinstance(moved, jax.Array)
         assert moved.sharding == sharding
 
     def test_no_params(self):
-        assert beside({}, {}) == {}
+        assert put_like({}, {}) == {}

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orlomo_jax import arrivals
 from orlomo_jax.traces import (
     ComputeTimes,
     heterogeneous,
     homogeneous,
     one_slow_worker,
+    per_worker_times,
     sample_trace,
 )
+from orlomo_jax.traces.sample_trace import report_times
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
@@ -31,9 +32,9 @@ class TestComputeTimes:
         assert heterogeneous(0.5, 4.0, gradient_time=3.0).mean_times(4).tolist() == [3, 3, 12, 12]
         assert one_slow_worker(50.0).mean_times(3).tolist() == [1, 1, 50]
         assert one_slow_worker(50.0).mean_times(1).tolist() == [50]
-        assert arrivals.given([1, 0.5]).mean_times(2).tolist() == [1, 0.5]
+        assert per_worker_times([1, 0.5]).mean_times(2).tolist() == [1, 0.5]
         with pytest.raises(ValueError, match=r"`num_workers` must be 2, .* got num_workers=3"):
-            arrivals.given([1, 0.5]).mean_times(3)
+            per_worker_times([1, 0.5]).mean_times(3)
 
     def test_communication(self):
         sent = homogeneous().with_communication(
@@ -61,7 +62,7 @@ class TestComputeTimes:
             (lambda: heterogeneous(slowdown=0.5), ValueError, "slowdown=0.5"),
             (lambda: one_slow_worker(0.5), ValueError, "`ratio` must be .*≥ 1, got ratio=0.5"),
             (lambda: one_slow_worker(math.inf), ValueError, "ratio=inf"),
-            (lambda: arrivals.given([1.0, -1.0]), ValueError, r"gradient_times\[1\]=-1.0"),
+            (lambda: per_worker_times([1.0, -1.0]), ValueError, r"gradient_times\[1\]=-1.0"),
             (lambda: ComputeTimes(slow_workers=-1), ValueError, "slow_workers=-1"),
             (lambda: homogeneous().with_silent_worker(-1), ValueError, "worker=-1"),
             (
@@ -138,7 +139,7 @@ class TestSimulate:
             goes.append(count)
             return np.array([next(stream) for _ in range(count)])
 
-        times = arrivals._report_times(draw, 1.0, 0.0, 10**9, 100.0)
+        times = report_times(draw, 1.0, 0.0, 10**9, 100.0)
         in_order = np.array(list(itertools.accumulate(durations)))
         np.testing.assert_array_equal(times, in_order[in_order <= 100.0])
         assert len(goes) > 3
@@ -149,7 +150,7 @@ class TestSimulate:
         assert trace.times.tolist() == [2, 2, 2, 4, 4, 4, 6]
 
     def test_the_barrier(self):
-        model = arrivals.given([1.0, 3.0, 2.0], variation=0.0).with_communication(latency=0.5)
+        model = per_worker_times([1.0, 3.0, 2.0], variation=0.0).with_communication(latency=0.5)
         trace = sample_trace(model, 3, 7, 2, 0, synchronous=True)
         assert trace.workers.tolist() == [0, 2, 1, 0, 2, 1, 0]
         assert trace.times.tolist() == [3, 5, 7, 10, 12, 14, 17]
@@ -173,7 +174,7 @@ class TestSimulate:
         assert trace.in_flight[0] == 0
 
     def test_a_silent_worker_a_million_times_faster(self):
-        model = arrivals.given([1e-6, 1.0]).with_silent_worker(0, 2)
+        model = per_worker_times([1e-6, 1.0]).with_silent_worker(0, 2)
         assert sample_trace(model, 2, 5, 1, 0).workers.tolist() == [0, 0, 1, 1, 1]
 
     def test_too_few_reports(self):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.data.datasets import datasets
+from experiments.data import datasets
 
 KEY = jax.random.key(0)
 

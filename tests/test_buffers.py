@@ -117,7 +117,7 @@ def test_whose_memory_it_was_may_donate_what_it_was_lent():
 def test_values_are_those_of_a_server_that_allocates(monkeypatch):
     params = {"w": jnp.arange(SIZE, dtype=jnp.float32), "b": jnp.ones(3), "h": jnp.ones(SIZE)}
     recycling, plain = make_server(params), make_server(params)
-    monkeypatch.setattr(plain._buffers, "take", list)
+    monkeypatch.setattr(plain._buffers, "acquire", list)
     for server in (recycling, plain):
         for worker in (0, 1, 0, 0, 1, 0, 0, 0, 1, 1):
             step(server, worker)
@@ -129,7 +129,7 @@ def test_values_are_those_of_a_server_that_allocates(monkeypatch):
 def test_lent_arrays_are_like_the_owners(dtype):
     device = jax.devices()[1]
     for mine in (jnp.ones((2, LARGE), dtype), jax.device_put(jnp.ones((2, LARGE), dtype), device)):
-        lent = BufferPool(mine).lend(mine)
+        lent = BufferPool(mine).share(mine)
         assert lent is not mine
         assert address(lent) == address(mine)
         assert (lent.aval, lent.sharding, lent.committed) == (
@@ -144,11 +144,11 @@ def test_small_and_sharded_leaves_are_lent_as_they_are():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     tree = [jnp.ones(3), jax.device_put(jnp.ones(2 * SIZE), sharding)]
     buffers = BufferPool(tree)
-    lent = buffers.lend(tree)
+    lent = buffers.share(tree)
     assert [a is b for a, b in zip(lent, tree, strict=True)] == [True, True]
     buffers.retire(tree)
     del lent
-    assert buffers.take() == []
+    assert buffers.acquire() == []
 
 
 @pytest.mark.parametrize("leaves", [1, 4])

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import chaos
 from orlomo_jax import LocalUpdate, Report
+from orlomo_jax.server import TaskId
 from tests import helpers
 
 
@@ -24,7 +25,7 @@ def kinds(sent, report):
     """What is wrong with what was sent in the place of a report."""
     for bad in sent:
         leaves = jax.tree.leaves(bad.update)
-        if bad.round < report.round:
+        if bad.id.round < report.id.round:
             yield "replay"
         elif any(np.isnan(leaf).any() for leaf in leaves):
             yield "not finite"
@@ -35,10 +36,10 @@ def kinds(sent, report):
 
 
 def test_poison_is_of_every_kind(tmp_path):
-    report = Report(0, 0, 0, LocalUpdate(helpers.tree(0), helpers.tree(1)))
+    report = Report(TaskId(0, 0, 0), LocalUpdate(helpers.tree(0), helpers.tree(1)))
     poison, seen = chaos.Poison(1.0, 0, tmp_path / "poison.txt"), []
     for round in range(40):
-        current = report._replace(round=round)
+        current = report._replace(id=TaskId(0, round, 0))
         seen += kinds(poison(current), current)
     assert set(seen) == set(chaos.POISONS)
 

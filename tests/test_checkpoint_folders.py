@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from orlomo_jax import Checkpointer
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from tests.real_runs import Killed, killed_at
 from tests.small_runs import T, run
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from orlomo_jax import ArrivalTrace, Checkpointer, Compiled, identity, make_method, simulate
+from orlomo_jax import ArrivalTrace, Checkpointer, Compiled, make_method, simulate
+from orlomo_jax.recording import identity
 from tests import helpers
 from tests.real_runs import Killed, killed_at
 from tests.small_runs import METHOD, S, batches, loss_fn, other_loss_fn, run

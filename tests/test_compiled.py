@@ -20,12 +20,12 @@ from orlomo_jax import (
     sample_trace,
     simulate,
 )
-from orlomo_jax import engine as engines
-from orlomo_jax.methods.method import METHOD_NAMES
-from orlomo_jax.server.parameter_server import RejectedReportError
+from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.server import RejectedReportError
+from orlomo_jax.simulation import engine as engines
 from orlomo_jax.simulation.compiled import LENGTH, CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
-from orlomo_jax.worker.local_round import Workload
+from orlomo_jax.worker import Workload
 from tests import helpers
 
 K, S = 4, 2

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from experiments import prepare
-from experiments.data.datasets import datasets, tfds_cache
+from experiments.data import datasets, tfds_cache
 from experiments.data.tfds_cache import DataError
 
 KEY = jax.random.key(0)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from orlomo_jax import ArrivalTrace, local_momentum_sgd, make_method, simulate
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 
 K = 2
 FROZEN = {"backbone": True, "head": False}

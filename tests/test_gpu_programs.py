@@ -10,12 +10,13 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import pytest
-from orlomo_jax.server_step import server_step
 
 from experiments.gpu_programs import targets, training
 from experiments.gpu_programs.inspection import inspect
-from orlomo_jax import LocalUpdate, make_method
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax import LocalUpdate, Report, make_method
+from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.server import ServerState, TaskId
+from orlomo_jax.server.step import server_step
 
 if find_spec("jax_plugins") is None or not any(
     find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
@@ -35,16 +36,18 @@ def on_gpu():
 @pytest.mark.parametrize("leaves", [1, 50])
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_step_is_one_pass_in_place_without_waiting(name, leaves, donate_params, on_gpu):
-    method = make_method(name, 8)
+    method = make_method(name, 8, num_local_steps=1)
     params = [jnp.ones(SIZE // leaves) for _ in range(leaves)]
     model_state, state = {"mean": jnp.ones(64)}, method.rule.init(params)
+    pending = model_state if method.synchronous else None
+    rest = ServerState(None, None, model_state, pending, jnp.float32(0.1))
     update = LocalUpdate(params, None if method.worker_momentum is None else params)
     schedule = jax.tree_util.Partial(lambda step: 0.1 / (1 + step))
     compiled = (
         server_step(method, donate_params, True)
         .lower(
-            *on_gpu(([] if donate_params else params, params, state, model_state)),
-            *on_gpu((update, model_state, 3, 0, 0, schedule)),
+            *on_gpu(([] if donate_params else params, params, state, rest)),
+            *on_gpu((Report(TaskId(0, 0, 0), update, model_state), 3, schedule)),
         )
         .compile()
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import gpu_session
-from experiments.data.datasets import packed
+from experiments.data import packed
 from experiments.data.tfds_cache import Arrays, DataError
 from experiments.gpu_session import Session
 

@@ -160,7 +160,7 @@ import sys
 
 sys.modules |= dict.fromkeys(sys.argv[1:])  # their import raises
 
-from experiments.data.datasets import datasets, tfds_cache
+from experiments.data import datasets, tfds_cache
 
 for name in ("train", "reproduce", "benchmarks.__main__", "prepare"):
     module = importlib.import_module(f"experiments.{name}")

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from orlomo_jax import make_method
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 
 
 def test_the_four_rows():

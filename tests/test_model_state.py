@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orlomo_jax import make_method, simulate
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 
 K = 4
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import prepare
-from experiments.data.datasets import folders, packed, tfds_cache
+from experiments.data import folders, packed, tfds_cache
 from experiments.data.folders import MANIFEST
 from experiments.data.tfds_cache import Arrays, DataError
 
@@ -281,7 +281,7 @@ from pathlib import Path
 for name in ("tensorflow_datasets", "array_record", "PIL", "jax"):
     sys.modules[name] = None  # its import raises
 
-from experiments.data.datasets import packed, tfds_cache
+from experiments.data import packed, tfds_cache
 
 out, data_dir = map(Path, sys.argv[1:])
 packed.unpack(out, data_dir)

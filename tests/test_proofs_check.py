@@ -12,7 +12,7 @@ import proofs_check
 from orlomo_jax import local_ormo_da, orlomo
 from proofs_check import SMALL, Subject, counterexamples, coverage, run, sequences
 from proofs_check.checks import convergence_rates
-from proofs_check.mutants.bookkeeping import faulty_rules
+from proofs_check.mutants import faulty_rules
 from proofs_check.mutants.catalogue import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
 

@@ -3,7 +3,7 @@
 import pytest
 
 from proofs_check import SMALL, run
-from proofs_check.mutants.bookkeeping import faulty_rules
+from proofs_check.mutants import faulty_rules
 from proofs_check.mutants.catalogue import controls
 from proofs_check.registry import CHECKS
 

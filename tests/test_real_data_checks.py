@@ -9,7 +9,7 @@ import pytest
 
 from experiments import against_optax, merged_statistics, runner
 from experiments.config import Run
-from experiments.data.datasets import datasets
+from experiments.data import datasets
 
 
 def made_up(name="cifar10", *_, **__) -> datasets.Dataset:

@@ -141,7 +141,7 @@ class TestCommand:
         def execute_together(runs, *args, **options):
             return [execute(run, *args, **options) for run in runs]
 
-        monkeypatch.setattr(tasks.execution, "execute_together", execute_together)
+        monkeypatch.setattr(tasks.runner, "execute_together", execute_together)
         reproduce.main([*self.flags, "--output", str(path), *flags])
 
     def test_a_killed_command_goes_on(self, monkeypatch, tmp_path):
@@ -184,7 +184,7 @@ class TestCommand:
         points = {}
 
         def execute(run, *_, evaluate_every, **__):
-            num_steps = run.num_steps(len(tasks.execution.assemble(run).train.labels))
+            num_steps = run.num_steps(len(tasks.runner.assemble(run).train.labels))
             points[run.local_iterations] = num_steps // evaluate_every
             return row_of(run)
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from orlomo_jax import Checkpointer, Membership
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.recording import Journal
 from tests import helpers
 from tests.real_runs import (
@@ -53,11 +53,11 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
     for step in (6, 12, 18):
         with pytest.raises(Killed):
             run(
-                workers=Unreliable(K, failing),
+                workers=Unreliable(failing),
                 checkpoint=Checkpointer(tmp_path, every=4),
                 callbacks=[killed_at(step)],
             )
-    result = run(workers=Unreliable(K, failing), checkpoint=Checkpointer(tmp_path, every=4))
+    result = run(workers=Unreliable(failing), checkpoint=Checkpointer(tmp_path, every=4))
     assert len(result.trace.events) >= 8
     assert_replays(result)
 
@@ -65,7 +65,7 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
 def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
     """A checkpoint of a repeated step has not seen the events that come later in the journal."""
     failing = {(worker, round) for worker in range(K) for round in (2, 4)}
-    workers = Unreliable(K, failing)
+    workers = Unreliable(failing)
     with pytest.raises(Killed):
         run(
             workers=workers, checkpoint=Checkpointer(tmp_path, every=100), callbacks=[killed_at(25)]
@@ -122,15 +122,31 @@ def test_the_journal_of_another_run_is_refused(tmp_path):
     journal.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="`rounds` must follow from the arrivals and events"):
         Journal.load(journal).trace()
-    with pytest.raises(ValueError, match="must go with its checkpoint: at step 2 it has Arrival"):
+    with pytest.raises(ValueError, match=r"jsonl must be of one run: `rounds` must be what"):
         run(num_steps=9, journal=journal)
+
+
+def test_a_journal_of_other_arrivals_than_the_checkpoint_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        run(checkpoint=Checkpointer(tmp_path, every=4), callbacks=[killed_at(6)])
+    journal = tmp_path / "arrivals.jsonl"
+    header, first, *_ = journal.read_text().splitlines()
+    first = json.loads(first)
+    other = (first["worker"] + 1) % K
+    alone = [
+        json.dumps(first | {"worker": other, "round": step, "dispatched_at": step})
+        for step in range(6)
+    ]
+    journal.write_text("\n".join([header, *alone, ""]))
+    with pytest.raises(ValueError, match="must go with its checkpoint: at step 4 it has Arrival"):
+        run(checkpoint=Checkpointer(tmp_path, every=4))
 
 
 def test_one_process_at_a_time_writes_a_journal(tmp_path):
     first = Journal({"num_workers": 1, "synchronous": False}, tmp_path / "a.jsonl")
     first.happened("lost", 0, time=0.0)
     code = (
-        "import sys; from orlomo_jax import Journal; "
+        "import sys; from orlomo_jax.recording import Journal; "
         "Journal({'num_workers': 1, 'synchronous': False}, sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl")]
@@ -198,7 +214,7 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("every", [3, 1000])  # the last checkpoint after and before the joining
 @pytest.mark.parametrize(("first", "then"), [([2], []), ([], [2]), ([2], [2]), ([0], [2])])
 def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
-    membership = Membership(K, first)
+    membership = Membership(first)
 
     def on_step(record):
         time.sleep(0.02)
@@ -217,7 +233,7 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
             **options,
         )
     result = run(
-        membership=Membership(K, then), checkpoint=Checkpointer(tmp_path, every=every), **options
+        membership=Membership(then), checkpoint=Checkpointer(tmp_path, every=every), **options
     )
     present = tuple(worker not in then for worker in range(K))
     assert result.health.present == present

@@ -11,7 +11,8 @@ import pytest
 
 import orlomo_jax
 from orlomo_jax import LocalUpdate, al_sgd, delay_adaptive, local_ormo_da, orlomo, prsgdm
-from orlomo_jax.rules.ordering import _behind_a_barrier, _by_branch, geometric_sum
+from orlomo_jax.rules import ordering
+from orlomo_jax.rules.ordering import geometric_sum
 from tests import helpers
 
 STEPS = 2000
@@ -119,7 +120,9 @@ def test_every_platform_gets_the_same_coefficients(momentum):
         for late in map(jnp.int32, range(10))
     ]
     for here, elsewhere in zip(
-        (_by_branch(*arg) for arg in args), (_behind_a_barrier(*arg) for arg in args), strict=True
+        (ordering.by_branch(*arg) for arg in args),
+        (ordering.behind_a_barrier(*arg) for arg in args),
+        strict=True,
     ):
         np.testing.assert_allclose(here, elsewhere, rtol=1e-6)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.server.parameter_server import RejectedReportError
+from orlomo_jax.server import RejectedReportError
 from tests import helpers
 from tests.servers import (
     STATE,
@@ -201,7 +201,7 @@ class TestModelState:
         assert bool(server.model_state["ready"]) == (taken == 2)
 
     def test_needs_a_weight(self):
-        method = make_method("orlomo", K, S)._replace(merge_weight=None)
+        method = make_method("orlomo", K, S)._replace(model_state_weight=None)
         with pytest.raises(ValueError, match="model_state_weight"):
             ParameterServer(method, helpers.tree(), STATE, local_learning_rate=0.1)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
-from orlomo_jax.server.parameter_server import RejectedReportError
+from orlomo_jax.server import RejectedReportError
 from tests import helpers
 from tests.servers import (
     STATE,

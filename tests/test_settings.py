@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from orlomo_jax import RayWorkers, ThreadWorkers, make_method, simulate, train
-from orlomo_jax.runtimes import settings
+from orlomo_jax.runtimes import jax_settings
 from tests import helpers
 from tests.real_runs import batch_fn
 
@@ -47,7 +47,7 @@ def assert_reaches_the_workers(workers, dtype=None):
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_reach_threads(name):
     with CONTEXTS[name]():
-        assert_reaches_the_workers(ThreadWorkers(K), float)
+        assert_reaches_the_workers(ThreadWorkers(), float)
 
 
 @pytest.mark.slow
@@ -55,27 +55,27 @@ def test_contexts_reach_ray_actors():
     with contextlib.ExitStack() as stack:
         for name in ("x64", "random bits", "default key", "precision"):
             stack.enter_context(CONTEXTS[name]())
-        result = assert_reaches_the_workers(RayWorkers(K), float)
+        result = assert_reaches_the_workers(RayWorkers(), float)
     assert result.params.dtype == jnp.float64
 
 
 def test_a_thread_computes_on_the_default_device():
     with jax.default_device(jax.devices()[1]):
-        workers = ThreadWorkers(K)
+        workers = ThreadWorkers()
         result = assert_reaches_the_workers(workers)
     assert result.params.devices() == {jax.devices()[1]}
 
 
 def test_settings_are_adopted_once_and_given_back():
-    before = settings.capture()
+    before = jax_settings.capture()
     with jax.enable_x64(True), jax.default_matmul_precision("float32"), jax.disable_jit():
-        inside = settings.capture()
-    assert settings.capture() == before
-    with settings.using(inside):
-        assert settings.capture() == inside
-    assert settings.capture() == before
+        inside = jax_settings.capture()
+    assert jax_settings.capture() == before
+    with jax_settings.using(inside):
+        assert jax_settings.capture() == inside
+    assert jax_settings.capture() == before
     try:
-        settings.adopt(settings.portable(inside))
-        assert settings.capture() == inside
+        jax_settings.adopt(jax_settings.portable(inside))
+        assert jax_settings.capture() == inside
     finally:
-        settings.adopt(settings.portable(before))
+        jax_settings.adopt(jax_settings.portable(before))

@@ -15,7 +15,7 @@ from orlomo_jax import (
     sample_trace,
     simulate,
 )
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from tests import helpers
 
 K, S, RATE = 4, 3, 0.05

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from orlomo_jax import Membership
-from orlomo_jax.worker.local_round import Workload
+from orlomo_jax.worker import Workload
 from tests.real_runs import K, Unreliable, run
 
 
@@ -18,8 +18,8 @@ def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
 
     monkeypatch.setattr(Workload, "compile", slow_to_compile)
     run(num_steps=K)  # compiles
-    membership = Membership(K, [2])
-    workers = Unreliable(K, failing={(0, 2)})
+    membership = Membership([2])
+    workers = Unreliable(failing={(0, 2)})
     result = run(
         workers=workers,
         membership=membership,
@@ -32,7 +32,7 @@ def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
 
 
 def test_a_worker_that_hangs_at_its_start_is_given_up():
-    workers = Unreliable(K, hanging={(2, 0)})
+    workers = Unreliable(hanging={(2, 0)})
     options = {"round_timeout": 0.4, "start_timeout": 0.3}
     slowly = lambda record: time.sleep(0.05)  # noqa: E731
     result = run(workers=workers, callbacks=[slowly], num_steps=60, **options)

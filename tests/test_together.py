@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orlomo_jax import Checkpointer, make_method, simulate
-from orlomo_jax.methods.method import METHOD_NAMES
+from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.simulation.simulate import RunStart, simulate_together
 from orlomo_jax.traces import heterogeneous, homogeneous, sample_trace
 from tests import helpers

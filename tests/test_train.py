@@ -12,11 +12,11 @@ import pytest
 
 import orlomo_jax
 from experiments import models, records, runner, train
-from experiments.config import Form, Run
+from experiments.config import ComputeOptions, Run
 from orlomo_jax import ArrivalTrace
 from orlomo_jax.recording import Arrival, Journal
 from orlomo_jax.runtimes import WorkersLostError
-from orlomo_jax.server.parameter_server import AuditError
+from orlomo_jax.server import AuditError
 
 FLAGS = (
     "--dataset digits --model mlp --epochs 12 --batch-size 16 --weight-decay 0 --workers 4 "
@@ -58,7 +58,7 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path):
     with pytest.raises(SystemExit, match="holds checkpoints: add --resume"):
         train.main(flags)
     with pytest.raises(SystemExit, match=r"run\.json is of a run with another convolution"):
-        train.main([*flags, "--resume", "--form.convolution", "xla"])
+        train.main([*flags, "--resume", "--compute.convolution", "xla"])
     with pytest.raises(SystemExit, match=r"run\.json is of a run with another learning_rate"):
         train.main([*flags, "--resume", "--learning-rate", "0.2"])
     train.main([*flags, "--resume"])
@@ -182,7 +182,7 @@ def test_tensorboard_logs(tmp_path):
         (["--scenario", "one_delayed", "--method", "prsgdm"], "must not be one_delayed for prsgdm"),
         (["--scenario", "one_delayed", "--runtime", "threads"], "must be one of speeds"),
         (["--audit"], "--audit needs --runtime threads or ray"),
-        (["--form.worker-axis", "map", "--runtime", "threads"], "compute each round alone"),
+        (["--compute.worker-axis", "map", "--runtime", "threads"], "compute each round alone"),
         (["--replay", "/nowhere/trace.json"], "No such file"),
         (["--evaluate-every", "0"], "--evaluate-every must be ≥ 1, got 0"),
         (["--checkpoint-dir", "new", "--checkpoint-every", "0"], "`every` must be ≥ 1"),
@@ -231,7 +231,8 @@ def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
     monkeypatch.setattr(runner, "simulate", simulate)
     run = Run(model="mlp", dataset="digits", workers=4, local_iterations=4, epochs=2)
     alone, together = (
-        runner.execute(run, form=form)[0] for form in (Form(), Form("vmap", compute_batch=4))
+        runner.execute(run, compute=compute)[0]
+        for compute in (ComputeOptions(), ComputeOptions("vmap", compute_batch=4))
     )
     assert forms == [("auto", None), ("vmap", 4)]
     assert together["form"] == {"worker_axis": "vmap", "compute_batch": 4, "convolution": "auto"}

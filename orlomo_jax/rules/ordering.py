@@ -98,15 +98,17 @@ def ordered_coefficients(
     late = group(step, num_workers) - group(dispatched_at, num_workers)  # n
     missed = late - opens.astype(jnp.int32)
     return jax.lax.platform_dependent(
-        momentum, rate, opens, late, missed, cpu=_by_branch, default=_behind_a_barrier
+        momentum, rate, opens, late, missed, cpu=by_branch, default=behind_a_barrier
     )
 
 
-def _by_branch(momentum, rate, opens, late, missed) -> Coefficients:
+def by_branch(momentum, rate, opens, late, missed) -> Coefficients:
+    """Return the coefficients out of a branch, for a CPU."""
     return jax.lax.cond(missed > 0, _of_late, _of_others, momentum, rate, opens, late, missed)
 
 
-def _behind_a_barrier(momentum, rate, opens, late, missed) -> Coefficients:
+def behind_a_barrier(momentum, rate, opens, late, missed) -> Coefficients:
+    """Return the coefficients behind a barrier, for a GPU."""
     return jax.lax.optimization_barrier(_of_late(momentum, rate, opens, late, missed))
 
 

@@ -219,6 +219,10 @@ def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> 
                 f"{journal.path} must have the run up to its checkpoint, {wanted} {name}, "
                 f"but it has {there}"
             )
+    try:
+        journal.trace()
+    except ValueError as error:
+        raise ValueError(f"{journal.path} must be of one run: {error}") from error
     if len(journal.arrivals) > num_steps:
         raise ValueError(
             f"`num_steps` must be ≥ {len(journal.arrivals)}, the reports that the run to "

@@ -78,7 +78,7 @@ def _free_arrivals(stream, seconds, communication_time, limits, num_steps):
     horizon = (num_steps + 2 * math.sqrt(num_steps) + len(seconds)) / rate
     while True:
         times = [
-            _report_times(stream(worker), mean, communication_time, limit, horizon)
+            report_times(stream(worker), mean, communication_time, limit, horizon)
             for worker, (mean, limit) in enumerate(zip(seconds, limits, strict=True))
         ]
         counts = [len(own) for own in times]
@@ -90,7 +90,7 @@ def _free_arrivals(stream, seconds, communication_time, limits, num_steps):
     return np.repeat(np.arange(len(seconds)), counts)[first], times[first]
 
 
-def _report_times(draw, mean, communication_time, limit, horizon):
+def report_times(draw, mean, communication_time, limit, horizon):
     """Return the times of one worker's reports up to the horizon."""
     drift = np.zeros(1)  # Σ U of the rounds so far; independent of how many are drawn at once
     while True:
