@@ -116,7 +116,7 @@ class CompiledEngine:
         return self.server.view() if self._carry is None else self._carry.state
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         state = self.view()
         return jax.tree.map(jnp.copy, (state.params, state.model_state))
 

@@ -44,7 +44,7 @@ class EagerEngine:
         return self.server.view()
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         return self.server.params, self.server.model_state
 
     def sync_to_server(self) -> None:

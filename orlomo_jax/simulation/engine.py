@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         ...
 
     def sync_to_server(self) -> None:
