@@ -115,5 +115,5 @@ def test_bad_arguments():
         ThreadWorkers(3, slowdowns=[1, 2])
     with pytest.raises(ValueError, match=r"`slowdowns\[1\]` must be ≥ 1"):
         ThreadWorkers(2, slowdowns=[1, 0.5])
-    with pytest.raises(ValueError, match="`devices` must hold a device"):
+    with pytest.raises(ValueError, match="`devices` must contain a device"):
         ThreadWorkers(2, devices=[])
