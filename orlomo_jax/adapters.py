@@ -108,7 +108,6 @@ def from_nnx(
     trees.check_numbers("model_state", model_state)
     streams, structure = jax.tree.flatten(rng_state)
     kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
-
     expected = jax.tree.structure(model_state)
 
     def merge(params, model_state, key):

@@ -70,12 +70,7 @@ class _StepFunction(Callback):
 
 
 def as_callback(callback: Any) -> Callback:
-    """Return a callback object.
-
-    Raises:
-        TypeError, ValueError: If it is neither a Callback nor a function, or ``health_every`` is
-            not a number > 0.
-    """
+    """Return a Callback; raise unless it is one or a function, and ``health_every`` is > 0."""
     if isinstance(callback, Callback):
         if (every := callback.health_every) is not None:
             check_number("health_every", every, lambda x: x > 0, "> 0")

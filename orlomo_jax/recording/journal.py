@@ -105,11 +105,7 @@ class Journal:
 
     @staticmethod
     def set_aside(path: str | os.PathLike[str]) -> None:
-        """Rename a file, if it exists, to ``….old``, so that a new run can use its name.
-
-        Raises:
-            BlockingIOError: If another process writes to it.
-        """
+        """Rename a file, if it exists, to ``….old``; raise BlockingIOError if it is in use."""
         path = Path(path)
         if path.exists():
             with open_alone(path):
@@ -134,11 +130,7 @@ class Journal:
         self._note({**row, "time": time, "why": message})
 
     def trace(self) -> ArrivalTrace:
-        """Return the trace of the arrivals and events so far; times are in seconds.
-
-        Raises:
-            ValueError: If an applied report is not of the task that its worker held.
-        """
+        """Return the trace so far; raise ValueError if a worker did not hold a report's task."""
         workers, rounds, dispatched_at, times, *_ = (
             zip(*self.arrivals, strict=True) if self.arrivals else ((),) * len(Arrival._fields)
         )

@@ -28,11 +28,7 @@ class RunSaver:
         self.checkpoint, self._recorders, self._identity = checkpoint, recorders, identity
 
     def restore(self, saved: Saved) -> dict[str, Any]:
-        """Continue from a checkpoint; return its notes.
-
-        Raises:
-            ValueError: If the checkpoint is of another run, or damaged.
-        """
+        """Continue from a checkpoint, if it is of these runs; return its notes."""
         saved.check(self._identity(saved.step), any_version=self.checkpoint.any_version)
         with saved.reading():
             parts = zip(self._recorders, saved.arrays["runs"], saved.metadata["runs"], strict=True)

@@ -22,12 +22,7 @@ _norm = jax.jit(optax.tree.norm)
 
 
 class RunLog:
-    """Logs and counts the events of a real run.
-
-    Attributes:
-        journal: The run's journal.
-        meter: The counts of its health.
-    """
+    """Logs the events of a real run to its journal, and counts them for its health."""
 
     def __init__(self, journal: Journal, recorder: RunRecorder) -> None:
         """Start the clock."""

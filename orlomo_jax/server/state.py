@@ -103,18 +103,13 @@ def unflatten_like(name: str, like: PyTree, leaves: list[ArrayLike] | None) -> P
         Array([0., 0.], dtype=float32)
     """
     wanted, structure = jax.tree.flatten(like)
-    there: Any = leaves or []
-    if len(there) != len(nonempty_leaves(like)):
-        raise ValueError(
-            f"the snapshot's `{name}` must have {len(nonempty_leaves(like))} leaves, "
-            f"got {len(there)}"
-        )
-    there = iter(there)
-    tree = jax.tree.unflatten(
-        # A new array for each empty leaf: the same array must not be donated twice.
-        structure,
-        [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted],
-    )
+    given, count = leaves or [], len(nonempty_leaves(like))
+    if len(given) != count:
+        raise ValueError(f"the snapshot's `{name}` must have {count} leaves, got {len(given)}")
+    there = iter(given)
+    # A new array for each empty leaf: the same array must not be donated twice.
+    placed = [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted]
+    tree = jax.tree.unflatten(structure, placed)
     trees.check_like(name, tree, like, dtypes=True)
     return tree
 

@@ -13,7 +13,7 @@ import numpy as np
 from orlomo_jax.methods.method import Method
 from orlomo_jax.server.parameter_server import Export, ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
-from orlomo_jax.server.reports import RejectedReportError, Report, Task
+from orlomo_jax.server.reports import Report, Task
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.server.step import apply_report, check_model_state_weight, weight_on_host
 from orlomo_jax.server.task_table import TaskId
@@ -154,12 +154,7 @@ class CompiledEngine:
         delays[: len(dispatched_at)] = steps[: len(dispatched_at)] - dispatched_at
         weights = weight_on_host(self.server.method.model_state_weight, steps, delays)
         for index in np.flatnonzero(~((weights >= 0) & (weights <= 1)))[:1]:
-            try:
-                check_model_state_weight(
-                    float(weights[index]), int(steps[index]), int(delays[index])
-                )
-            except ValueError as error:
-                raise RejectedReportError(str(error)) from error
+            check_model_state_weight(float(weights[index]), int(steps[index]), int(delays[index]))
 
 
 @lru_cache(maxsize=32)

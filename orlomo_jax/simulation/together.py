@@ -22,7 +22,7 @@ RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
 
 
 class Alone:
-    """One run, with the interface of :class:`Together`."""
+    """One run, to advance like a :class:`Together`."""
 
     def __init__(self, engine: Engine) -> None:
         """Keep the engine."""
@@ -31,10 +31,6 @@ class Alone:
     def advance(self, stop: int) -> list[Any]:
         """Apply reports until step ``stop``; return the metrics of each run."""
         return [self.lanes[0].advance(stop)]
-
-    def sync_to_server(self) -> None:
-        """Give the server the state."""
-        self.lanes[0].sync_to_server()
 
 
 class Together:
