@@ -1,4 +1,4 @@
-"""Checks of a worker pool of one's own, for its test suite."""
+"""Checks a custom worker pool; for its test suite."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _K, _S = 2, 2
 
 
 def check_worker_pool(pool: WorkerPool) -> None:
-    """Run a small problem on a worker pool, and check what ``train`` relies on.
+    """Run a small problem on a worker pool, and check the behavior that ``train`` needs.
 
-    - Runs of the paper's four methods, and one of :class:`~orlomo_jax.HostBatches`, end, and the
+    - Runs of the paper's four methods, and one with :class:`~orlomo_jax.HostBatches`, end, and the
       simulator repeats each of them bit for bit.
-    - A worker that is started in the place of a lost one takes the next task.
+    - A worker that replaces a lost one runs the next task.
     - An exception in a first round reaches the caller, and the pool can be used again.
-    - A pool that is in a run refuses another one.
+    - A pool that is in a run rejects another one.
 
     Args:
         pool: The pool; its workers compute on devices of the kind that the simulator uses.
@@ -99,7 +99,7 @@ class _Losing:
             setattr(self, name, getattr(pool, name))
 
     def wait(self, timeout: float) -> TaskOutcome | None:
-        """Return the next outcome; that of worker 0's first round without its report."""
+        """Return the next outcome, without the report if it is of worker 0's first round."""
         outcome = self._pool.wait(timeout)
         if outcome is None or (outcome.id.worker, outcome.id.round) != (0, 0):
             return outcome

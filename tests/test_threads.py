@@ -115,5 +115,5 @@ def test_bad_arguments():
         run(workers=ThreadWorkers(slowdowns=[1, 2]))
     with pytest.raises(ValueError, match=r"`slowdowns\[1\]` must be ≥ 1"):
         run(workers=ThreadWorkers(slowdowns=[1, 0.5, 1]))
-    with pytest.raises(ValueError, match="`devices` must hold a device"):
+    with pytest.raises(ValueError, match="`devices` must contain a device"):
         ThreadWorkers(devices=[])

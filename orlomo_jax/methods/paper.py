@@ -15,54 +15,34 @@ METHOD_NAMES = ("orlomo", "prsgdm", "al_sgd", "local_ormo_da")
 
 
 def _orlomo(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     args = num_workers, momentum, learning_rate, delay_weight
     rule = rules.orlomo(*args, accumulator_dtype=accumulator_dtype)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method("orlomo", rule, num_workers, num_local_steps, momentum, model_state_weight=rate)
+    return Method("orlomo", rule, num_workers, S, momentum, model_state_weight=rate)
 
 
 def _local_ormo_da(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     args = num_workers, momentum, learning_rate, delay_weight
     rule = rules.local_ormo_da(*args, accumulator_dtype=accumulator_dtype)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method("local_ormo_da", rule, num_workers, num_local_steps, model_state_weight=rate)
+    return Method("local_ormo_da", rule, num_workers, S, model_state_weight=rate)
 
 
 def _al_sgd(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     contract.check_momentum(momentum)  # not used; all four methods take the same arguments
     rule = rules.al_sgd(num_workers, learning_rate, delay_weight)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method("al_sgd", rule, num_workers, num_local_steps, model_state_weight=rate)
+    return Method("al_sgd", rule, num_workers, S, model_state_weight=rate)
 
 
 def _prsgdm(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     contract.check_momentum(momentum)
     if learning_rate != 1.0 or delay_weight is not None:
@@ -75,7 +55,7 @@ def _prsgdm(
         return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
 
     rule = rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype)
-    method = Method("prsgdm", rule, num_workers, num_local_steps, momentum, synchronous=True)
+    method = Method("prsgdm", rule, num_workers, S, momentum, synchronous=True)
     return method._replace(model_state_weight=running_mean)
 
 

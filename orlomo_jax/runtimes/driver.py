@@ -1,4 +1,4 @@
-"""The loop of every real run: dispatch, wait, apply, record, look after the workers."""
+"""Runs the loop of every real run: dispatch, wait, apply, record, check the workers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
-"""Seconds between two looks at clocks and memberships."""
+"""Seconds between two checks of timeouts and membership."""
 
 _log = logging.getLogger("orlomo_jax")
 
 
 class WorkersLostError(RuntimeError):
-    """Raised when no worker is left, or a synchronous method lost one. Progress has been saved."""
+    """Raised if no worker is left, or a synchronous method lost one. Progress has been saved."""
 
 
 class RunOptions(NamedTuple):
@@ -42,7 +42,7 @@ class RunOptions(NamedTuple):
 
 
 class Driver:
-    """Drives one run: dispatches, waits, applies, and looks after the workers."""
+    """Drives one run: dispatches, waits, applies, and checks the workers."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Driver:
         audit: Audit | None,
         options: RunOptions,
     ) -> None:
-        """Take over a run whose server is where its newest checkpoint left it."""
+        """Take over a run; its server has the state of the newest checkpoint."""
         self.server, self.workers, self.workload = recorder.source.server, workers, workload
         self.recorder, self.log, self.journal = recorder, log, log.journal
         self.saver, self.audit, self.options = saver, audit, options
@@ -89,14 +89,14 @@ class Driver:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint, after the journal up to it is on disk."""
+        """Sync the journal to disk, then write a checkpoint."""
         assert self.saver is not None
         self.journal.sync()
         self.saver.save(events=len(self.journal.events) - self.replay.unseen)
 
     def _begin(self) -> None:
-        """Start the workers, with the tasks that they hold; everybody but the absent takes part."""
-        lost = set()  # and not sent anything since
+        """Start all workers except the absent ones, with the tasks that they hold."""
+        lost = set()  # workers that were not sent a task since
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
         wanted = set(range(self.server.num_workers)) - self.options.membership.absent
@@ -113,7 +113,7 @@ class Driver:
                 self._dispatch(worker, "redispatched")
 
     def _poll(self) -> None:
-        """Take an outcome, if one comes soon, and look after the workers now and then."""
+        """Handle the next outcomes, and check the workers from time to time."""
         outcome = self.workers.wait(_POLL)
         ready = [] if outcome is None else [outcome]
         if time.monotonic() > self._looked + _POLL:
@@ -159,7 +159,7 @@ class Driver:
                 self._receive(report, outcome)
 
     def _fail(self, worker: int, outcome: TaskOutcome) -> None:
-        """Abandon the round of a worker; its error ends the run if it never succeeded."""
+        """Abandon a worker's round; if the worker never succeeded, raise its error."""
         error = outcome.exception
         if error is not None and worker in self.untried:
             error.add_note(f"worker {worker} raised this in its first round of the run")
@@ -176,7 +176,7 @@ class Driver:
         self.untried.discard(worker)
         self.failures.forgive(worker)
         self.sent_at.pop(worker, None)
-        # Only what is in the journal may have consequences: a resumed run repeats all of it.
+        # The journal first: a resumed run repeats only what is in it.
         arrival = self.log.arrived(report, outcome.metrics)
         for other in waiting:
             task = self.server.dispatch(other)
@@ -185,7 +185,7 @@ class Driver:
         self.record(report, arrival)
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
-        """Log a rejected report; the worker loses its round, if the report was of it."""
+        """Log a rejected report; if it belongs to a worker's current round, abandon that."""
         self.log.rejected(report, error)
         _log.warning("rejected a report, %s: %s", error.reason, error)
         if error.reason == "stale" or not isinstance(report, Report):
@@ -197,7 +197,7 @@ class Driver:
                 self._abandon_round(task.id.worker, failure, restart=False)
 
     def _abandon_round(self, worker: int, failure: Failure, *, restart: bool) -> None:
-        """Give up the worker's round, and start it again unless it failed too often in a row."""
+        """Release the worker's task, and dispatch again unless it failed too often in a row."""
         why, _, error = failure
         self.server.release(worker)
         self.sent_at.pop(worker, None)
@@ -224,14 +224,14 @@ class Driver:
         self.present.discard(worker)
         self.sent_at.pop(worker, None)
         synchronous = self.server.method.synchronous
-        if not synchronous:  # whose traces know no leaving
+        if not synchronous:  # synchronous traces have no event for leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
             self.log.happened("left", worker, why)
             if self.present:
                 return
         if self.saver is not None:
-            with contextlib.suppress(OSError):  # the journal has it all; say what happened
+            with contextlib.suppress(OSError):  # the journal has everything; raise the cause
                 self._save()
         if self.failures.are_not_finite():
             self.recorder.first_nonfinite = self.server.step

@@ -1,4 +1,4 @@
-"""Workers that join late or leave for good."""
+"""Lets workers join and leave during a run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from orlomo_jax.checks import check_count
 
 
 class Membership:
-    """Says who takes part in a run, from any thread, while :func:`~orlomo_jax.train` runs.
+    """Controls which workers take part while :func:`~orlomo_jax.train` runs; thread-safe.
 
     Args:
-        absent: The workers that are absent at the start, not all of them. A resumed run begins with
-            every worker except these, whoever was there before.
+        absent: The workers that are absent at the start; at least one must remain. A resumed run
+            also starts with all workers except these.
 
     Raises:
         ValueError: If an index is negative.
@@ -47,15 +47,15 @@ class Membership:
             self._changes.put((joins, self._check("worker", worker)))
 
     def join(self, worker: int) -> None:
-        """Let a worker take part from now on; one that already does is left alone."""
+        """Let a worker join; no effect if it takes part already."""
         self._changes.put((True, self._check("worker", worker)))
 
     def leave(self, worker: int) -> None:
-        """End a worker's part; its outstanding report is lost."""
+        """Let a worker leave; its outstanding report is lost."""
         self._changes.put((False, self._check("worker", worker)))
 
     def changes(self) -> tuple[list[int], list[int]]:
-        """Return who joined and who left since the last call; the last word on a worker counts."""
+        """Return who joined and who left since the last call; for each worker the last change."""
         joins = {worker: joins for joins, worker in self._pending()}
         return [w for w in joins if joins[w]], [w for w in joins if not joins[w]]
 

@@ -13,7 +13,7 @@ import optax
 
 from orlomo_jax.methods.method import Method, Unmoved
 from orlomo_jax.rules import contract
-from orlomo_jax.server.reports import Report
+from orlomo_jax.server.reports import RejectedReportError, Report
 from orlomo_jax.server.state import ServerState
 
 
@@ -109,9 +109,9 @@ def weight_on_host(model_state_weight: Any, step: Any, delay: Any) -> np.ndarray
 
 
 def check_model_state_weight(weight: float, step: int, delay: int) -> None:
-    """Raise ValueError unless a report's weight in the model state is in [0, 1]."""
+    """Raise RejectedReportError unless a report's weight in the model state is in [0, 1]."""
     if not 0 <= weight <= 1:
-        raise ValueError(
+        raise RejectedReportError(
             "the weight of a report's model state must be in [0, 1], got "
             f"learning_rate · delay_weight = {weight} at step={step}, delay={delay}"
         )

@@ -78,12 +78,7 @@ class TaskTable:
         )
 
     def dispatch(self, worker: int) -> TaskId:
-        """Record and return a new task.
-
-        Raises:
-            ValueError: If the worker is unknown or busy, or, in a synchronous method, has already
-                reported in this round.
-        """
+        """Record and return a new task; see :meth:`~orlomo_jax.ParameterServer.dispatch`."""
         worker, version = self.check_worker(worker), self.version
         if worker in self.held:
             index = self.held[worker].dispatched_at
@@ -123,11 +118,7 @@ class TaskTable:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Restore a :meth:`snapshot`.
-
-        Raises:
-            ValueError, TypeError: If it is not a snapshot, or of another number of workers.
-        """
+        """Restore a :meth:`snapshot`; raise ValueError or TypeError if it does not fit."""
         lists = [snapshot.get("rounds"), snapshot.get("reported_at")]
         if any(not isinstance(x, list) or len(x) != self.num_workers for x in lists):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The eager engine: drives the parameter server from Python, one step after another."""
+"""Defines the eager engine, which runs every step of the parameter server from Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EagerEngine(ServerSource):
             result, metrics, self.first_nonfinite = self._workload.run(
                 worker, round, task.start, step, self.first_nonfinite
             )
-            # The device remembers the first non-finite round: to wait for it stalls every step.
+            # The device keeps the first non-finite round; waiting for it would stall every step.
             report, task = task.report(result)._replace(finite=True), None
             for waiting in self.server.receive(report):
                 self.server.dispatch(waiting)

@@ -45,55 +45,55 @@ def simulate(
 ) -> TrainingResult:
     """Train with K delayed workers on one device, exactly.
 
-    Each report is computed from the very parameters that its worker was sent, whatever the delays.
-    The same arguments give the same parameters bit for bit (same program, jaxlib, flags, device).
+    Each report is computed from exactly the parameters that its worker was sent. The same arguments
+    give the same parameters bit for bit (same program, jaxlib, flags, device).
 
-    Randomness: ``data_key, noise_key = jax.random.split(key)``. ``batch_fn`` gets ``data_key``; a
-    round's own key is ``fold_in(fold_in(noise_key, worker), round)``. Both depend only on worker
-    and round, not on the order of arrivals.
+    Randomness: ``data_key, noise_key = jax.random.split(key)``. ``batch_fn`` gets ``data_key``; the
+    key of a round is ``fold_in(fold_in(noise_key, worker), round)``. So batches and noise depend on
+    worker and round, not on the order of arrivals.
 
     Args:
         method: A :class:`~orlomo_jax.Method`: the server rule, K and S.
         loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))``;
-            see :func:`~orlomo_jax.from_loss` for a plain one. None if ``round_fn`` is given.
+            for a plain loss see :func:`~orlomo_jax.from_loss`. None if ``round_fn`` is given.
         batch_fn: ``batch_fn(data_key, worker, round) -> batches`` with a leading axis S; jit-able
             and hashable. Arrays of a ``jax.tree_util.Partial`` are arguments of the compiled
             program; arrays in a closure become its constants. Or :class:`~orlomo_jax.HostBatches`.
         params: w_0.
         num_steps: T, the number of reports to apply; not with ``trace``.
-        compute_times: How fast the workers are; None is :func:`~orlomo_jax.heterogeneous`.
-        trace: Who reports when, instead of ``num_steps`` and ``compute_times``: that of a real run,
-            for example. A synchronous method needs a synchronous trace.
+        compute_times: The workers' speeds; None is :func:`~orlomo_jax.heterogeneous`.
+        trace: The order of arrivals, instead of ``num_steps`` and ``compute_times``; for example
+            that of a real run. A synchronous method needs a synchronous trace.
         trace_seed: Seed of the compute times, an integer ≥ 0.
         key: A ``jax.random.key``.
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
-        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is tried
-            once before the first step.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is also
+            called once before the first step, as a test.
         evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
         callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
-            :class:`~orlomo_jax.StepRecord`. One can end the run.
-        checkpoint: Where to save. If the folder contains a checkpoint of the same run, the run
-            resumes from the newest, and ends as the unbroken run does, bit for bit; callbacks see
-            only the steps after it. The trace may have become longer. Another setting of method,
-            round, batches, learning rate, key or engine is refused, and so are other trees; see
-            :class:`~orlomo_jax.Checkpointer`. Not noticed: another w_0, and code of the loss that
-            changes neither names nor numbers.
-        engine: ``"eager"`` drives every step from Python; ``"compiled"``, or
+            :class:`~orlomo_jax.StepRecord`. A callback can end the run.
+        checkpoint: Where to save. If the folder contains checkpoints of the same run, the run
+            resumes from the newest and gives the results of an uninterrupted run bit for bit;
+            callbacks get only the steps after it. The trace may be longer now. If method, round,
+            batches, learning rate, key, engine or trees differ, an error is raised; see
+            :class:`~orlomo_jax.Checkpointer`. It does not notice another w_0, or changes in the
+            code of the loss that change neither names nor numbers.
+        engine: ``"eager"`` runs every step from Python; ``"compiled"``, or
             :class:`~orlomo_jax.Compiled` with settings, runs up to 256 steps as one program.
-            ``"auto"`` compiles, except on a CPU for a million parameters or more, or for a loss
-            with convolutions. Parameters of the two differ by rounding.
+            ``"auto"`` is "compiled", except on a CPU with a million parameters or more, or with a
+            loss with convolutions. The results of the engines differ by rounding.
         round_fn: The local round, if it is not ``method.local_round(loss_fn)``.
 
     Returns:
-        A :class:`TrainingResult`. Divergence is not an error: see its ``status``.
+        A :class:`TrainingResult`. Divergence is not an error; see its ``status``.
 
     Raises:
-        ValueError: If method and trace do not fit together, an argument is out of range (a schedule
-            at any step of the run), or ``checkpoint`` is of another run.
+        ValueError: If method and trace do not match, an argument is out of range (for schedules, at
+            any step of the run), or ``checkpoint`` is of another run.
         BlockingIOError: If another run writes to the folder of ``checkpoint``.
-        TypeError: If ``key`` is not a key, a leaf of params or model state is not floating, or
-            ``batch_fn`` returns another batch each time it is called.
+        TypeError: If ``key`` is not a key, a leaf of params is not floating or one of model state
+            not numeric, or ``batch_fn`` returns a different batch each time it is called.
 
     Example:
         >>> import jax
@@ -130,7 +130,7 @@ def simulate(
             stop=interrupted,
             engine=engine,
         )
-    assert results is not None  # or it was interrupted
+    assert results is not None  # an interrupted run has raised
     return results[0]
 
 

@@ -21,11 +21,7 @@ _ADVICE = (
 
 
 def check_batch_fn(batch_fn: Callable, key: Array) -> None:
-    """Trace a batch function twice and compare the constants in the two programs.
-
-    Raises:
-        TypeError: If they differ, as with a data loader or NumPy's random numbers.
-    """
+    """Raise TypeError if two traces of a batch function have different constants."""
     if isinstance(batch_fn, HostBatches):
         return
     first, second = _constants(batch_fn, key), _constants(batch_fn, key)

@@ -33,11 +33,7 @@ class Mask(NamedTuple):
 
     @classmethod
     def of(cls, frozen: Any) -> Mask:
-        """Return the mask of a tree of bools, or of a function that returns one.
-
-        Raises:
-            TypeError: If a leaf is not a bool.
-        """
+        """Return the mask of a tree of bools, or of a function that returns one."""
         if isinstance(frozen, Mask):
             return frozen
         if callable(frozen):
@@ -50,11 +46,7 @@ class Mask(NamedTuple):
         return cls(None, tuple(map(bool, values)), structure)
 
     def leaves(self, params: PyTree) -> list[bool]:
-        """Return for each leaf of params whether it is frozen.
-
-        Raises:
-            ValueError: If the mask is not like params or its first levels.
-        """
+        """Return for each leaf of params whether it is frozen."""
         if self.function is not None:
             return Mask.of(self.function(params)).leaves(params)
         mask = jax.tree.unflatten(self.structure, self.values)

@@ -243,7 +243,7 @@ def _check_loss(result: Any, model_state: PyTree) -> Any:
         raise TypeError(f"{wanted}, got (loss, {type(aux).__name__})")
     if np.shape(loss) != ():
         raise ValueError(f"{wanted} with a scalar loss, got a loss of shape {np.shape(loss)}")
-    trees.check_like("loss_fn's model_state", aux[0], model_state, dtypes=False)
+    trees.check_like("loss_fn's model_state", aux[0], model_state)
     return result
 
 
