@@ -243,7 +243,7 @@ def main(args: Sequence[str] | None = None) -> None:
         be_the_victim(settings, settings.folder)
         return
     try:
-        RayWorkers(settings.workers)  # raises ImportError if Ray is not installed
+        RayWorkers()  # raises ImportError if Ray is not installed
     except (ImportError, ValueError) as error:
         raise SystemExit(str(error)) from None
     console = Console()

@@ -1,6 +1,7 @@
-"""Write the README's numbers from the committed rows; ``python -m experiments.readme``.
+"""Write the tables of README.md and docs/*.md from the committed rows.
 
-It replaces everything between ``<!-- block NAME -->`` and ``<!-- end -->``.
+``python -m experiments.readme`` replaces everything between ``<!-- block NAME -->`` and
+``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from experiments.paper.search import recorded
 from experiments.records import RESULTS
 from proofs_check.registry import STATEMENTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 
 def quickstart_table() -> str:
@@ -69,7 +72,7 @@ def results_tables() -> str:
         lines = [
             f"**`{scale.name}`: {scale.about}.** Test accuracy % (± std of several seeds) / "
             f"training loss, K = 16, Table 2 ({len(rows)} runs; [all tables and figures]"
-            f"(experiments/results/{scale.name}/report.md)):",
+            f"(../experiments/results/{scale.name}/report.md)):",
             "",
             f"| data | scenario | S | {' | '.join(names)} |",
             "|---|---|---|" + "---|" * len(names),
@@ -113,7 +116,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """Return the README with every block rendered again.
+    """Return a page with every block rendered again.
 
     Raises:
         ValueError: If a block is unknown.
@@ -128,9 +131,12 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Update the README."""
+    """Update all pages that have a block."""
     argparse.ArgumentParser(prog="python -m experiments.readme", description=__doc__).parse_args()
-    records.write(README, render(README.read_text(encoding="utf-8")))
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        if (text := render(before)) != before:
+            records.write(page, text)
 
 
 if __name__ == "__main__":

@@ -177,11 +177,11 @@ def _workers(run: Run, ray: Ray) -> WorkerPool:
     times = run.compute_times().mean_times(run.workers)
     slowdowns = (times / times.min()).tolist()
     if run.runtime == "threads":
-        return ThreadWorkers(run.workers, slowdowns=slowdowns)
+        return ThreadWorkers(slowdowns=slowdowns)
     options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
     if ray.gpus_per_worker:
         options["num_gpus"] = ray.gpus_per_worker
-    return RayWorkers(run.workers, ray.address, options, slowdowns)
+    return RayWorkers(ray.address, options, slowdowns)
 
 
 class Parts(NamedTuple):

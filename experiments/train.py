@@ -128,7 +128,7 @@ def _check_runtime(settings: Train) -> None:
     if run.runtime != "simulated":
         run.compute_times()  # raises if the scenario fixes the order of arrivals
     if run.runtime == "ray":
-        RayWorkers(run.workers)  # raises if Ray is not installed
+        RayWorkers()  # raises if Ray is not installed
 
 
 def _checkpoints(settings: Train) -> Checkpointer | None:

@@ -1,7 +1,7 @@
 """OrLoMo: ordered local momentum for asynchronous distributed training, in JAX.
 
-What only authors of rules, loops or runtimes need is in the sub-packages ``methods``, ``rules``,
-``server``, ``worker``, ``traces``, ``recording`` and ``runtimes``.
+The sub-packages ``methods``, ``rules``, ``server``, ``worker``, ``traces``, ``recording`` and
+``runtimes`` have more names, for authors of rules, loops and runtimes.
 """
 
 from orlomo_jax.adapters import from_loss, from_nnx

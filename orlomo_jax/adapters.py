@@ -1,4 +1,4 @@
-"""Adapters from plain losses and Flax NNX modules to the loss that a local round takes."""
+"""Adapts plain losses and Flax NNX modules to the loss of a local round."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Model(NamedTuple):
 
     Attributes:
         params: Trainable arrays, nested dicts.
-        model_state: What training changes without a gradient (BatchNorm statistics), nested dicts
-            of arrays; ``{}`` where there is none.
+        model_state: Arrays that training changes without a gradient (BatchNorm statistics), nested
+            dicts; ``{}`` if there are none.
         loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))``, in
             training mode.
         predict: ``predict(params, model_state, *inputs)``, the module's output in evaluation mode.
@@ -62,22 +62,21 @@ def from_nnx(
     """Return a Flax NNX module and a criterion as a :class:`Model`.
 
     Args:
-        module: An ``nnx.Module``; it is only read. Its ``nnx.Param`` variables are trained; every
-            other variable except random-number state is model state. Under ``nnx.eval_shape`` it
-            may be abstract.
+        module: An ``nnx.Module``, which is not changed. Its ``nnx.Param`` variables are trained;
+            all other variables except random-number state are model state. Under
+            ``nnx.eval_shape`` it may be abstract.
         criterion: ``criterion(module, batch)`` returns the scalar loss of a batch, or the loss and
             a dict of metrics.
-        wrt: Which variables are trained: an nnx filter, such as ``nnx.LoRAParam``; None is
+        wrt: The variables to train, an nnx filter such as ``nnx.LoRAParam``; None is
             ``nnx.Param``. Other parameters are constants of the loss.
-        train_mode: Whether ``loss_fn`` calls ``module.train()``. False leaves every layer in the
-            mode that it is in, for a BatchNorm with frozen statistics, say.
+        train_mode: Whether ``loss_fn`` calls ``module.train()``. False leaves every layer in its
+            mode, for example a BatchNorm with frozen statistics.
 
     Returns:
         A :class:`Model`. Its ``loss_fn`` runs the module after ``module.train()``: BatchNorm uses
         the batch and updates its statistics, and dropout draws from the ``key`` of each step. Its
-        ``predict`` runs the module after ``module.eval()``. Both are functions of the module's
-        structure alone: any parameters of that structure go in, and both work under ``jit``,
-        ``scan`` and ``vmap``.
+        ``predict`` runs the module after ``module.eval()``. Both accept any parameters of the
+        module's structure, and work under ``jit``, ``scan`` and ``vmap``.
 
     Raises:
         TypeError: If a variable of the model state is not an array of numbers or flags.
@@ -109,13 +108,12 @@ def from_nnx(
     trees.check_numbers("model_state", model_state)
     streams, structure = jax.tree.flatten(rng_state)
     kept = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
-
     expected = jax.tree.structure(model_state)
 
     def merge(params, model_state, key):
         if (got := jax.tree.structure(model_state)) != expected:
             raise ValueError(
-                "`model_state` must be like that of from_nnx, which simulate and train take as "
+                "`model_state` must be like that of from_nnx; pass it to simulate or train as "
                 f"model_state=…; wanted {expected}, got {got}"
             )
         fresh = [_seed(stream, jax.random.fold_in(key, i)) for i, stream in enumerate(streams)]
@@ -139,7 +137,7 @@ def from_nnx(
 
 
 def _seed(stream: Array | jax.ShapeDtypeStruct, key: Array) -> Array:
-    """Return a stream's new key, or the zero of its counter: two layers never share a mask."""
+    """Return a stream's new key, or zero for its counter, so that layers never share a mask."""
     if jnp.issubdtype(stream.dtype, jax.dtypes.prng_key):
         return jax.random.split(key, stream.shape)
     return jnp.zeros(stream.shape, stream.dtype)

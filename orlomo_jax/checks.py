@@ -1,4 +1,4 @@
-"""Checks of arguments: errors that say what, why, and the user's own name and value."""
+"""Checks arguments; the errors contain the argument's name and value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def check_count(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
-    """Return ``value`` as an int; raise unless it is an integer in [low, high], no boolean.
+    """Return ``value`` as an int; raise unless it is an integer in [low, high], not a boolean.
 
     Example:
         >>> check_count("num_workers", 0, low=1)
@@ -32,7 +32,7 @@ def check_count(name: str, value: Any, low: int = 0, high: int | None = None) ->
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
-    """Return ``value`` as a float; raise unless it is a number, no boolean, and ``valid``.
+    """Return ``value`` as a float; raise unless it is a ``valid`` number, not a boolean.
 
     Example:
         >>> check_number("momentum", 1.2, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -41,7 +41,7 @@ def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: 
         ValueError: `momentum` must be in [0, 1), got momentum=1.2
     """
     try:
-        number = float(operator.truediv(value, 1))  # unlike float(value), refuses strings
+        number = float(operator.truediv(value, 1))  # unlike float(value), rejects strings
     except (TypeError, ValueError):
         number = None
     if number is None or isinstance(value, bool | np.bool_):
@@ -57,7 +57,7 @@ def check_nonnegative(name: str, value: Any) -> float:
 
 
 def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise ValueError unless two identities of runs are equal; the message says in what they are.
+    """Raise ValueError unless the identities of two runs are equal; name the first difference.
 
     Example:
         >>> check_same("arrivals.jsonl", {"rate": ["0.1"]}, {"rate": ["0.2"]})
@@ -72,7 +72,7 @@ def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) ->
             continue
         if isinstance(other, list) and isinstance(own, list):
             alone = [x for x in other if x not in own], [x for x in own if x not in other]
-            other, own = map(_few, alone if any(alone) else (other, own))  # or another order
+            other, own = map(_few, alone if any(alone) else (other, own))  # else the order differs
         raise ValueError(
             f"{what} must be of this run, got one of another {name}: it was written with {other}, "
             f"this run has {own}"

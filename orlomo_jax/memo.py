@@ -1,4 +1,4 @@
-"""The same object for equal arguments, so that programs are shared."""
+"""Returns the same object for equal arguments, so that programs are shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shared(function: Function) -> Function:
-    """Let a function return the same object for equal arguments, where they can be hashed.
+    """Let a function return the same object for equal arguments if they are hashable.
 
     Example:
         >>> @shared

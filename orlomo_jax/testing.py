@@ -1,4 +1,4 @@
-"""Checks of a worker pool of one's own, for its test suite."""
+"""Checks a custom worker pool; for its test suite."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from orlomo_jax.simulation.simulate import simulate
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import Workload
 
-_S = 2
+_K, _S = 2, 2
 
 
 def check_worker_pool(pool: WorkerPool, round_timeout: float = 120.0) -> None:
-    """Run a small problem on a worker pool, and check what ``train`` relies on.
+    """Run a small problem on a worker pool, and check the behavior that ``train`` needs.
 
-    - Runs of the paper's four methods, and one of :class:`~orlomo_jax.HostBatches`, end, and the
+    - Runs of the paper's four methods, and one with :class:`~orlomo_jax.HostBatches`, end, and the
       simulator repeats each of them bit for bit.
-    - A worker that is started in the place of a lost one takes the next task.
+    - A worker that replaces a lost one runs the next task.
     - An exception in a first round reaches the caller, and the pool can be used again.
-    - A pool that is in a run refuses another one.
+    - A pool that is in a run rejects another one.
 
     Args:
-        pool: K ≥ 2 workers on devices of the kind that the simulator uses.
-        round_timeout: Seconds until a round without an outcome fails; a worker starts and compiles
-            in them, too.
+        pool: The pool; its workers compute on devices of the kind that the simulator uses.
+        round_timeout: Seconds until a round without an outcome fails. The worker's start and the
+            compilation count too.
 
     Raises:
         AssertionError: If a check fails; the message says which.
 
     Example:
         >>> from orlomo_jax import ThreadWorkers
-        >>> check_worker_pool(ThreadWorkers(2))
+        >>> check_worker_pool(ThreadWorkers())
     """
-    assert pool.num_workers >= 2, "a pool must have at least 2 workers to be checked"
     for name in METHOD_NAMES:
         _check_replay(pool, name, _batches, round_timeout)
     _check_replay(pool, "orlomo", HostBatches.of(_host_batches), round_timeout)
@@ -66,19 +65,19 @@ def _host_batches(worker: int, round: int) -> Any:
     return np.random.default_rng([worker, round]).normal(size=(_S, 4, 3)).astype(np.float32)
 
 
-def _arguments(pool: WorkerPool, name: str, batch_fn: Any) -> tuple:
-    method = make_method(name, pool.num_workers, _S)
+def _arguments(name: str, batch_fn: Any) -> tuple:
+    method = make_method(name, _K, _S)
     return method, _loss, batch_fn, {"w": jnp.ones((3,))}
 
 
 _OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float32(0))}
 
 
-def _train(pool: WorkerPool, args: tuple, round_timeout: float) -> TrainingResult:
+def _train(pool: Any, args: tuple, round_timeout: float) -> TrainingResult:
     return train(
         *args,
-        pool,
-        num_steps=6 * pool.num_workers,
+        workers=pool,
+        num_steps=6 * _K,
         key=jax.random.key(0),
         round_timeout=round_timeout,
         start_timeout=0.0,
@@ -87,10 +86,8 @@ def _train(pool: WorkerPool, args: tuple, round_timeout: float) -> TrainingResul
     )
 
 
-def _check_replay(
-    pool: WorkerPool, name: str, batch_fn: Any, round_timeout: float
-) -> TrainingResult:
-    args = _arguments(pool, name, batch_fn)
+def _check_replay(pool: Any, name: str, batch_fn: Any, round_timeout: float) -> TrainingResult:
+    args = _arguments(name, batch_fn)
     try:
         real = _train(pool, args, round_timeout)
     except WorkersLostError as error:
@@ -111,14 +108,14 @@ class _Losing:
     """A pool whose worker 0 loses its first round."""
 
     def __init__(self, pool: WorkerPool) -> None:
-        self.num_workers, self._pool = pool.num_workers, pool
+        self._pool = pool
         for name in ("open", "start", "submit", "stop", "close"):
             setattr(self, name, getattr(pool, name))
 
     def wait(self, timeout: float) -> TaskOutcome | None:
-        """Return the next outcome; that of worker 0's first round without its report."""
+        """Return the next outcome, without the report if it is of worker 0's first round."""
         outcome = self._pool.wait(timeout)
-        if outcome is None or outcome.id[:2] != (0, 0):
+        if outcome is None or (outcome.id.worker, outcome.id.round) != (0, 0):
             return outcome
         return TaskOutcome(outcome.id, None, error="lost by check_worker_pool")
 
@@ -129,7 +126,7 @@ def _check_exception(pool: WorkerPool, round_timeout: float) -> None:
             raise KeyError("check_worker_pool has no batch for worker 1")
         return _host_batches(worker, round)
 
-    args = _arguments(pool, "prsgdm", HostBatches.of(batches))
+    args = _arguments("prsgdm", HostBatches.of(batches))
     try:
         _train(pool, args, round_timeout)
     except KeyError as error:
@@ -144,12 +141,12 @@ def _check_exception(pool: WorkerPool, round_timeout: float) -> None:
 
 
 def _check_one_run_at_a_time(pool: WorkerPool) -> None:
-    method, loss_fn, batch_fn, _ = _arguments(pool, "orlomo", _batches)
+    method, loss_fn, batch_fn, _ = _arguments("orlomo", _batches)
     workload = Workload.of(method.local_round(loss_fn), batch_fn, jax.random.key(0))
-    pool.open(workload)
+    pool.open(workload, _K)
     try:
         try:
-            pool.open(workload)
+            pool.open(workload, _K)
         except RuntimeError:
             return
         raise AssertionError("a pool that is open must refuse to be opened again (RuntimeError)")

@@ -1,4 +1,4 @@
-"""Arithmetic and checks of pytrees, and the names of array types."""
+"""Computes with pytrees, checks them, and names array types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = jax.typing.ArrayLike
 PyTree: TypeAlias = Any
-"""A tree of arrays; docstrings say of which shapes and dtypes."""
+"""A tree of arrays."""
 Params: TypeAlias = Any
 """A tree of floating arrays."""
 
@@ -21,8 +21,8 @@ Params: TypeAlias = Any
 def combine(terms: Sequence[tuple[Array | float, Params]], like: Params) -> Params:
     """Return Σ coefficient · tree, leaf by leaf, in the dtypes of ``like``.
 
-    A leaf's arithmetic is in float32 or wider and rounds once to the leaf's own dtype, so that a
-    bfloat16 tree loses nothing between the terms.
+    The sum is computed in float32 or wider and rounded once, so that bfloat16 trees are not rounded
+    between the terms.
     """
     coefficients = [coefficient for coefficient, _ in terms]
 
@@ -39,23 +39,23 @@ def combine(terms: Sequence[tuple[Array | float, Params]], like: Params) -> Para
 
 
 def wide_dtype(*leaves: ArrayLike) -> Any:
-    """Return the widest dtype of leaves, at least float32; weakly typed ones count in full."""
+    """Return the widest dtype of the leaves, at least float32; weak types count like others."""
     return widest(jnp.float32, *(jnp.asarray(x).dtype for x in leaves))
 
 
 def widest(*dtypes: Any) -> Any:
-    """Return the dtype that holds all of these, whatever JAX's promotion mode.
+    """Return the dtype that these promote to, independent of JAX's promotion mode.
 
     Example:
         >>> widest(jnp.bfloat16, jnp.float32)
         dtype('float32')
     """
-    with jax.numpy_dtype_promotion("standard"):  # "strict" refuses to compare dtypes
+    with jax.numpy_dtype_promotion("standard"):  # in "strict" mode promotion raises
         return reduce(jnp.promote_types, map(jnp.dtype, dtypes))
 
 
 def widened(tree: Params) -> Params:
-    """Return a tree with its floating leaves in float32 where they are narrower."""
+    """Return a tree with narrower floating leaves cast to float32."""
 
     def leaf(x):
         x = jnp.asarray(x)
@@ -65,11 +65,7 @@ def widened(tree: Params) -> Params:
 
 
 def zeros(params: Params, accumulator_dtype: Any = None) -> Params:
-    """Return zeros like ``params``, in ``accumulator_dtype`` where that is wider.
-
-    Raises:
-        TypeError: If a leaf of ``params`` is not floating or complex; the message names its path.
-    """
+    """Return zeros like ``params``, in ``accumulator_dtype`` if it is wider; check the leaves."""
     check_floating("params", params)
 
     def leaf(x):
@@ -116,24 +112,24 @@ def check_like(name: str, tree: Params, like: Params, *, dtypes: bool = False) -
 
 
 def own_dtype(leaf: Any) -> np.dtype:
-    """Return a leaf's dtype as it is: float64 of a NumPy array even where JAX would narrow it."""
+    """Return a leaf's own dtype: float64 for a NumPy array even if JAX would narrow it."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 @partial(jax.jit, inline=True)
 def all_finite(tree: PyTree) -> Array:
-    """Return whether no floating leaf of ``tree`` holds a NaN or an Inf, bool[].
+    """Return whether no floating leaf of ``tree`` has a NaN or an Inf, bool[].
 
     Example:
         >>> bool(all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.inf)}))
         False
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    # Inf − Inf and NaN − NaN are NaN: one pass, in a third of the time of isfinite on a CPU.
+    # Inf − Inf and NaN − NaN are NaN; on a CPU this is much faster than isfinite.
     return jnp.stack([jnp.sum(x - x) == 0 for x in leaves]).all() if leaves else jnp.array(True)
 
 
 def as_partial(function: Callable) -> jax.tree_util.Partial:
-    """Return the function as a pytree; a Partial around another would hide its arrays."""
+    """Return the function as a ``Partial``, a pytree; keep one, because nesting hides arrays."""
     is_one = isinstance(function, jax.tree_util.Partial)
     return function if is_one else jax.tree_util.Partial(function)

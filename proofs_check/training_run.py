@@ -100,7 +100,9 @@ def training_run(
             params, state, held, record = carry
             start = jax.tree.map(lambda x: x[workers[t]], held)
             report, du, dw, local = local_round(start, used[t])
-            updates, state = server.update(report, state, params, dispatched_at=dispatched_at[t])
+            updates, state = server.update(
+                report, state, params, dispatched_at=dispatched_at[t], worker=workers[t]
+            )
             params = optax.apply_updates(params, updates)
             held = jax.tree.map(lambda h, p: h.at[workers[t]].set(p), held, params)
             record = (

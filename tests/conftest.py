@@ -1,7 +1,9 @@
 """Two virtual CPU devices on every machine, and one cache of compiled programs for a test run."""
 
+import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the tests of programs for GPUs without JAX's CUDA plugin."""
+    if collection_path.name != "test_gpu_programs.py" or importlib.util.find_spec("jax_plugins"):
+        return None
+    return True

@@ -65,7 +65,7 @@ def threads(repeats: int) -> Iterator[Row]:
                 for _ in range(num_steps):
                     jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
                 limits.append(num_steps / (time.perf_counter() - begin))
-                figures.append(_rate(job, ThreadWorkers(num_workers), num_steps))
+                figures.append(_rate(job, ThreadWorkers(), num_steps))
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             name = (
                 f"threads, K={num_workers}, MLP of {size}, S={num_local_steps}, batch {batch_size}"
@@ -139,7 +139,7 @@ def ray_round_trips(repeats: int) -> Iterator[Row]:
         for _ in range(min(repeats, 3)):
             bytes_alone.append(_bare_ray_rate(size, num_workers, num_steps, None, None))
             with_round.append(_bare_ray_rate(size, num_workers, num_steps, round_fn, batches))
-            figures.append(_rate((*job, jnp.ones(size)), RayWorkers(num_workers), num_steps))
+            figures.append(_rate((*job, jnp.ones(size)), RayWorkers(), num_steps))
         name = f"Ray round trips, {megabytes} MB of parameters, K={num_workers}"
         yield of_pairs(name, figures, with_round, "1/s", "bare Ray, the same bytes and rounds", 0.8)
         yield of_pairs(name, figures, bytes_alone, "1/s", "bare Ray, the same bytes alone", 0.8)

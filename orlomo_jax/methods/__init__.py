@@ -1,4 +1,4 @@
-"""Methods: a server rule, K, S, local momentum or not, synchronous or not."""
+"""Methods: everything that server and workers must agree on."""
 
 from orlomo_jax.methods.fingerprint import with_fingerprint as with_fingerprint
 from orlomo_jax.methods.method import Method as Method

@@ -1,4 +1,4 @@
-"""What tells the settings of one run from those of another: every value that an object carries."""
+"""Computes fingerprints of settings: every value that an object carries, as text."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ import numpy as np
 import optax
 
 LIMIT = 64
-"""An object with more values than this is known by one digest of them all."""
+"""For an object with more values than this, the fingerprint contains one digest of them all."""
 
 _UNKNOWN = "of unknown content"
 _PLAIN = (bool, int, float, str, np.ndarray, np.generic, jax.Array)
-"""What counts among the global variables that a function reads."""
+"""The types of global variables that count in the fingerprint of a function that reads them."""
 
 Pairs = list[tuple[str, str]]
 
 
 def with_fingerprint(function: Any, text: str) -> Any:
-    """Return the function (or optax transformation), known to checkpoints by ``text`` alone.
+    """Return the function or optax transformation with ``text`` as its fingerprint.
 
-    By default a function is known by its name and by what it carries: closures, default arguments,
-    the arrays of a ``Partial``, numbers, strings and arrays among the global variables that it
-    reads, and constants that are floats. The functions that it calls by a global name do not count.
-    Use this for a function that carries what should not count, or what cannot be read.
+    By default, the fingerprint of a function contains its name, closures, default arguments, the
+    arrays of a ``Partial``, float constants, and the numbers, strings and arrays among the global
+    variables that it reads. It does not contain the functions that it calls by a global name. Use
+    this for a function with values that should not count or cannot be read.
 
     Args:
         function: A function, or an ``optax.GradientTransformation``.
@@ -58,14 +58,14 @@ def with_fingerprint(function: Any, text: str) -> Any:
 
 
 def fingerprint(value: Any, name: str = "") -> dict[str, str]:
-    """Return every value that an object carries, as texts by path; the same in every process.
+    """Return every value that an object carries, as texts by path; equal in every process.
 
-    Functions are looked into: see :func:`with_fingerprint`. Of arrays it has dtype, shape and
-    digest. What it cannot look into counts by the name of its type, with a warning.
+    For functions see :func:`with_fingerprint`. Arrays count with dtype, shape and digest. Objects
+    that cannot be read count with the name of their type, and a warning.
 
     Args:
         value: Any object.
-        name: What the paths begin with.
+        name: Prefix of the paths.
 
     Example:
         >>> import optax
@@ -84,18 +84,18 @@ def fingerprint(value: Any, name: str = "") -> dict[str, str]:
     for path, text in pairs.items():
         if text.endswith(_UNKNOWN):
             warnings.warn(
-                f"checkpoints cannot tell what `{path}` carries ({text}), so a change of it goes "
-                "unnoticed: give it a text with with_fingerprint",
+                f"checkpoints cannot read what `{path}` carries ({text}), so they do not notice a "
+                "change of it: give it a text with with_fingerprint",
                 stacklevel=2,
             )
     return pairs
 
 
 class _Walk:
-    """One walk through an object; parts that it meets twice are looked into once."""
+    """One walk through an object; visits shared parts once."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Any, Pairs]] = {}  # keeps the objects, so that ids stay theirs
+        self._seen: dict[int, tuple[Any, Pairs]] = {}  # keeps the objects, so that ids stay unique
 
     def pairs(self, value: Any) -> Pairs:
         """Return paths below ``value`` and their texts."""
@@ -107,7 +107,7 @@ class _Walk:
                 head, parts = _look_into(value)
         except RecursionError:
             raise
-        except Exception:  # An object may raise anything where an attribute is asked for.
+        except Exception:  # Reading an attribute may raise anything.
             return [("", _unknown(type(value)))]
         if id(value) not in self._seen:
             self._seen[id(value)] = value, [("", "itself")]
@@ -123,7 +123,7 @@ class _Walk:
 
 
 def _text(value: Any) -> str | None:
-    """Return the text of a value without parts, else None."""
+    """Return the text of a value without parts, or None."""
     if isinstance(value, enum.Enum):
         return f"{_name(type(value))}.{value.name}"
     if value is None or isinstance(value, int | float | complex | str | bytes):
@@ -162,7 +162,7 @@ def _array_text(value: Any) -> str | None:
 
 
 def _look_into(value: Any) -> tuple[str, list[tuple[str, Any]]]:
-    """Return the name of what has parts, and the parts by path."""
+    """Return the name of an object with parts, and the parts by path."""
     if isinstance(value, types.FunctionType):
         return _function(value)
     if isinstance(value, types.MethodType):
@@ -199,7 +199,7 @@ def _function(function: types.FunctionType) -> tuple[str, list[tuple[str, Any]]]
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             parts.append((f".{name}", cell.cell_contents))
-        except ValueError:  # empty as yet
+        except ValueError:  # the cell is still empty
             continue
     count = code.co_argcount
     defaults = function.__defaults__ or ()
@@ -215,7 +215,7 @@ def _function(function: types.FunctionType) -> tuple[str, list[tuple[str, Any]]]
 
 
 def _globals(code: types.CodeType) -> Iterator[str]:
-    """Yield the names of the module that a function reads."""
+    """Yield the global names that a function reads."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield instruction.argval
@@ -225,7 +225,7 @@ def _globals(code: types.CodeType) -> Iterator[str]:
 
 
 def _floats(constants: tuple[Any, ...]) -> Iterator[float]:
-    """Yield the floats among a code's constants; integers stand in it in other ways, too."""
+    """Yield the floats among a code's constants; integers may be in the bytecode instead."""
     for constant in constants:
         if isinstance(constant, types.CodeType):
             yield from _floats(constant.co_consts)
@@ -236,12 +236,12 @@ def _floats(constants: tuple[Any, ...]) -> Iterator[float]:
 
 
 def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:
-    """Return what pickle would keep of an object."""
+    """Return the parts of an object that pickle would store."""
     name = _name(type(value))
     try:
         registered = copyreg.dispatch_table.get(type(value))
         reduced: Any = registered(value) if registered else value.__reduce_ex__(4)
-    except Exception:  # An object may raise anything where it cannot be pickled.
+    except Exception:  # Pickling may raise anything.
         return name if name.startswith("jax") else _unknown(type(value)), []
     if isinstance(reduced, str):
         return f"{name} {reduced}", []
@@ -252,7 +252,7 @@ def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _call(value: Any) -> list[tuple[str, Any]]:
-    """Return the code of an object that can be called."""
+    """Return the ``__call__`` of a callable object as a part."""
     call = type(value).__call__ if callable(value) else None
     return [(".__call__", call)] if isinstance(call, types.FunctionType) else []
 

@@ -1,4 +1,4 @@
-"""Methods: a server rule, K, S, local momentum or not, synchronous or not; and their names."""
+"""Defines the method: everything that server and workers must agree on."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from orlomo_jax.worker.local_round import RoundResult, local_momentum_sgd
 
 
 class Method(NamedTuple):
-    """What server and workers have to agree on.
+    """A server rule, and the other settings that server and workers must agree on.
 
     Attributes:
         name: A short name, for records and messages.
         rule: The server rule, possibly in a chain of transformations.
         num_workers: K ≥ 1.
-        num_local_steps: S ≥ 1, the local steps of a round.
-        worker_momentum: β of the workers' local rounds; None is plain SGD, whose reports carry no
-            momentum.
+        num_local_steps: S ≥ 1, the local steps of a round (H in the DiLoCo papers).
+        worker_momentum: β of the workers' local rounds; None is plain SGD, without a momentum in
+            the reports.
         synchronous: Whether all workers wait for each other after a round.
         model_state_weight: The weight in [0, 1] of a report's model state in the server's, as a
-            function of (step, delay); None if the method trains no model state.
-        frozen: Which parameters neither workers nor server change; None for none.
-        master_params: Whether the server keeps parameters and model state of 16 bits in float32.
+            function of (step, delay); None if the method does not train model state.
+        frozen: The parameters that neither workers nor server change; None for none.
+        master_params: Whether the server keeps 16-bit parameters and model state in float32.
     """
 
     name: str
@@ -44,10 +44,9 @@ class Method(NamedTuple):
 
     @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:
-        """Every value that tells this method from another, as pairs of a path and its text.
+        """Every value that distinguishes this method from others, as pairs (path, text).
 
-        A rule of one's own counts too, with all that it carries; see
-        :func:`~orlomo_jax.with_fingerprint`.
+        The values in a custom rule count too; see :func:`~orlomo_jax.with_fingerprint`.
 
         Example:
             >>> from orlomo_jax import make_method
@@ -57,7 +56,7 @@ class Method(NamedTuple):
         return tuple(fingerprint(self, "method").items())
 
     def with_rule(self, rule: optax.GradientTransformationExtraArgs) -> Method:
-        """Return the method with another rule: this one in an ``optax.chain``, for example."""
+        """Return the method with another rule, for example this rule in an ``optax.chain``."""
         return self._replace(rule=rule)
 
     def local_round(self, loss_fn: Callable, **options: Any) -> Callable[..., RoundResult]:
@@ -65,18 +64,18 @@ class Method(NamedTuple):
 
         Args:
             loss_fn: As in ``local_momentum_sgd``.
-            **options: ``weight_decay``, ``gradient_transform``, ``unroll``, ``frozen``; by default
-                the last is what this method never changes.
+            **options: ``weight_decay``, ``gradient_transform``, ``unroll``, ``frozen``; by default,
+                the parameters that this method never changes are frozen.
         """
         options = {"frozen": Unmoved(self)} | options
         return local_momentum_sgd(loss_fn, self.num_local_steps, self.worker_momentum, **options)
 
 
 class Unmoved(NamedTuple):
-    """Which parameters a method leaves as they are: its ``frozen`` ones, and what its rule zeroes.
+    """Finds the parameters that a method never changes: by ``frozen`` or by its rule.
 
-    ``optax.chain(rule, optax.masked(optax.set_to_zero(), mask))`` freezes parameters on the server;
-    a worker that trained them all the same would compute the other gradients at wrong points.
+    ``optax.chain(rule, optax.masked(optax.set_to_zero(), mask))`` freezes parameters on the server.
+    The workers must not train them either, or the other gradients would be at wrong points.
     """
 
     method: Method
@@ -92,11 +91,7 @@ class Unmoved(NamedTuple):
 
 
 def round_of(method: Method, loss_fn: Callable | None, round_fn: Callable | None) -> Callable:
-    """Return ``round_fn``, or the method's local round of ``loss_fn``.
-
-    Raises:
-        ValueError: If both are given, or neither.
-    """
+    """Return ``round_fn`` or the local round of ``loss_fn``; raise unless one is given."""
     if (loss_fn is None) == (round_fn is None):
         given = "both" if loss_fn is not None else "neither"
         raise ValueError(f"pass either `loss_fn` or `round_fn`, got {given}")

@@ -1,4 +1,4 @@
-"""The paper's four methods."""
+"""Defines and registers the paper's four methods."""
 
 from __future__ import annotations
 
@@ -8,68 +8,41 @@ from orlomo_jax import rules
 from orlomo_jax.methods.method import Method
 from orlomo_jax.methods.registry import register_method
 from orlomo_jax.rules import contract
-from orlomo_jax.rules.learning_rate import global_learning_rate
+from orlomo_jax.rules.delay_adaptive_rate import global_learning_rate
 
 METHOD_NAMES = ("orlomo", "prsgdm", "al_sgd", "local_ormo_da")
 """The paper's four methods."""
 
 
 def _orlomo(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     args = num_workers, momentum, learning_rate, delay_weight
     rule = rules.orlomo(*args, accumulator_dtype=accumulator_dtype)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method(
-        "orlomo",
-        rule,
-        num_workers,
-        num_local_steps,
-        worker_momentum=momentum,
-        model_state_weight=rate,
-    )
+    return Method("orlomo", rule, num_workers, S, momentum, model_state_weight=rate)
 
 
 def _local_ormo_da(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     args = num_workers, momentum, learning_rate, delay_weight
     rule = rules.local_ormo_da(*args, accumulator_dtype=accumulator_dtype)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method("local_ormo_da", rule, num_workers, num_local_steps, model_state_weight=rate)
+    return Method("local_ormo_da", rule, num_workers, S, model_state_weight=rate)
 
 
 def _al_sgd(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
-    contract.check_momentum(momentum)  # taken for uniformity, not used
+    contract.check_momentum(momentum)  # not used; all four methods take the same arguments
     rule = rules.al_sgd(num_workers, learning_rate, delay_weight)
     rate = global_learning_rate(num_workers, learning_rate, delay_weight)
-    return Method("al_sgd", rule, num_workers, num_local_steps, model_state_weight=rate)
+    return Method("al_sgd", rule, num_workers, S, model_state_weight=rate)
 
 
 def _prsgdm(
-    num_workers,
-    num_local_steps,
-    momentum=0.9,
-    learning_rate=1.0,
-    delay_weight=None,
-    accumulator_dtype=None,
+    num_workers, S, momentum=0.9, learning_rate=1.0, delay_weight=None, accumulator_dtype=None
 ) -> Method:
     contract.check_momentum(momentum)
     if learning_rate != 1.0 or delay_weight is not None:
@@ -78,18 +51,12 @@ def _prsgdm(
             f"got learning_rate={learning_rate!r}, delay_weight={delay_weight!r}"
         )
 
-    def running_mean(step, delay):  # after the K reports of a round: their average
+    def running_mean(step, delay):  # merges the K reports of a round to their average
         return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
 
-    return Method(
-        "prsgdm",
-        rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype),
-        num_workers,
-        num_local_steps,
-        worker_momentum=momentum,
-        synchronous=True,
-        model_state_weight=running_mean,
-    )
+    rule = rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype)
+    method = Method("prsgdm", rule, num_workers, S, momentum, synchronous=True)
+    return method._replace(model_state_weight=running_mean)
 
 
 for _name, _factory in zip(METHOD_NAMES, (_orlomo, _prsgdm, _al_sgd, _local_ormo_da), strict=True):

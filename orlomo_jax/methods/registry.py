@@ -1,4 +1,4 @@
-"""The registry of methods by name, which users can extend."""
+"""Registers methods by name; users can add their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FACTORIES: dict[str, Callable[..., Method]] = {}
 
 
 def register_method(name: str, factory: Callable[..., Method]) -> None:
-    """Let :func:`make_method` know a method by name.
+    """Add a method to those that :func:`make_method` can make.
 
     Args:
         name: The method's name.
@@ -35,7 +35,7 @@ def register_method(name: str, factory: Callable[..., Method]) -> None:
         'half_steps'
     """
     if _FACTORIES.get(name, factory) is not factory:
-        raise ValueError(f"`name` must be new, got name={name!r}, which is registered already")
+        raise ValueError(f"`name` must be new, got name={name!r}, which is already registered")
     _FACTORIES[name] = factory
 
 
@@ -52,24 +52,24 @@ def make_method(
     """Return a method by name.
 
     Args:
-        name: ``"orlomo"``, ``"local_ormo_da"``, ``"al_sgd"``, ``"prsgdm"``, or a name of
+        name: ``"orlomo"``, ``"local_ormo_da"``, ``"al_sgd"``, ``"prsgdm"``, or a name given to
             :func:`register_method`.
         num_workers: K ≥ 1.
-        num_local_steps: S ≥ 1, the local steps of a round.
-        frozen: Which parameters stay as they are, in workers and server: a tree of bools like
-            params or like its first levels, or a function of params to one.
-        master_params: Whether the server keeps parameters (and model state) of 16 bits in float32.
-            Workers get them rounded. Otherwise 1/K of a report is often lost to rounding, and
-            AL-SGD stands still.
-        **hyperparameters: Those of the method. The paper's four take ``momentum`` (β in [0, 1), of
-            the server's rule and the workers; not used by AL-SGD), ``learning_rate`` (global, of
-            the asynchronous rules; a finite float ≥ 0 or a schedule of the server's step),
-            ``delay_weight`` (its factor by delay; None is Eq. (6)) and ``accumulator_dtype`` (of
-            the server's momentum, if wider than the parameters').
+        num_local_steps: S ≥ 1, the local steps of a round (H in the DiLoCo papers).
+        frozen: The parameters that neither workers nor server change: a tree of bools like params
+            or like its first levels, or a function that maps params to one.
+        master_params: Whether the server keeps 16-bit parameters and model state in float32.
+            Workers get them rounded. Without it, rounding often loses 1/K of a report, and AL-SGD
+            makes no progress.
+        **hyperparameters: The method's own. The paper's four methods take ``momentum`` (β in [0, 1)
+            of the server's rule and the workers; not used by AL-SGD), ``learning_rate`` (global,
+            for the asynchronous rules; a finite float ≥ 0 or a schedule of the server's step),
+            ``delay_weight`` (its factor as a function of the delay; None is Eq. (6)) and
+            ``accumulator_dtype`` (of the server's momentum, if wider than the parameters').
 
     Raises:
         ValueError: If the name is unknown or a hyperparameter is out of range.
-        TypeError: If a hyperparameter is unknown or of a wrong type.
+        TypeError: If a hyperparameter is unknown or has a wrong type.
 
     Example:
         >>> method = make_method("local_ormo_da", num_workers=16, num_local_steps=8, momentum=0.8)

@@ -1,4 +1,4 @@
-"""What is kept of a run: records, checkpoints, journal, health."""
+"""Records of runs: callbacks, histories, checkpoints, journals and health."""
 
 from orlomo_jax.recording.callbacks import Callback as Callback
 from orlomo_jax.recording.callbacks import CSVLog as CSVLog

@@ -1,4 +1,4 @@
-"""Callbacks: objects that simulate and train tell of a run's steps, health and end."""
+"""Defines callbacks, which ``simulate`` and ``train`` call during a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _log = logging.getLogger("orlomo_jax")
 
 
 class Callback:
-    """Is told of a run; override what you need.
+    """The methods that a run calls; override the ones you need.
 
-    A plain function may be passed instead of an object: it is called as :meth:`on_step`.
+    A plain function can be passed instead of an object; it is called as :meth:`on_step`.
 
     Attributes:
         health_every: Seconds > 0 between two calls of :meth:`on_health`; None for never.
@@ -41,47 +41,46 @@ class Callback:
     health_every: float | None = None
 
     def on_start(self, step: int, num_steps: int) -> None:
-        """Before the first step of this process: the run is at ``step`` of ``num_steps``."""
+        """Called before the first step of this process; the run is at ``step`` of ``num_steps``."""
 
     def on_step(self, record: StepRecord) -> bool | None:
-        """After each step, in order; of a compiled run after the segment of the step.
+        """Called after each step, in order; in a compiled run, after the step's segment.
 
-        To end the run, return True or raise StopIteration: its status is then ``"stopped"``, and a
-        checkpoint is saved first. A compiled run ends after the segment. If the run diverges, a
-        few later steps may have been told already.
+        Return True or raise StopIteration to end the run: a checkpoint is saved, and the status is
+        ``"stopped"``. A compiled run ends after the segment. In a run that diverges, this may be
+        called for a few steps after the divergence.
         """
 
     def on_health(self, health: Health) -> None:
-        """Every ``health_every`` seconds of a real run."""
+        """Called every ``health_every`` seconds of a real run."""
 
     def on_end(self, result: TrainingResult) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
     def close(self) -> None:
-        """At the end of the call, also after an error: free what :meth:`on_start` opened."""
+        """Called at the end, also after an error: free what :meth:`on_start` opened."""
 
 
 AnyCallback: TypeAlias = Callback | Callable[[StepRecord], bool | None]
 
 
 class _StepFunction(Callback):
-    def __init__(self, function: Callable[[StepRecord], bool | None]) -> None:
-        self.on_step = function  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __init__(self, function: Callable[[StepRecord], Any]) -> None:
+        self._function = function
+
+    def on_step(self, record: StepRecord) -> bool | None:
+        """Call the function."""
+        return self._function(record)
 
 
 def as_callback(callback: Any) -> Callback:
-    """Return a callback object.
-
-    Raises:
-        TypeError: If it is neither a Callback nor a function, or its period is not a number.
-        ValueError: If its period is not positive.
-    """
+    """Return a Callback; raise unless it is one or a function, and ``health_every`` is > 0."""
     if isinstance(callback, Callback):
         if (every := callback.health_every) is not None:
             check_number("health_every", every, lambda x: x > 0, "> 0")
         return callback
     if not callable(callback) or isinstance(callback, type):
-        raise TypeError(f"`callbacks` must hold Callback objects or functions, got {callback!r}")
+        raise TypeError(f"`callbacks` must be Callback objects or functions, got {callback!r}")
     return _StepFunction(callback)
 
 
@@ -91,7 +90,7 @@ class ProgressBar(Callback):
     Args:
         label: Text before the bar.
         console: A ``rich.console.Console``; None is a new one.
-        every: Seconds ≥ 0 between two updates: each waits for the device.
+        every: Seconds ≥ 0 between two updates; each update waits for the device.
     """
 
     def __init__(self, label: str = "", console: Any = None, every: float = 1.0) -> None:
@@ -102,7 +101,7 @@ class ProgressBar(Callback):
         self._progress: Any = None
 
     def on_start(self, step: int, num_steps: int) -> None:
-        """Draw the bar."""
+        """Show the bar."""
         rich = self._rich
         self._first, self._began, self._updated = step, time.monotonic(), 0.0
         self._evaluation, self._total = "", num_steps
@@ -119,7 +118,7 @@ class ProgressBar(Callback):
         self._progress.start()
 
     def on_step(self, record: StepRecord) -> None:
-        """Update the bar, if it is time."""
+        """Update the bar if ``every`` seconds have passed."""
         now = time.monotonic()
         if record.evaluation is not None:
             self._evaluation = "  ".join(f"{k} {v:.4g}" for k, v in record.evaluation.items())
@@ -148,7 +147,7 @@ class TensorBoard(Callback):
     """Writes each evaluation, with loss and delay, for TensorBoard; needs tensorboardX.
 
     Args:
-        folder: Where the event files go. Their times are the run's own seconds.
+        folder: The folder for the event files. Their times are the run's seconds.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -161,7 +160,7 @@ class TensorBoard(Callback):
         self._writer: Any = self._module.SummaryWriter(self._folder)
 
     def on_step(self, record: StepRecord) -> None:
-        """Write the step, if it has an evaluation."""
+        """Write the step if it has an evaluation."""
         if record.evaluation is None:
             return
         scalars = {**record.evaluation, "loss": float(record.loss), "delay": record.delay}
@@ -177,7 +176,7 @@ class TensorBoard(Callback):
 
 
 class CSVLog(Callback):
-    """Writes losses, scalar metrics and evaluations to a CSV file, one number a row.
+    """Writes losses, scalar metrics and evaluations to a CSV file, one number per row.
 
     The columns are step, time, worker, delay, name and value. A resumed run removes the rows after
     its checkpoint and continues the file.
@@ -207,13 +206,13 @@ class CSVLog(Callback):
         self._file: Any = None
 
     def on_start(self, step: int, num_steps: int) -> None:
-        """Open the file, and keep the rows up to ``step``."""
+        """Open the file and keep the rows up to ``step``."""
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 header, *rows = list(csv.reader(file)) or [self.HEADER]
                 if tuple(header) != self.HEADER:
-                    raise ValueError(f"{self.path} is not a file of CSVLog: choose another path")
+                    raise ValueError(f"{self.path} was not written by CSVLog: choose another path")
         kept = [row for row in rows if len(row) == len(self.HEADER) and int(row[0]) <= step]
         new = self.path.with_name(f"{self.path.name}.new")  # a killed process leaves the old rows
         with new.open("w", newline="", encoding="utf-8") as file:
@@ -224,7 +223,7 @@ class CSVLog(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         """Write the numbers of a step."""
-        at = record[:4]
+        at = record.step, record.time, record.worker, record.delay
         self._writer.writerows([*at, name, value] for name, value in _scalars(record))
         self._file.flush()  # so that a killed process has the rows up to its checkpoint
 
@@ -239,8 +238,8 @@ class HealthLog(Callback):
     """Logs the health of a real run.
 
     Args:
-        every: Seconds > 0 between two lines.
-        log: A function of the text; None is the logger ``orlomo_jax``, at level INFO.
+        every: Seconds > 0 between two logs.
+        log: Called with the text; None is the logger ``orlomo_jax``, at level INFO.
     """
 
     def __init__(self, every: float = 10.0, log: Callable[[str], Any] | None = None) -> None:
@@ -249,7 +248,7 @@ class HealthLog(Callback):
         self._log = _log.info if log is None else log
 
     def on_health(self, health: Health) -> None:
-        """Log it."""
+        """Log the health."""
         self._log(str(health))
 
 
@@ -262,7 +261,7 @@ def _scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
 
 
 def _import(module: str, what: str, package: str) -> Any:
-    """Return a module of an optional package, or raise an ImportError that names the extra."""
+    """Import a module of an optional package; raise an ImportError that names the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Save and resume, to the bit: checkpoints written whole or not at all, by Orbax."""
+"""Saves checkpoints atomically with Orbax, so that a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orlomo_jax.recording.identity import versions
 from orlomo_jax.recording.locks import open_alone
 
 JOURNAL = "arrivals.jsonl"
-"""The file of a real run's arrivals in the folder of its checkpoints."""
+"""The name of a real run's journal in its checkpoint folder."""
 
 
 class Saved(NamedTuple):
@@ -27,18 +27,14 @@ class Saved(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of which run it is.
-
-        Raises:
-            ValueError: If the notes do not say so.
-        """
+        """The identity of its run; raises ValueError if the notes have none."""
         identity = self.metadata.get("identity")
         if not isinstance(identity, dict):
-            raise ValueError(f"{self.path} is damaged: it does not say of which run it is")
+            raise ValueError(f"{self.path} is damaged: it does not contain the run's identity")
         return identity
 
     def check(self, identity: dict[str, Any], *, any_version: bool) -> None:
-        """Raise ValueError unless it is of this run and of the versions in use; with what not."""
+        """Raise ValueError, with the difference, unless it has this identity and these versions."""
         what = f"the checkpoint {self.path}"
         check_same(what, self.identity, identity)
         theirs = self.metadata.get("versions")
@@ -47,40 +43,41 @@ class Saved(NamedTuple):
                 check_same(what, theirs if isinstance(theirs, dict) else {}, versions(identity))
         except ValueError as error:
             raise ValueError(
-                f"{error}. Its numbers would not be those of an unbroken run: "
-                "Checkpointer(…, any_version=True) goes on all the same"
+                f"{error}. The numbers could differ from those of an uninterrupted run; to resume "
+                "anyway, use Checkpointer(…, any_version=True)"
             ) from None
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Say that the checkpoint is damaged where its content is not what it should be."""
+        """Turn errors from unexpected content into a ValueError: the checkpoint is damaged."""
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.path} is damaged, remove it to go on from an earlier one: {error!r}"
+                f"{self.path} is damaged, remove it to resume from an earlier one: {error!r}"
             ) from error
 
 
 class Checkpointer:
-    """The checkpoints of one run in a folder of their own.
+    """The checkpoints of one run, in a folder of their own.
 
-    A checkpoint is written under another name and renamed when complete, so that a killed process
-    leaves whole ones alone. Reading executes no code (arrays and JSON, no pickle). A run goes on
-    from its own checkpoints alone: every setting of method, local round, batches and learning
-    rates, the trees' paths and dtypes, and the versions of this library, JAX and jaxlib must be
-    the same. A checkpoint of anything else is refused with an error that names the difference.
+    A checkpoint is written under another name and renamed when it is complete, so a killed process
+    never leaves half a checkpoint. Reading does not execute code (arrays and JSON, no pickle). A
+    run resumes only from its own checkpoints: every setting of method, local round, batches and
+    learning rates, the trees' paths and dtypes, and the versions of this library, JAX and jaxlib
+    must be the same. Otherwise an error names the difference.
 
     Args:
-        directory: A folder on this machine, made where it is missing; ``~`` is the home.
+        directory: A folder on this machine, created if it is missing; ``~`` is the home folder.
         every: Steps between two checkpoints, ≥ 1.
-        keep: How many of the newest stay, ≥ 1; an older one serves where the newest is damaged.
-        any_version: Whether to go on from checkpoints that other versions of the libraries wrote.
-            The numbers may then differ from those of an unbroken run.
+        keep: Number of newest checkpoints to keep, ≥ 1. If the newest is damaged, the run resumes
+            from an older one.
+        any_version: Whether to resume from checkpoints of other versions of the libraries. The
+            numbers may then differ from those of an uninterrupted run.
 
     Raises:
         ValueError: If ``every`` or ``keep`` is below 1, or ``directory`` is a URL.
-        ImportError: If Orbax is not installed; the message says which extra holds it.
+        ImportError: If Orbax is not installed.
 
     Example:
         >>> import tempfile
@@ -99,7 +96,7 @@ class Checkpointer:
         *,
         any_version: bool = False,
     ) -> None:
-        """Open the folder."""
+        """Create the folder if it is missing."""
         self.every, self.any_version = check_count("every", every, 1), any_version
         keep = check_count("keep", keep, 1)
         if "://" in os.fspath(directory):
@@ -125,11 +122,11 @@ class Checkpointer:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep all other runs out of the folder, until the end of the block or of the process.
+        """Lock the folder for this run, until the end of the block or of the process.
 
         Raises:
-            BlockingIOError: If another run is in it.
-            OSError: If nothing can be written there.
+            BlockingIOError: If another run has locked it.
+            OSError: If the folder is not writable.
         """
         try:
             file = open_alone(self.directory / ".lock")
@@ -150,37 +147,30 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, arrays: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Write one checkpoint; it is on disk when this returns, in the place of one of this step.
+        """Write one checkpoint to disk; replace one of the same step.
 
         Raises:
-            OSError: If it cannot be written (a full disk); earlier ones are as they were.
+            OSError: If it cannot be written (a full disk); earlier ones are unchanged.
         """
         args = self._orbax.args
         items = {"arrays": args.StandardSave(arrays), "notes": args.JsonSave([step, notes])}
-        if step in self.steps():  # a damaged one that was passed over
+        if step in self.steps():  # a damaged one that was skipped
             self._manager.delete(step)
         self._manager.save(step, args=args.Composite(**items), force=True)
 
     def save_run(self, step: int, arrays: dict, notes: dict, identity: dict[str, Any]) -> None:
-        """Write a checkpoint of the run of this ``identity``; see :meth:`save`."""
+        """Write a checkpoint of a run with this ``identity``; see :meth:`save`."""
         notes = notes | {"identity": identity, "versions": versions(identity)}
         self.save(step, arrays, notes)
 
     def newest_of(self, identity: dict[str, Any]) -> Saved | None:
-        """Return the newest readable checkpoint, which must be of the run of this ``identity``.
-
-        Raises:
-            ValueError: If it is of another run; the message says by what.
-        """
+        """Return the newest readable checkpoint; raise ValueError if it has another identity."""
         if (saved := self.newest()) is not None:
             saved.check(identity, any_version=self.any_version)
         return saved
 
     def newest(self) -> Saved | None:
-        """Return the newest readable checkpoint, or None where there is none.
-
-        A damaged one is passed over with a warning that names it.
-        """
+        """Return the newest readable checkpoint, or None; warn about damaged ones."""
         args = self._orbax.args
         items = {"arrays": args.StandardRestore(), "notes": args.JsonRestore()}
         for step in reversed(self.steps()):
@@ -190,8 +180,8 @@ class Checkpointer:
                 [of_step, notes] = saved["notes"]
                 if of_step != step or not isinstance(notes, dict):
                     raise ValueError(f"its notes are of step {of_step}")
-            except Exception as error:  # Orbax raises what the damaged part happens to raise.
-                warnings.warn(f"{where} is damaged and passed over: {error}", stacklevel=2)
+            except Exception as error:  # Orbax may raise anything for a damaged checkpoint.
+                warnings.warn(f"{where} is damaged and skipped: {error}", stacklevel=2)
             else:
                 return Saved(step, saved["arrays"], notes, where)
         return None

@@ -1,4 +1,4 @@
-"""A view of a real run's health: speed, delays, shares, idle time, losses, traffic."""
+"""Measures the health of a real run: speed, delays, idle time, lost rounds and traffic."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 
 class Health(NamedTuple):
-    """How a real run fares; ``str(health)`` is a summary of a few lines.
+    """The health of a real run; ``str(health)`` is a summary of a few lines.
 
     Attributes:
-        seconds: Since this process took up the run.
-        step: Reports applied, those before a resumption included.
-        reports_per_second: Since the view before this one.
-        delays: Counts of delays 0, 1, 2–3, 4–7, …; the last ones need not be zero.
+        seconds: Seconds since this process started or resumed the run.
+        step: Reports applied, including those before the run resumed.
+        reports_per_second: Speed since the previous view.
+        delays: Counts of delays 0, 1, 2–3, 4–7, …, up to the largest delay.
         shares: Each worker's share of the applied reports, float[K].
-        idle: Each worker's share of the time in which it ran no round, float[K].
-        present: Whether each worker is there, bool[K].
-        lost: Rounds given up: of workers that died, failed, hung or sent what was rejected.
+        idle: The fraction of time in which each worker did not compute, float[K].
+        present: Whether each worker takes part, bool[K].
+        lost: Lost rounds: of workers that died, failed or hung, or whose report was rejected.
         rejected: Rejected reports by reason; see :class:`~orlomo_jax.server.RejectedReportError`.
-        momentum_norm: ‖u‖, or None where the rule keeps no momentum.
-        sent_bytes: Of tasks, over the wire.
-        received_bytes: Of reports, over the wire.
-        failures: Of each worker that has lost a round, why it lost its latest, in one line.
+        momentum_norm: ‖u‖, or None if the rule does not have a momentum.
+        sent_bytes: Bytes of tasks sent over the network.
+        received_bytes: Bytes of reports received over the network.
+        failures: Why each worker lost its latest lost round, in one line.
     """
 
     seconds: float
@@ -64,7 +64,7 @@ class Health(NamedTuple):
 
 
 class Meter:
-    """Counts what a :class:`Health` shows.
+    """Counts the events that a :class:`Health` reports.
 
     Example:
         >>> meter = Meter(num_workers=2)
@@ -97,7 +97,7 @@ class Meter:
         self.failures[worker] = line if len(line) <= 200 else f"{line[:199]}…"
 
     def view(self, step: int, present: tuple[bool, ...], momentum_norm: float | None) -> Health:
-        """Return the counts so far; rates are since the last call."""
+        """Return the counts so far, and the speed since the last call."""
         now, total = time.monotonic(), sum(self.reports)
         before = step - total if self._viewed_step is None else self._viewed_step
         rate = (step - before) / max(now - self._viewed_at, 1e-9)

@@ -1,4 +1,4 @@
-"""Records of a run: its steps, its evaluations and its result."""
+"""Defines the records of a run: steps, evaluations, history and result."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from orlomo_jax.trees import Array, PyTree
 
 
 class StepRecord(NamedTuple):
-    """One global iteration, as callbacks see it.
+    """One global iteration; callbacks get it.
 
     Attributes:
-        step: How many reports are applied, this one included; in [1, T].
-        time: Virtual seconds at its arrival.
-        worker: Who reported.
-        delay: τ_t.
-        loss: The mean loss of its local steps, float[]; of a simulated run on the device:
-            ``float(record.loss)`` waits for it, so do that rarely.
-        metrics: What ``loss_fn`` returned as metrics, means over the local steps; on the device
-            where the loss is.
-        evaluation: What ``evaluate`` returned after this step, or None.
+        step: Number of applied reports, including this one; in [1, T].
+        time: Virtual seconds at the arrival.
+        worker: The worker that reported.
+        delay: τ_t, the delay (staleness).
+        loss: The mean loss of the local steps, float[]. In a simulated run it may be on the
+            device: ``float(record.loss)`` waits for it, so do that rarely.
+        metrics: The metrics of ``loss_fn``, means over the local steps; on the same device.
+        evaluation: The result of ``evaluate`` after this step, or None.
     """
 
     step: int
@@ -45,7 +44,7 @@ class Evaluation(NamedTuple):
 
 
 class History(NamedTuple):
-    """What happened, step by step, up to the end or to the first non-finite report.
+    """The records of all steps, up to the end or to the first non-finite report.
 
     Attributes:
         step: int32[n], 1 … n.
@@ -53,8 +52,8 @@ class History(NamedTuple):
         worker: int32[n].
         delay: int32[n].
         loss: float[n], the mean loss of the report's local steps.
-        metrics: What ``loss_fn`` returned as metrics, means over the local steps; every leaf has a
-            leading axis of n.
+        metrics: The metrics of ``loss_fn``, means over the local steps; every leaf has a leading
+            axis of n.
         evaluations: In order of step.
     """
 
@@ -68,18 +67,18 @@ class History(NamedTuple):
 
 
 class TrainingResult(NamedTuple):
-    """What a simulated or real run returns.
+    """The result of a simulated or real run.
 
     Attributes:
-        params: The final parameters; where the run diverged, those at which it was noticed.
+        params: The final parameters; if the run diverged, those when that was detected.
         model_state: The final merged model state.
         rule_state: The rule's final state (u_T).
         history: See :class:`History`.
-        trace: The arrival order that was run.
+        trace: The arrival order of the run.
         status: ``"finished"``, ``"stopped"`` by a callback, or ``"diverged"``.
-        diverged_at: The index t of the first report with a NaN or an Inf (of the step at which it
-            was noticed, where finite reports overflowed in the merge); None where finished.
-        health: Of a real run, how it fared; None of a simulated one.
+        diverged_at: The index t of the first report with a NaN or an Inf; if only the merge
+            overflowed, the step at which that was detected; None if the run did not diverge.
+        health: The health of a real run; None for a simulated one.
     """
 
     params: trees.Params

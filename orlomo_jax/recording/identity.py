@@ -1,4 +1,4 @@
-"""What a run must have in common with the one whose checkpoint it goes on from."""
+"""Computes the identity of a run, which must be equal when a run resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.workload import Workload
 
 POINTS = np.array([0, *(10**n for n in range(7))], np.int32)
-"""Steps and delays at which functions of them are compared."""
+"""The steps and delays at which schedules and weights are compared."""
 
 JAX_SETTINGS = (
     "jax_enable_x64",
@@ -27,7 +27,7 @@ JAX_SETTINGS = (
     "jax_default_dtype_bits",
     "jax_numpy_dtype_promotion",
 )
-"""Those that change what is computed."""
+"""The settings that change results."""
 
 
 def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
 
 
 def of_method(method: Method) -> dict[str, Any]:
-    """Return the identity of a method, JSON-able: its fingerprint, and η as a function."""
+    """Return the identity of a method, JSON-able: its fingerprint, and η at `POINTS`."""
     identity: dict[str, Any] = {"method": method.name} | dict(method.fingerprint)
     if method.model_state_weight is not None:
         for name, at in (("step", (POINTS, 0)), ("delay", (0, POINTS))):
@@ -58,22 +58,22 @@ def of_method(method: Method) -> dict[str, Any]:
 
 
 def of_rate(server: ParameterServer) -> dict[str, Any]:
-    """Return the identity of γ: its value, or its schedule's values and what that carries."""
+    """Return the identity of γ: its value, or its schedule's values and fingerprint."""
     if server.schedule is None:
         constant = server.view().local_learning_rate
         return {"local_learning_rate": [str(np.asarray(constant))]}
-    # Four digits each: platforms round a schedule differently.
+    # Four digits, because platforms round a schedule differently.
     rates = [f"{float(server.schedule(step)):.4g}" for step in POINTS]
     schedule = fingerprint(server.schedule, "local_learning_rate.schedule")
     return {"local_learning_rate": rates} | schedule
 
 
 def of_tree(tree: PyTree, sent: Iterable[Any] = ()) -> list[str]:
-    """Return path, dtype and shape of each leaf, and in what dtype it is sent if in another.
+    """Return path, dtype and shape of each leaf, and the dtype in which it is sent if different.
 
     Args:
         tree: Any tree of arrays.
-        sent: The dtypes in which workers get its leaves, as far as they get them.
+        sent: The dtypes in which workers get its leaves; it may be shorter than the leaves.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,7 +94,7 @@ def of_keys(*keys: Array) -> dict[str, Any]:
 
 
 def of_work(round_fn: Callable, batch_fn: Callable) -> dict[str, Any]:
-    """Return the identity of what workers compute, under these settings of JAX."""
+    """Return the identity of the workers' computation, and JAX's settings."""
     return {
         **fingerprint(round_fn, "round_fn"),
         **fingerprint(batch_fn, "batch_fn"),
@@ -103,7 +103,7 @@ def of_work(round_fn: Callable, batch_fn: Callable) -> dict[str, Any]:
 
 
 def versions(identity: dict[str, Any]) -> dict[str, str]:
-    """Return the versions on which a run's numbers depend; optax's where it is in use."""
+    """Return the versions that affect a run's numbers; optax's only if the run uses it."""
     uses_optax = any("optax." in text for text in identity.values() if isinstance(text, str))
     names = ("orlomo-jax", "jax", "jaxlib", *(("optax",) if uses_optax else ()))
     return {f"{name} version": _version(name) for name in names}
@@ -112,5 +112,5 @@ def versions(identity: dict[str, Any]) -> dict[str, str]:
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # run from its folder, not installed
+    except metadata.PackageNotFoundError:  # not installed, but imported from its folder
         return "unknown"

@@ -1,4 +1,4 @@
-"""Ctrl-C, put off to a moment at which a run can be saved."""
+"""Delays Ctrl-C until a run can be saved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ _log = logging.getLogger("orlomo_jax")
 
 @contextlib.contextmanager
 def put_off_interrupts(active: bool) -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C, for the caller to save and leave; a second one comes at once.
+    """Delay the first Ctrl-C to the end of the context; a second one interrupts at once.
 
-    KeyboardInterrupt is raised at the end of the context. Nothing is put off outside the main
-    thread, or where the program handles Ctrl-C in its own way.
+    It does nothing outside the main thread, or if the program has its own handler for Ctrl-C.
 
     Args:
-        active: Whether to put anything off.
+        active: Whether to delay Ctrl-C.
 
     Yields:
         A function that returns whether Ctrl-C was pressed.
@@ -32,7 +31,7 @@ def put_off_interrupts(active: bool) -> Iterator[Callable[[], bool]]:
 
     def note(signum, frame):
         signal.signal(signal.SIGINT, default)
-        _log.warning("interrupted: a checkpoint is saved first; press Ctrl-C again to stop at once")
+        _log.warning("interrupted: saving a checkpoint first; press Ctrl-C again to stop at once")
         pressed.set()
 
     signal.signal(signal.SIGINT, note)

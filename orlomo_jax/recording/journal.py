@@ -1,4 +1,4 @@
-"""A real run's arrivals and events, on disk as they happen."""
+"""Writes the arrivals and events of a real run to a file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import IO, Any, NamedTuple
 
 from orlomo_jax.checks import check_same
 from orlomo_jax.recording.locks import open_alone
-from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.traces.trace_validation import TraceEvent
 
 _FORMAT = "orlomo_jax.Journal"
 
@@ -21,12 +22,12 @@ class Arrival(NamedTuple):
     """An applied report.
 
     Attributes:
-        worker: Whose it was.
-        round: Of its task.
-        dispatched_at: Of its task.
+        worker: The worker that reported.
+        round: The round of its task.
+        dispatched_at: The model version of its task.
         time: Seconds since the run began.
-        loss: The mean over its local steps.
-        metrics: Those of ``loss_fn``, means over the local steps: the leaves as nested lists.
+        loss: The mean loss of its local steps.
+        metrics: The metrics of ``loss_fn``, means over the local steps: leaves as nested lists.
     """
 
     worker: int
@@ -36,29 +37,35 @@ class Arrival(NamedTuple):
     loss: float
     metrics: Sequence[Any] = ()
 
+    @property
+    def id(self) -> TaskId:
+        """The task's."""
+        return TaskId(self.worker, self.round, self.dispatched_at)
+
 
 class Journal:
-    """The log of a real run: arrivals, events and rejected reports, a JSON line each.
+    """The log of a real run: arrivals, events and rejected reports, one JSON line each.
 
-    A line is written when its report is applied and before anything follows from it, so that after
-    a crash the file holds all that anybody has seen of the run. A line that a dying process left
-    unfinished is dropped. One process at a time writes to a file.
+    A line is written when its report has been applied, before workers or callbacks see a
+    consequence. So after a crash the file contains everything that anyone has seen of the run. An
+    unfinished last line is dropped. Only one process at a time can write to a file.
 
     Args:
-        identity: What the run is, JSON-able: ``num_workers`` and ``synchronous``, ``absent`` (who
-            was not there at the start), and whatever else tells runs apart.
-        path: The file; one of the same run is continued. It is made with its first line. None keeps
+        identity: The run's identity, JSON-able: ``num_workers``, ``synchronous``, ``absent`` (the
+            workers absent at the start), and any other settings.
+        path: The file, created with its first line; a file of the same run is continued. None keeps
             the journal in memory.
 
     Attributes:
-        identity: Of the run; ``absent`` is that of the file where it is continued.
+        identity: The run's identity; for a continued file, with the file's ``absent``.
         arrivals: Every :class:`Arrival`, in order.
         events: Every :class:`~orlomo_jax.traces.TraceEvent`, in order.
-        rejected: Pairs of the step and the reason's text, in order.
+        rejected: Pairs (step, reason and message), in order.
 
     Raises:
-        ValueError: If the file is of another run, or no journal; the message names file and line.
-        BlockingIOError: If another process writes to it, or has written since it was read.
+        ValueError: If the file is not a journal, or of another run; the message names file and
+            line.
+        BlockingIOError: If another process writes to the file, or has written since it was read.
 
     Example:
         >>> journal = Journal({"num_workers": 2, "synchronous": False})
@@ -73,14 +80,14 @@ class Journal:
     def __init__(
         self, identity: dict[str, Any], path: str | os.PathLike[str] | None = None
     ) -> None:
-        """Read what is there, and open the file."""
+        """Read the file if it exists, and open it."""
         self.identity = {"absent": []} | json.loads(json.dumps(identity))
         self.path = None if path is None else Path(path)
         self.arrivals: list[Arrival] = []
         self.events: list[TraceEvent] = []
         self.rejected: list[tuple[int, str]] = []
         self._file: IO[bytes] | None = None
-        self._size = 0  # of the whole lines that were read
+        self._size = 0  # bytes of the complete lines that were read
         if self.path is None or not self.path.exists() or not self._read(self.path):
             return
         absent = {"absent": self._header["absent"]}
@@ -90,11 +97,11 @@ class Journal:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Journal:
-        """Return the journal in a file, in memory: the file is only read.
+        """Read a journal into memory, without opening the file for writing.
 
         Raises:
             OSError: If the file cannot be read.
-            ValueError: If it is no journal.
+            ValueError: If it is not a journal.
         """
         journal = cls({})
         if not journal._read(Path(path)):
@@ -104,18 +111,14 @@ class Journal:
 
     @staticmethod
     def set_aside(path: str | os.PathLike[str]) -> None:
-        """Rename a file, if it is there, to ``….old``, for a new run to begin under its name.
-
-        Raises:
-            BlockingIOError: If another process writes to it.
-        """
+        """Rename a file, if it exists, to ``….old``; raise BlockingIOError if it is in use."""
         path = Path(path)
         if path.exists():
             with open_alone(path):
                 path.replace(path.with_name(f"{path.name}.old"))
 
     def arrived(self, arrival: Arrival) -> None:
-        """Note that a report was applied."""
+        """Log an applied report."""
         loss = float(arrival.loss) if math.isfinite(arrival.loss) else None
         row = arrival._asdict() | {"loss": loss}
         if not arrival.metrics:
@@ -123,25 +126,21 @@ class Journal:
         self._note(row)
 
     def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:
-        """Log an event before the next arrival; kinds are those of a TraceEvent."""
+        """Log an event before the next arrival; ``kind`` is that of a TraceEvent."""
         step = len(self.arrivals)
         self._note({"event": kind, "step": step, "worker": worker, "time": time, "why": why})
 
     def refused(self, worker: Any, reason: str, message: str, time: float) -> None:
-        """Note that a report was rejected, and why."""
+        """Log a rejected report."""
         row = {"rejected": reason, "step": len(self.arrivals), "worker": repr(worker)}
         self._note({**row, "time": time, "why": message})
 
     def trace(self) -> ArrivalTrace:
-        """Return the order of arrivals so far, with its events; times in seconds.
-
-        Raises:
-            ValueError: If a report was applied that its worker did not hold, or held no longer.
-        """
+        """Return the trace so far; raise ValueError if a worker did not hold a report's task."""
         workers, rounds, dispatched_at, times, *_ = (
             zip(*self.arrivals, strict=True) if self.arrivals else ((),) * len(Arrival._fields)
         )
-        return ArrivalTrace(  # which holds the rounds to those that each worker was sent
+        return ArrivalTrace(  # it checks the rounds and model versions
             num_workers=self.identity["num_workers"],
             workers=list(workers),  # pyright: ignore[reportArgumentType]
             rounds=list(rounds),  # pyright: ignore[reportArgumentType]
@@ -152,12 +151,12 @@ class Journal:
         )
 
     def sync(self) -> None:
-        """Have all lines on the disk itself: a power failure takes none of them away."""
+        """Force all lines to disk, so that they survive a power failure."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -188,10 +187,10 @@ class Journal:
         if size != self._size:
             self.close()
             raise BlockingIOError(f"another process has written {self.path} since it was read")
-        os.ftruncate(self._file.fileno(), size)  # half a line of a dead process
+        os.ftruncate(self._file.fileno(), size)  # remove half a line of a killed process
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Append one line, whole or not at all; the kernel has it when this returns."""
+        """Append one line to the file, atomically, and pass it to the operating system."""
         assert self._file is not None
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
         end = self._file.seek(0, os.SEEK_END)
@@ -203,7 +202,7 @@ class Journal:
             raise
 
     def _read(self, path: Path) -> bool:
-        """Take in the file's whole lines; return whether there is a header."""
+        """Read the file's complete lines; return whether there is a header."""
         data = path.read_bytes()
         self._size = data.rfind(b"\n") + 1
         lines = data[: self._size].splitlines()
@@ -217,5 +216,5 @@ class Journal:
                 else:
                     self._header = line
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number} is no line of a journal: {error}") from None
+                raise ValueError(f"{path}:{number} is not a line of a journal: {error}") from None
         return bool(lines)

@@ -1,4 +1,4 @@
-"""Files that one run at a time writes to."""
+"""Opens files that only one run at a time may write to."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import IO
 
 _FAR = 2**31 - 2
-"""Where Windows locks a byte: it lets nobody read what is locked, so beyond all content."""
+"""The byte that is locked on Windows: beyond all content, because locked bytes are unreadable."""
 
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 def open_alone(path: Path) -> IO[bytes]:
-    """Open a file to append to it, and lock it until it is closed or the process ends.
+    """Open a file for appending, and lock it until it is closed or the process ends.
 
-    Where there are no locks (some network drives and platforms), the file is opened without one.
+    On network drives and platforms without locks, the file is opened without a lock.
 
     Raises:
         BlockingIOError: If another process, or another part of this one, has locked it.

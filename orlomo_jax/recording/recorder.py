@@ -1,4 +1,4 @@
-"""The recorder of a run: evaluation, callbacks, history, divergence, snapshots and the result."""
+"""Records a run: evaluation, callbacks, history, divergence, snapshots and the result."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from orlomo_jax.worker.protocols import Evaluate
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 SEGMENT = 256
-"""Most steps between two checks for divergence."""
+"""The largest number of steps between two checks for divergence."""
 
 
 class StateSource(Protocol):
-    """Where a recorder reads a run's state.
+    """The source from which a recorder reads a run's state.
 
     Attributes:
-        server: The run's server.
         first_nonfinite: The step of the first non-finite round, −1 for none.
     """
 
-    server: ParameterServer
     first_nonfinite: Any
+
+    @property
+    def server(self) -> ParameterServer:
+        """The run's server."""
+        ...
 
     def view(self) -> ServerState:
         """Return the state, valid until the next step."""
         ...
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         ...
 
     def sync_to_server(self) -> None:
@@ -49,7 +52,7 @@ class StateSource(Protocol):
 
 
 class ServerSource:
-    """The state of a server that nobody else advances."""
+    """The state of a server without a compiled engine."""
 
     def __init__(self, server: ParameterServer) -> None:
         """Keep the server."""
@@ -61,7 +64,7 @@ class ServerSource:
         return self.server.view()
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         return self.server.params, self.server.model_state
 
     def sync_to_server(self) -> None:
@@ -69,7 +72,7 @@ class ServerSource:
 
 
 class Recording(NamedTuple):
-    """What a user wants recorded; see :func:`~orlomo_jax.simulate`."""
+    """The user's settings for recording; see :func:`~orlomo_jax.simulate`."""
 
     num_steps: int
     evaluate: Evaluate | None
@@ -92,13 +95,13 @@ class Recording(NamedTuple):
 
 
 class RunRecorder:
-    """Records one run, simulated or real, which tells it every applied report in order.
+    """Records one simulated or real run, report by report.
 
     Args:
-        source: Where to read the run's state.
-        workload: What its workers compute.
+        source: The source of the run's state.
+        workload: The workers' computation.
         arrival: Returns (time, worker, delay) of the arrival at a step t.
-        recording: What to record.
+        recording: The user's settings.
 
     Attributes:
         step: The number of reports recorded.
@@ -107,7 +110,7 @@ class RunRecorder:
         like: The shapes of a round's metrics.
 
     Raises:
-        RejectedReportError: If the workload's reports are not like the server's trees.
+        RejectedReportError: If the workload's reports do not fit the server's trees.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class RunRecorder:
         self.evaluations: list[Evaluation] = []
         self._arrival, self.like = arrival, _metric_shapes(source.server, workload)
         self._rows: list[Sequence[np.ndarray]] = []  # leaves of the metrics, by step
-        self._pending: list[RoundMetrics] = []  # not fetched from the device yet
+        self._pending: list[RoundMetrics] = []  # still on the device
 
     @property
     def ended(self) -> bool:
@@ -137,7 +140,7 @@ class RunRecorder:
         return min(self.recording.num_steps, *(self.step - self.step % n + n for n in periods))
 
     def start(self, trace: ArrivalTrace) -> None:
-        """Evaluate and build a result as at the end, so that errors show before the first step."""
+        """Evaluate and build a result, so that errors in them occur before the first step."""
         if not self.ended:
             self.result(trace)
             if self.recording.evaluate is not None:
@@ -146,7 +149,7 @@ class RunRecorder:
             callback.on_start(self.step, self.recording.num_steps)
 
     def end(self, result: TrainingResult) -> TrainingResult:
-        """Tell the callbacks the result, and return it."""
+        """Pass the result to the callbacks and return it."""
         for callback in self.recording.callbacks:
             callback.on_end(result)
         return result
@@ -160,17 +163,17 @@ class RunRecorder:
         """Record the reports of a segment until step ``end``, as an engine yields them."""
         for metrics in rounds:
             self.applied(metrics, check=self.step + 1 == end)
-            if self.stopped and self.step == self.source.server.step:  # else they are all computed
+            if self.stopped and self.step == self.source.server.step:  # the rest is not computed
                 break
         if self.step < end:
             self.check()
 
     def applied(self, metrics: RoundMetrics, *, check: bool = False) -> None:
-        """Record the next applied report: evaluate if it is time, and tell the callbacks.
+        """Record the next applied report: evaluate if it is due, and call the callbacks.
 
         Args:
-            metrics: Those of the report's round.
-            check: Whether to check for divergence first; of a diverged run nothing is told.
+            metrics: The metrics of the report's round.
+            check: Whether to check for divergence first; callbacks get no step after one.
         """
         recording = self.recording
         self.step += 1
@@ -192,9 +195,9 @@ class RunRecorder:
             self.stopped |= any(ends)
 
     def check(self) -> None:
-        """Fetch the metrics from the device, and find out whether the run has diverged.
+        """Fetch the metrics from the device, and check whether the run has diverged.
 
-        If every report was finite and only the merge was not, that is the newest step.
+        If every report was finite but the merge was not, the newest step counts as the first.
         """
         self._rows += map(jax.tree.leaves, jax.device_get(self._pending))
         self._pending = []
@@ -204,7 +207,7 @@ class RunRecorder:
             self.first_nonfinite = int(self.source.first_nonfinite)
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return arrays and JSON-able notes of the run, its server included."""
+        """Return arrays and JSON-able notes of the run and its server."""
         self.source.sync_to_server()
         arrays, table = self.source.server.snapshot()
         notes = {"server": table, "evaluations": self.evaluations}
@@ -212,7 +215,7 @@ class RunRecorder:
         return {"server": arrays, "metrics": self._columns()}, notes
 
     def restore(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
-        """Continue from a :meth:`snapshot`, which must be of this step."""
+        """Continue from a :meth:`snapshot` of this step."""
         self.first_nonfinite = check_count("first_nonfinite", notes["first_nonfinite"], -1)
         self._rows = list(zip(*arrays["metrics"], strict=True))
         self.evaluations = [Evaluation(*e) for e in notes["evaluations"]]
@@ -243,11 +246,7 @@ class RunRecorder:
         )
 
     def _evaluated(self) -> dict[str, float]:
-        """Return the user's evaluation of the parameters.
-
-        Raises:
-            TypeError: If it is not ``{name: scalar}``.
-        """
+        """Return the user's evaluation; raise TypeError unless it is ``{name: scalar}``."""
         assert self.recording.evaluate is not None
         values = self.recording.evaluate(*self.source.model())
         try:
@@ -275,7 +274,7 @@ class RunRecorder:
 
 
 def _ends_run(callback: Any, record: StepRecord) -> bool:
-    """Return whether a callback ends the run, by True or by StopIteration."""
+    """Return whether a callback ends the run, by True or StopIteration."""
     try:
         return callback.on_step(record) is True
     except StopIteration:

@@ -1,4 +1,4 @@
-"""Saves runs to checkpoints, and resumes them; one run or several that are simulated together."""
+"""Saves runs to checkpoints and resumes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from orlomo_jax.recording.recorder import RunRecorder
 
 
 class RunSaver:
-    """Saves the runs of a folder together.
+    """Saves one run, or several runs that are simulated together, to one folder.
 
     Args:
         checkpoint: The folder.
-        recorders: Those of the runs.
-        identity: Returns what a run that resumes at a step must have in common with these.
+        recorders: The recorder of each run.
+        identity: Returns the identity of the runs for a run that resumes at a step.
     """
 
     def __init__(
@@ -24,15 +24,11 @@ class RunSaver:
         recorders: Sequence[RunRecorder],
         identity: Callable[[int], dict[str, Any]],
     ) -> None:
-        """Keep the arguments; nothing is read or written yet."""
+        """Keep the arguments."""
         self.checkpoint, self._recorders, self._identity = checkpoint, recorders, identity
 
     def restore(self, saved: Saved) -> dict[str, Any]:
-        """Continue from a checkpoint; return its notes.
-
-        Raises:
-            ValueError: If the checkpoint is of another run, or damaged.
-        """
+        """Continue from a checkpoint, if it is of these runs; return its notes."""
         saved.check(self._identity(saved.step), any_version=self.checkpoint.any_version)
         with saved.reading():
             parts = zip(self._recorders, saved.arrays["runs"], saved.metadata["runs"], strict=True)
@@ -48,7 +44,7 @@ class RunSaver:
         return period_ends or last or recorder.stopped
 
     def save(self, **notes: Any) -> None:
-        """Write a checkpoint; more ``notes`` go with it."""
+        """Write a checkpoint with additional ``notes``."""
         step = self._recorders[0].step
         arrays, of_runs = zip(*(recorder.snapshot() for recorder in self._recorders), strict=True)
         notes["runs"] = list(of_runs)

@@ -1,4 +1,4 @@
-"""AL-SGD: asynchronous local SGD (Algorithm 1)."""
+"""Defines AL-SGD, asynchronous local SGD (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import contract, ordering
-from orlomo_jax.rules.learning_rate import DelayWeight, global_learning_rate
+from orlomo_jax.rules.delay_adaptive_rate import DelayWeight, global_learning_rate
 from orlomo_jax.trees import Array
 
 
@@ -31,22 +31,22 @@ def al_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Asynchronous local SGD: w_{t+1} = w_t − η_t Δw (Algorithm 1, line 7).
 
-    With one local step (S = 1) this is ASGD; it is also the base case of buffered asynchronous
-    aggregation with a buffer of one. It may be chained and wrapped as ``orlomo`` may.
+    With one local step (S = 1) this is ASGD. It equals buffered asynchronous aggregation with a
+    buffer of one report. It can be chained and wrapped like :func:`~orlomo_jax.orlomo`.
 
     Args:
         num_workers: K ≥ 1; only Eq. (6) uses it.
         learning_rate: Finite float ≥ 0, or a schedule of the server's step.
-        delay_weight: Function of the delay; None is Eq. (6).
+        delay_weight: Function of the delay (staleness) to a weight; None is Eq. (6).
 
     Returns:
         A transformation of a :class:`~orlomo_jax.LocalUpdate` (its ``momentum`` is not read) to
         updates like params; ``update`` needs the keyword ``dispatched_at``.
 
     Raises:
-        ValueError: If a concrete hyperparameter is out of range, or a report has another structure
-            or other shapes than the ``params`` given with it.
-        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+        ValueError: If a concrete hyperparameter is out of range, or a report's structure or shapes
+            differ from those of the ``params`` given with it.
+        TypeError: If ``update`` gets anything but a LocalUpdate, ``dispatched_at`` is not an
             integer scalar, or a leaf of params is not floating.
 
     Example:

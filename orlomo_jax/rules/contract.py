@@ -1,4 +1,4 @@
-"""What a worker sends, and what the rules refuse of it and of their hyperparameters."""
+"""Defines the LocalUpdate, and checks reports and hyperparameters for the rules."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from orlomo_jax.trees import Array, Params
 
 
 class LocalUpdate(NamedTuple):
-    """What a worker sends after its local round.
+    """The result of a worker's local round, which the server applies.
 
     Attributes:
-        delta: Δw = w̃_0 − w̃_S, the dispatched parameters minus the local ones; a tree like params.
-        momentum: Δu = ũ_S, the local momentum after the round; a tree like params, or None where
-            the rule needs none (AL-SGD, local OrMo-DA).
+        delta: Δw = w̃_0 − w̃_S, the dispatched parameters minus the local ones (also called
+            pseudo-gradient or outer gradient); a tree like params.
+        momentum: Δu = ũ_S, the local momentum after the round; a tree like params. None if the
+            rule does not need it (AL-SGD, local OrMo-DA).
     """
 
     delta: Params
@@ -29,24 +30,24 @@ class LocalUpdate(NamedTuple):
 
 
 def check_report(report: Any, like: Params | None, *, rule: str, momentum: bool) -> LocalUpdate:
-    """Return ``report`` if it is a LocalUpdate of trees like ``like``, else raise.
+    """Return ``report``, or raise unless it is a LocalUpdate of trees like ``like``.
 
     Args:
-        report: What ``rule.update`` was given as updates.
-        like: A tree like params (dtypes do not count), or None where none is known.
+        report: The updates given to ``rule.update``.
+        like: A tree with the shapes of params; None compares the report's two trees only.
         rule: The rule's name, for the message.
         momentum: Whether the rule needs ``LocalUpdate.momentum``.
     """
     if not isinstance(report, LocalUpdate):
         raise TypeError(
-            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. What flattens, "
-            "masks, partitions or accumulates updates cannot be wrapped round it: put it after the "
-            "rule in an optax.chain"
+            f"`{rule}` maps a LocalUpdate to updates, got {type(report).__name__}. A wrapper that "
+            "flattens, masks, partitions or accumulates updates must not contain the rule: put it "
+            "after the rule in an optax.chain"
         )
     if momentum and report.momentum is None:
         raise ValueError(
             f"`{rule}` needs the local momentum, got LocalUpdate.momentum=None: let the workers "
-            "run momentum SGD (local_momentum_sgd with momentum=0.9, say)"
+            "run momentum SGD (for example local_momentum_sgd with momentum=0.9)"
         )
     if like is not None:
         trees.check_like("LocalUpdate.delta", report.delta, like)
@@ -63,19 +64,19 @@ def check_num_workers(num_workers: Any) -> int:
 
 
 def check_momentum(momentum: Any) -> None:
-    """Raise unless β is in [0, 1), where it is concrete, also in the dtype that it is used in."""
+    """Raise unless β is traced, or in [0, 1) both as given and in the dtype that is used."""
     if isinstance(momentum, jax_core.Tracer):
         return
     check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     if _as_used(momentum) >= 1:
         raise ValueError(
             f"`momentum` must be below 1 in float32, got momentum={momentum}, which rounds to 1: "
-            "enable x64 for it"
+            "enable x64"
         )
 
 
 def check_learning_rate(name: str, value: Any) -> None:
-    """Raise unless the rate is a scalar and, where it is concrete, finite and ≥ 0."""
+    """Raise unless the rate is a scalar and either traced or finite and ≥ 0."""
     check_scalar(name, value)
     if not isinstance(value, jax_core.Tracer):
         check_nonnegative(name, value)
@@ -83,19 +84,19 @@ def check_learning_rate(name: str, value: Any) -> None:
 
 
 def _as_used(value: Any) -> np.ndarray:
-    """Return a concrete number in the dtype that JAX computes coefficients in."""
+    """Return the number in the dtype in which JAX computes coefficients."""
     with np.errstate(over="ignore"):
         return np.asarray(value).astype(jax.dtypes.canonicalize_dtype(float))
 
 
 def check_scalar(name: str, value: Any) -> None:
-    """Raise unless ``value`` has shape (), traced or not."""
+    """Raise unless ``value`` has shape (); it may be traced."""
     if np.shape(value) != ():
         raise ValueError(f"`{name}` must be a scalar, got shape {np.shape(value)}")
 
 
 def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
-    """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, where they are concrete."""
+    """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, if both are concrete."""
     index = dispatched_at
     if not isinstance(index, jax.Array):
         try:
@@ -112,7 +113,7 @@ def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
             )
     elif index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
-            "`dispatched_at` must be an integer scalar, the step of the parameters that the worker "
-            f"was sent; got dispatched_at={dispatched_at!r}"
+            "`dispatched_at` must be an integer scalar, the step of the parameters sent to the "
+            f"worker; got dispatched_at={dispatched_at!r}"
         )
     return jnp.asarray(index, jnp.int32)

@@ -1,4 +1,4 @@
-"""Local OrMo-DA: ordered momentum of parameter changes (Algorithm 3)."""
+"""Defines local OrMo-DA, ordered momentum of parameter changes (Algorithm 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import contract, ordering
-from orlomo_jax.rules.learning_rate import DelayWeight, global_learning_rate
+from orlomo_jax.rules.delay_adaptive_rate import DelayWeight, global_learning_rate
 from orlomo_jax.trees import Array
 
 
@@ -33,30 +33,30 @@ def local_ormo_da(
     *,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Ordered momentum on the server alone; the workers run plain SGD (Algorithm 3).
+    r"""Ordered momentum on the server only; the workers run plain SGD (Algorithm 3).
 
-    With n = ⌈t/K⌉ − ⌈i/K⌉ and the opening of groups as in :func:`~orlomo_jax.orlomo`,
+    With n, w_{t+½} and u_{t+½} as in :func:`~orlomo_jax.orlomo`,
 
     - u_{t+1} = u_{t+½} + β^n η_t Δw,
     - w_{t+1} = w_{t+½} − (1−β^{n+1})/(1−β) η_t Δw.
 
-    With one local step (S = 1) this is OrMo-DA. It may be chained and wrapped as ``orlomo`` may.
+    With one local step (S = 1) this is OrMo-DA. It can be chained and wrapped like ``orlomo``.
 
     Args:
         num_workers: K ≥ 1.
-        momentum: β in [0, 1). The Python constant 0 emits AL-SGD's computation (Remark 1).
+        momentum: β in [0, 1). The Python constant 0 compiles to AL-SGD's computation (Remark 1).
         learning_rate: Finite float ≥ 0, or a schedule of the server's step.
-        delay_weight: Function of the delay; None is Eq. (6).
-        accumulator_dtype: dtype of the momentum where wider than the leaf's.
+        delay_weight: Function of the delay (staleness) to a weight; None is Eq. (6).
+        accumulator_dtype: dtype of the momentum, if wider than the leaf's.
 
     Returns:
         A transformation of a :class:`~orlomo_jax.LocalUpdate` (its ``momentum`` is not read) to
         updates like params; ``update`` needs the keyword ``dispatched_at``.
 
     Raises:
-        ValueError: If a concrete hyperparameter is out of range, or a report has another structure
-            or other shapes than params.
-        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+        ValueError: If a concrete hyperparameter is out of range, or a report's structure or shapes
+            differ from those of params.
+        TypeError: If ``update`` gets anything but a LocalUpdate, ``dispatched_at`` is not an
             integer scalar, or a leaf of params is not floating.
 
     Example:
@@ -80,6 +80,15 @@ def local_ormo_da(
     def init(params: trees.Params) -> LocalOrMoDAState:
         return LocalOrMoDAState(jnp.zeros([], jnp.int32), trees.zeros(params, accumulator_dtype))
 
+    # Algorithm 3 as printed, with i = ite(t, k_t) and n = ⌈t/K⌉ − ⌈i/K⌉:
+    #
+    #   if ⌈t/K⌉ > ⌈(t−1)/K⌉:  w_{t+½} = w_t − βu_t,  u_{t+½} = βu_t
+    #   else:                  w_{t+½} = w_t,         u_{t+½} = u_t
+    #   u_{t+1} = u_{t+½} + β^n η_t Δw
+    #   w_{t+1} = w_{t+½} − (1−β^{n+1})/(1−β) η_t Δw
+    #
+    # The code computes βu_t from u_{t+1} and the factor of Δw as a sum; see
+    # `ordered_coefficients`. proofs_check's check `server_step` checks that both forms are equal.
     def update(updates, state, params=None, *, dispatched_at=None, **extra_args):
         del params, extra_args
         report = contract.check_report(
@@ -89,7 +98,7 @@ def local_ormo_da(
         c = ordering.ordered_coefficients(
             state.step, index, num_workers, momentum, rate(state.step, state.step - index)
         )
-        new_momentum = trees.combine(  # Alg. 3: the momentum half of OrLoMo's with Δw for Δu
+        new_momentum = trees.combine(
             [(c.decay, state.momentum), (c.weight, report.delta)], like=state.momentum
         )
         if without_momentum:

@@ -1,4 +1,4 @@
-"""PRSGDm: parallel restarted SGD with momentum (Yu, Jin and Yang 2019), synchronous."""
+"""Defines PRSGDm, synchronous parallel restarted SGD with momentum (Yu, Jin and Yang 2019)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class PRSGDmState(NamedTuple):
     """State of :func:`prsgdm`.
 
     Attributes:
-        step: The number of reports received, int32[]; a round is K of them.
+        step: The number of reports received, int32[]; a round has K reports.
         momentum: u, the average of the workers' momentum buffers at the end of the last round; a
             tree like params. The workers of the next round start from it.
         pending: (Σ Δw, Σ ũ_S) over the reports of the round so far; a pair of trees like params,
-            in float32 or wider. The first report of the next round starts it anew.
+            in float32 or wider. The first report of the next round resets it.
     """
 
     step: Array
@@ -39,24 +39,24 @@ def prsgdm(
     - w ← w − (1/K) Σ_k Δw^k,
     - u ← (1/K) Σ_k ũ_S^k.
 
-    Every report goes through ``update``: the first K−1 of a round return zero updates, the K-th the
-    averaged one. The server must not dispatch before ``step % K == 0``
-    (:class:`~orlomo_jax.ParameterServer` sees to that), so that ``dispatched_at`` is K⌊t/K⌋.
-    It may be chained and wrapped as ``orlomo`` may.
+    ``update`` returns zeros for the first K−1 reports of a round and the average for the K-th. The
+    server must not dispatch before ``step % K == 0``, so that ``dispatched_at`` is K⌊t/K⌋;
+    :class:`~orlomo_jax.ParameterServer` ensures that. The rule can be chained and wrapped like
+    :func:`~orlomo_jax.orlomo`.
 
     Args:
         num_workers: K ≥ 1.
-        accumulator_dtype: dtype of the momentum where wider than the leaf's. The sums are in
-            float32 or wider in any case.
+        accumulator_dtype: dtype of the momentum, if wider than the leaf's. The sums are always in
+            float32 or wider.
 
     Returns:
         A transformation of a :class:`~orlomo_jax.LocalUpdate` to updates like params; ``update``
         needs the keyword ``dispatched_at``.
 
     Raises:
-        ValueError: If ``num_workers`` is below 1, or a report has no momentum or another structure
-            or other shapes than params.
-        TypeError: If ``update`` is given anything but a LocalUpdate, ``dispatched_at`` is no
+        ValueError: If ``num_workers`` is below 1, a report has no momentum, or its structure or
+            shapes differ from those of params.
+        TypeError: If ``update`` gets anything but a LocalUpdate, ``dispatched_at`` is not an
             integer scalar, or a leaf of params is not floating.
 
     Example:

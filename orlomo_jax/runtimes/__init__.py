@@ -1,4 +1,4 @@
-"""Real asynchrony: a parameter server and workers that take the time they take."""
+"""Asynchronous training on real workers: threads, Ray actors, or a custom pool."""
 
 from orlomo_jax.runtimes.driver import WorkersLostError as WorkersLostError
 from orlomo_jax.runtimes.membership import Membership as Membership

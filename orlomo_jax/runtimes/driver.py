@@ -1,11 +1,10 @@
-"""The loop of every real run: dispatch, wait, apply, record, look after the workers."""
+"""Runs the loop of every real run: dispatch, wait, apply, record, check the workers."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,32 +12,23 @@ from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.recording.journal import Arrival
 from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.recording.saver import RunSaver
+from orlomo_jax.runtimes.failures import Failure, Failures
+from orlomo_jax.runtimes.journal_replay import JournalReplay
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
 from orlomo_jax.server.audit import Audit
-from orlomo_jax.server.reports import Reason, RejectedReportError, Report, Task, claimed_id
-from orlomo_jax.server.task_table import TaskId
-from orlomo_jax.traces.arrival_order import TraceEvent
-from orlomo_jax.traces.events import apply_event
+from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
-"""Seconds between two looks at clocks and memberships."""
+"""Seconds between two checks of timeouts and membership."""
 
 _log = logging.getLogger("orlomo_jax")
 
 
 class WorkersLostError(RuntimeError):
-    """Raised when no worker is left, or a synchronous method lost one. Progress has been saved."""
-
-
-class Failure(NamedTuple):
-    """Why a worker lost its round: in words, as a rejected report's reason, as an exception."""
-
-    why: str
-    reason: Reason | None = None
-    exception: Exception | None = None
+    """Raised if no worker is left, or a synchronous method lost one. Progress has been saved."""
 
 
 class RunOptions(NamedTuple):
@@ -52,7 +42,7 @@ class RunOptions(NamedTuple):
 
 
 class Driver:
-    """Drives one run: dispatches, waits, applies, and looks after the workers."""
+    """Drives one run: dispatches, waits, applies, and checks the workers."""
 
     def __init__(
         self,
@@ -64,55 +54,21 @@ class Driver:
         audit: Audit | None,
         options: RunOptions,
     ) -> None:
-        """Take over a run whose server is where its newest checkpoint left it."""
+        """Take over a run; its server has the state of the newest checkpoint."""
         self.server, self.workers, self.workload = recorder.source.server, workers, workload
         self.recorder, self.log, self.journal = recorder, log, log.journal
         self.saver, self.audit, self.options = saver, audit, options
-        self.present = set(range(self.server.num_workers)) - set(self.journal.identity["absent"])
-        self.failures: dict[int, list[Failure]] = defaultdict(list)  # a worker's latest, in a row
-        self.given_up: dict[int, Failure] = {}
+        self.failures = Failures(options.max_failures)
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.starting: set[int] = set()  # workers without an answer since they were started
         self.untried: set[int] = set()  # workers from the beginning, without a report so far
-        self.unseen = 0  # the newest events of the journal, while its reports are repeated
-
-    def repeat(self, seen: int | None) -> None:
-        """Repeat what the journal has beyond the checkpoint: the same rounds, in its order.
-
-        Args:
-            seen: How many of its events the checkpoint has seen; None without a checkpoint.
-        """
-        if seen is None:
-            for worker in sorted(self.present):
-                self.server.dispatch(worker)
-        for event in self.journal.events[: seen or 0]:
-            self._update_membership(event)
-        events: defaultdict[int, list[TraceEvent]] = defaultdict(list)
-        for event in self.journal.events[seen or 0 :]:
-            events[event.step].append(event)
-            self.unseen += 1
-        arrivals = self.journal.arrivals[self.server.step :]
-        if arrivals:
-            _log.info("repeating %d reports since the checkpoint", len(arrivals))
-        for arrival in arrivals:
-            self._replay_events(events.pop(self.server.step, []))
-            task, task_id = self.server.held(arrival.worker), TaskId(*arrival[:3])
-            if task is None or task.id != task_id:
-                raise ValueError(
-                    f"{self.journal.path} must go with its checkpoint: at step {self.server.step} "
-                    f"it has {arrival}, but the worker holds {task and task.id}"
-                )
-            result, *_ = self.workload.run(task.id.worker, task.id.round, task.start)
-            report = task.report(result)
-            for worker in self.server.receive(report):
-                self.server.dispatch(worker)
-            self._record(report, arrival)
-        self._replay_events(events.pop(self.server.step, []))
+        self.replay = JournalReplay(self.server, workload, self.journal)
+        self.present = self.replay.present
 
     def train(self) -> None:
-        """Train to the end."""
+        """Train to the end, on real workers."""
         self._looked = time.monotonic()
-        self.workers.open(self.workload)
+        self.workers.open(self.workload, self.server.num_workers)
         try:
             with put_off_interrupts(self.saver is not None) as interrupted:
                 self._begin()
@@ -123,7 +79,7 @@ class Driver:
         finally:
             self.workers.close()
 
-    def _record(self, report: Report, arrival: Arrival) -> None:
+    def record(self, report: Report, arrival: Arrival) -> None:
         """Audit, record and save, after the server has applied a report."""
         if self.audit is not None:
             state = self.server.state
@@ -133,26 +89,14 @@ class Driver:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint, after the journal up to it is on disk."""
+        """Sync the journal to disk, then write a checkpoint."""
         assert self.saver is not None
         self.journal.sync()
-        self.saver.save(events=len(self.journal.events) - self.unseen)
-
-    def _replay_events(self, events: list[TraceEvent]) -> None:
-        self.unseen -= len(events)
-        for event in events:
-            apply_event(event, self.server)
-            self._update_membership(event)
-
-    def _update_membership(self, event: TraceEvent) -> None:
-        if event.kind == "joined":
-            self.present.add(event.worker)
-        elif event.kind == "left":
-            self.present.discard(event.worker)
+        self.saver.save(events=len(self.journal.events) - self.replay.unseen)
 
     def _begin(self) -> None:
-        """Start the workers, with the tasks that they hold; everybody but the absent takes part."""
-        lost = set()  # and not sent anything since
+        """Start all workers except the absent ones, with the tasks that they hold."""
+        lost = set()  # workers that were not sent a task since
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
         wanted = set(range(self.server.num_workers)) - self.options.membership.absent
@@ -169,7 +113,7 @@ class Driver:
                 self._dispatch(worker, "redispatched")
 
     def _poll(self) -> None:
-        """Take an outcome, if one comes soon, and look after the workers now and then."""
+        """Handle the next outcomes, and check the workers from time to time."""
         outcome = self.workers.wait(_POLL)
         ready = [] if outcome is None else [outcome]
         if time.monotonic() > self._looked + _POLL:
@@ -215,7 +159,7 @@ class Driver:
                 self._receive(report, outcome)
 
     def _fail(self, worker: int, outcome: TaskOutcome) -> None:
-        """Abandon the round of a worker; its error ends the run if it never succeeded."""
+        """Abandon a worker's round; if the worker never succeeded, raise its error."""
         error = outcome.exception
         if error is not None and worker in self.untried:
             error.add_note(f"worker {worker} raised this in its first round of the run")
@@ -230,18 +174,18 @@ class Driver:
             return
         worker = int(report.id.worker)
         self.untried.discard(worker)
-        self.failures.pop(worker, None)
+        self.failures.forgive(worker)
         self.sent_at.pop(worker, None)
-        # Only what is in the journal may have consequences: a resumed run repeats all of it.
+        # The journal first: a resumed run repeats only what is in it.
         arrival = self.log.arrived(report, outcome.metrics)
         for other in waiting:
             task = self.server.dispatch(other)
             if self.server.step < self.recorder.recording.num_steps:
                 self._submit(task)
-        self._record(report, arrival)
+        self.record(report, arrival)
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
-        """Log a rejected report; the worker loses its round, if the report was of it."""
+        """Log a rejected report; if it belongs to a worker's current round, abandon that."""
         self.log.rejected(report, error)
         _log.warning("rejected a report, %s: %s", error.reason, error)
         if error.reason == "stale" or not isinstance(report, Report):
@@ -253,25 +197,23 @@ class Driver:
                 self._abandon_round(task.id.worker, failure, restart=False)
 
     def _abandon_round(self, worker: int, failure: Failure, *, restart: bool) -> None:
-        """Give up the worker's round, and start it again unless it failed too often in a row."""
+        """Release the worker's task, and dispatch again unless it failed too often in a row."""
         why, _, error = failure
         self.server.release(worker)
         self.sent_at.pop(worker, None)
         self.log.meter.failed(worker, why)
-        self.failures[worker].append(failure)
+        in_a_row = self.failures.count(worker, failure)
         self.log.happened("lost", worker, why)
         _log.warning("worker %s lost its round: %s", worker, why, exc_info=error)
-        if (count := len(self.failures[worker])) > self.options.max_failures:
-            self.given_up[worker] = failure
-            self._leave(worker, f"{count} lost rounds in a row, the last: {failure.why}")
+        if worker in self.failures.given_up:
+            self._leave(worker, f"{in_a_row} lost rounds in a row, the last: {failure.why}")
             return
         if restart:
             self._start(worker)
         self._dispatch(worker, "redispatched")
 
     def _join(self, worker: int) -> None:
-        self.failures.pop(worker, None)
-        self.given_up.pop(worker, None)
+        self.failures.forgive(worker)
         self.present.add(worker)
         self._start(worker)
         self._dispatch(worker, "joined")
@@ -282,26 +224,24 @@ class Driver:
         self.present.discard(worker)
         self.sent_at.pop(worker, None)
         synchronous = self.server.method.synchronous
-        if not synchronous:  # whose traces know no leaving
+        if not synchronous:  # synchronous traces have no event for leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
             self.log.happened("left", worker, why)
             if self.present:
                 return
-        reasons = {failure.reason for failure in self.given_up.values()}
         if self.saver is not None:
-            with contextlib.suppress(OSError):  # the journal has it all; say what happened
+            with contextlib.suppress(OSError):  # the journal has everything; raise the cause
                 self._save()
-        if reasons == {"not finite"}:
+        if self.failures.are_not_finite():
             self.recorder.first_nonfinite = self.server.step
         else:
             waits = f"{self.server.method.name} waits for it" if synchronous else "it was the last"
-            cause = None if (last := self.given_up.get(worker)) is None else last.exception
-            others = "".join(f"; worker {w}: {f.why}" for w, f in self.given_up.items())
+            last = self.failures.given_up.get(worker)
             raise WorkersLostError(
                 f"worker {worker} is gone at step {self.server.step} of "
-                f"{self.recorder.recording.num_steps} and {waits}: {why}{others}"
-            ) from cause
+                f"{self.recorder.recording.num_steps} and {waits}: {why}{self.failures}"
+            ) from (None if last is None else last.exception)
 
     def _start(self, worker: int) -> None:
         self.workers.start(worker)

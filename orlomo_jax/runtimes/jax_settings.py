@@ -1,4 +1,4 @@
-"""JAX settings of the process and thread that call ``train``, for those that compute."""
+"""Copies the JAX settings of the caller of ``train`` to worker threads and processes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ NAMES = (
     "transfer_guard_device_to_host",
     "transfer_guard_host_to_device",
 )
-"""Settings that change what a program computes, or whether it may; ``jax.NAME`` is the context."""
+"""Settings that change results or raise errors; ``jax.NAME`` is the context of each."""
 
 
 def capture() -> dict[str, Any]:
-    """Return the caller's settings, those of its contexts included."""
+    """Return the caller's settings, including those of contexts."""
     return {name: _value(name) for name in NAMES}
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that mean something in another process: a device belongs to its own."""
+    """Return the settings that are valid in another process: all except the device."""
     return {name: value for name, value in settings.items() if name != "default_device"}
 
 
 def adopt(settings: dict[str, Any]) -> None:
-    """Give this whole process the settings; call it before any array is made."""
+    """Apply the settings to this process; call it before any array is created."""
     for name, value in settings.items():
         if _value(name) != value:
             jax.config.update(f"jax_{name}", value)
@@ -52,7 +52,7 @@ def adopt(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def using(settings: dict[str, Any]) -> Iterator[None]:
-    """Give this thread the settings, as long as the context lasts.
+    """Apply the settings to this thread within the context.
 
     Example:
         >>> with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""Workers that join late and leave for good."""
+"""Lets workers join and leave during a run."""
 
 from __future__ import annotations
 
@@ -9,45 +9,58 @@ from orlomo_jax.checks import check_count
 
 
 class Membership:
-    """Says who takes part in a run, from any thread, while :func:`~orlomo_jax.train` goes on.
+    """Controls which workers take part while :func:`~orlomo_jax.train` runs; thread-safe.
 
     Args:
-        num_workers: K of the run.
-        absent: The workers who are not there at the start, not all of them. A run that is resumed
-            begins with everybody but these, whoever was there before.
+        absent: The workers that are absent at the start; at least one must remain. A resumed run
+            also starts with all workers except these.
 
     Raises:
-        ValueError: If a worker is not in [0, K), or all are absent.
+        ValueError: If an index is negative.
 
     Example:
-        >>> membership = Membership(num_workers=4, absent=[3])
+        >>> membership = Membership(absent=[3])
         >>> membership.leave(0)
         >>> membership.join(3)
-        >>> membership.changes()  # whoever joins comes first, lest nobody is left between
+        >>> membership.changes()  # joins are applied first, so a run never has zero workers
         ([3], [0])
     """
 
-    def __init__(self, num_workers: int, absent: Iterable[int] = ()) -> None:
+    def __init__(self, absent: Iterable[int] = ()) -> None:
         """Note who is absent."""
-        self.num_workers = check_count("num_workers", num_workers, 1)
+        self._last: int | None = None  # the largest index, once the run is known
         self.absent = frozenset(self._check("absent", worker) for worker in absent)
-        if len(self.absent) == num_workers:
-            raise ValueError(f"`absent` must leave a worker, got absent={sorted(self.absent)}")
         self._changes: queue.SimpleQueue[tuple[bool, int]] = queue.SimpleQueue()
 
+    def bind(self, num_workers: int) -> None:
+        """Check the membership for a run of K workers; ``train`` does this.
+
+        Raises:
+            ValueError: If a worker is not in [0, K), or all are absent.
+        """
+        self._last = num_workers - 1
+        for worker in self.absent:
+            self._check("absent", worker)
+        if len(self.absent) == num_workers:
+            raise ValueError(f"`absent` must leave a worker, got absent={sorted(self.absent)}")
+        for joins, worker in self._pending():
+            self._changes.put((joins, self._check("worker", worker)))
+
     def join(self, worker: int) -> None:
-        """Let a worker take part from now on; one that does already is left alone."""
+        """Let a worker join; no effect if it takes part already."""
         self._changes.put((True, self._check("worker", worker)))
 
     def leave(self, worker: int) -> None:
-        """End a worker's part; its outstanding report is lost."""
+        """Let a worker leave; its outstanding report is lost."""
         self._changes.put((False, self._check("worker", worker)))
 
     def changes(self) -> tuple[list[int], list[int]]:
-        """Return who joined and who left since the last call; of one worker the last word."""
-        said = [self._changes.get() for _ in range(self._changes.qsize())]
-        joins = {worker: joins for joins, worker in said}
+        """Return who joined and who left since the last call; for each worker the last change."""
+        joins = {worker: joins for joins, worker in self._pending()}
         return [w for w in joins if joins[w]], [w for w in joins if not joins[w]]
 
+    def _pending(self) -> list[tuple[bool, int]]:
+        return [self._changes.get() for _ in range(self._changes.qsize())]
+
     def _check(self, name: str, worker: int) -> int:
-        return check_count(name, worker, 0, self.num_workers - 1)
+        return check_count(name, worker, 0, self._last)

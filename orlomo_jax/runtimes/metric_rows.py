@@ -1,4 +1,4 @@
-"""Metrics of rounds as rows of a journal, and back."""
+"""Converts the metrics of rounds to rows of a journal and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orlomo_jax.trees import PyTree
 
 
 def as_row(metrics: PyTree) -> list[Any]:
-    """Return the leaves as nested lists, JSON-able; a leaf with a NaN or an Inf as strings.
+    """Return the leaves as JSON-able nested lists, of strings if a leaf has a NaN or an Inf.
 
     Example:
         >>> as_row({"accuracy": np.float32(0.5), "norms": np.array([1.0, np.inf])})
@@ -23,14 +23,14 @@ def as_row(metrics: PyTree) -> list[Any]:
 
 
 def stacked(rows: Sequence[Sequence[Any]], like: PyTree) -> PyTree:
-    """Return rows as a tree of arrays with a leading axis of rows; an empty row is all NaN.
+    """Return rows as a tree of arrays with a leading axis of rows; an empty row becomes NaN.
 
     Args:
-        rows: What :func:`as_row` returned, n of them.
+        rows: Rows of :func:`as_row`.
         like: The shapes and dtypes of a round's metrics.
 
     Raises:
-        ValueError: If a row has another number of leaves, or one has another shape.
+        ValueError: If the number of leaves or a shape differs.
 
     Example:
         >>> like = {"accuracy": jax.ShapeDtypeStruct((), np.float32)}
@@ -39,7 +39,7 @@ def stacked(rows: Sequence[Sequence[Any]], like: PyTree) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(like)
     if wrong := [row for row in rows if len(row) not in (0, len(leaves))]:
-        raise ValueError(f"a step must have {len(leaves)} metrics as loss_fn has, got {wrong[0]}")
+        raise ValueError(f"a step must have loss_fn's {len(leaves)} metrics, got {wrong[0]}")
     columns = [
         _column([row[index] if row else None for row in rows], leaf)
         for index, leaf in enumerate(leaves)

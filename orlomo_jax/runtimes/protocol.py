@@ -1,4 +1,4 @@
-"""What the driver needs from a worker pool: start workers, submit tasks, wait for outcomes."""
+"""Defines the protocol of worker pools: start workers, submit tasks, wait for outcomes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 
 class TaskOutcome(NamedTuple):
-    """How a task ended.
+    """The outcome of a task: a report or an error.
 
     Attributes:
-        id: The task's.
-        report: The report, or None if there is none.
+        id: The task's id.
+        report: The report, or None after an error.
         metrics: The means over the round's steps; None if they are unknown.
-        error: If there is no report, what happened to the worker.
-        exception: What the round raised, with its traceback; None if the worker itself is lost.
-        seconds: How long the round took.
-        received_bytes: The report's size on the wire.
+        error: The error as text; empty if there is a report.
+        exception: The exception of the round, with its traceback; None if the worker was lost.
+        seconds: The duration of the round.
+        received_bytes: The size of the report as sent over the network.
     """
 
     id: TaskId
@@ -36,39 +36,34 @@ class TaskOutcome(NamedTuple):
 class WorkerPool(Protocol):
     """K workers of some kind; :func:`~orlomo_jax.train` drives them from one thread.
 
-    A pool runs a task with ``workload.run(worker, round, task.start)`` and builds the report with
-    ``task.report(result)``: then a real run can be replayed bit for bit. Test a pool of your own
+    A pool must run a task with ``workload.run(worker, round, task.start)`` and create the report
+    with ``task.report(result)``, so that a real run can be replayed bit for bit. Test your own pool
     with :func:`orlomo_jax.testing.check_worker_pool`.
-
-    Attributes:
-        num_workers: K ≥ 1.
     """
 
-    num_workers: int
-
-    def open(self, workload: Workload) -> None:
-        """Prepare for a run; raise RuntimeError if another one is under way."""
+    def open(self, workload: Workload, num_workers: int) -> None:
+        """Prepare for a run of K workers; raise RuntimeError if another one is under way."""
 
     def start(self, worker: int) -> None:
-        """Start a worker; if it runs already, replace it by a new one."""
+        """Start a worker; if it is running, replace it with a new one."""
 
     def submit(self, task: Task) -> int:
-        """Give a started worker a task, without waiting; return the bytes sent over a wire."""
+        """Send a task to a started worker, without waiting; return the bytes sent."""
         ...
 
     def wait(self, timeout: float) -> TaskOutcome | None:
-        """Return the next outcome, in order of finish; None after ``timeout`` seconds."""
+        """Return the next outcome, in order of completion; None after ``timeout`` seconds."""
         ...
 
     def stop(self, worker: int) -> None:
-        """End a worker, whatever it does; if its task has an outcome later, that is ignored."""
+        """Stop a worker at once; a later outcome of its task is ignored."""
 
     def close(self) -> None:
-        """End all of them; called once after :meth:`open`, also after an error."""
+        """Stop all workers; called once after :meth:`open`, also after an error."""
 
 
 def check_slowdowns(slowdowns: Sequence[float] | None, num_workers: int) -> tuple[float, ...]:
-    """Return one factor ≥ 1 for each worker; None is 1 for all."""
+    """Return one factor ≥ 1 for each worker; None means 1 for all."""
     if slowdowns is None:
         return (1.0,) * num_workers
     if len(slowdowns) != num_workers:

@@ -1,4 +1,4 @@
-"""One Ray actor a worker: several processes on a laptop, several hosts on a cluster."""
+"""Runs each worker as a Ray actor, on one machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from orlomo_jax.checks import check_count
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
@@ -26,55 +25,48 @@ from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0
-"""Seconds in which a cluster must answer."""
+"""Seconds to wait for an answer of the cluster."""
 
 
 class RayWorkers:
     """Workers that are Ray actors; the process that calls ``train`` is the server.
 
-    Where Ray is not yet initialised, ``ray.init(address=address)`` is called: with no address (and
-    no RAY_ADDRESS) it starts a local cluster, with its token authentication on and its dashboard
-    off. Ray's own processes listen on all addresses of a host.
+    If Ray is not initialized, it calls ``ray.init(address=address)``. Without an address and
+    RAY_ADDRESS, that starts a local cluster, with token authentication and without a dashboard.
+    Ray's own processes listen on all addresses of a host. The cluster must have the CPUs and GPUs
+    for all actors when the run starts; scale up a cluster that grows on demand first.
 
-    A cluster must have the processors and GPUs when the run starts: one that grows on demand is to
-    be scaled up first.
-
-    An actor is never restarted or retried by Ray itself, so that no report can be applied twice:
-    the driver starts a new one. What travels is NumPy. Parameters that several workers are sent
-    travel once to each host; Δw and Δu travel in the dtype of
-    :func:`~orlomo_jax.cast_reports`, where the round is of it. An actor keeps the memory that its
-    rounds free, for the next. It computes under the JAX settings of the caller of ``train``,
-    contexts such as ``jax.enable_x64(True)`` included; the default device is not one of them.
+    Ray never restarts or retries an actor, so no report can be applied twice; the driver starts a
+    new actor instead. Data is sent as NumPy arrays: parameters once to each host, Δw and Δu in the
+    dtype of :func:`~orlomo_jax.cast_reports` if the round uses it. Actors compute with the JAX
+    settings of the caller of ``train``, including contexts such as ``jax.enable_x64(True)``, but
+    not with its default device.
 
     Args:
-        num_workers: K ≥ 1.
-        address: Of a running cluster, ``"auto"`` for the one of this host; see ``ray.init``.
-        actor_options: Ray's options of each actor, such as ``{"num_gpus": 1}``. The default is
-            ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``. Without ``num_gpus`` actors
+        address: The address of a running cluster, ``"auto"`` for this host's; see ``ray.init``.
+        actor_options: Ray's options for each actor, for example ``{"num_gpus": 1}``. The default is
+            ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``. Without ``num_gpus``, actors
             compute on the CPU.
-        slowdowns: As of :class:`~orlomo_jax.ThreadWorkers`.
+        slowdowns: As in :class:`~orlomo_jax.ThreadWorkers`.
 
     Raises:
-        ImportError: If Ray is not installed; the message says which extra holds it.
+        ImportError: If Ray is not installed.
         TypeError, ValueError: If an argument is out of range.
 
     Example:
         >>> from orlomo_jax import RayWorkers
-        >>> RayWorkers(4, slowdowns=[1, 1, 1, 2]).num_workers
-        4
+        >>> workers = RayWorkers(actor_options={"num_cpus": 2}, slowdowns=[1, 1, 1, 2])
     """
 
     def __init__(
         self,
-        num_workers: int,
         address: str | None = None,
         actor_options: Mapping[str, Any] | None = None,
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; actors start with the run."""
         self._ray = import_ray()
-        self.num_workers = check_count("num_workers", num_workers, 1)
-        self.slowdowns = check_slowdowns(slowdowns, num_workers)
+        self._factors, self.slowdowns, self.num_workers = slowdowns, (), 0
         self._address = address
         defaults = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         never_again = {"max_restarts": 0, "max_task_retries": 0}
@@ -89,16 +81,18 @@ class RayWorkers:
         self._free = threading.Lock()
         self._initialised_here = False
 
-    def open(self, workload: Workload) -> None:
-        """Connect to Ray, and put what all actors know into its object store.
+    def open(self, workload: Workload, num_workers: int) -> None:
+        """Connect to Ray, and put the data for all actors into its object store.
 
         Raises:
             ConnectionError: If no cluster answers at the address.
             RuntimeError: If these workers are in another run.
-            ValueError: If the cluster has not the processors or GPUs for all actors.
+            ValueError: If the cluster does not have the CPUs or GPUs for all actors.
         """
+        slowdowns = check_slowdowns(self._factors, num_workers)
         if not self._free.acquire(blocking=False):
-            raise RuntimeError("these workers are in another run: make others, or wait for its end")
+            raise RuntimeError("these workers are in another run: use others, or wait for its end")
+        self.slowdowns, self.num_workers = slowdowns, num_workers
         try:
             self._connect()
             self._publish(workload)
@@ -118,7 +112,7 @@ class RayWorkers:
         self._check_resources()
 
     def _publish(self, workload: Workload) -> None:
-        """Put what all actors know into the object store, once."""
+        """Put the data for all actors into the object store."""
         self._narrow = getattr(workload.round_fn, "wire_dtype", None)
         impl = str(jax.random.key_impl(workload.data_key))
         keys = [jax.random.key_data(key) for key in (workload.data_key, workload.noise_key)]
@@ -138,12 +132,12 @@ class RayWorkers:
         self._pending.clear()
 
     def start(self, worker: int) -> None:
-        """Start an actor; kill the one that was there."""
+        """Start an actor; kill the worker's previous one."""
         self.stop(worker)
         self._actors[worker] = self._class.remote(self._known, worker, self.slowdowns[worker])
 
     def submit(self, task: Task) -> int:
-        """Send a task; tasks of one version share an object."""
+        """Send a task; tasks of one version share an object in the store."""
         worker, round, version = task.id
         if self._version is None or self._version[0] != version:
             start = RoundInput(*to_numpy(task.start))
@@ -155,7 +149,7 @@ class RayWorkers:
         return size
 
     def wait(self, timeout: float) -> TaskOutcome | None:
-        """Return the outcome of the task that is done first, of several the oldest."""
+        """Return the next outcome; if several tasks are done, that of the oldest."""
         if not self._pending:
             time.sleep(timeout)
             return None
@@ -177,16 +171,16 @@ class RayWorkers:
         return TaskOutcome(task_id, report, metrics, seconds=seconds, received_bytes=size)
 
     def stop(self, worker: int) -> None:
-        """Kill the worker's actor; what it was sent has no outcome then."""
+        """Kill the worker's actor; its task gets no outcome."""
         if (actor := self._actors.pop(worker, None)) is not None:
             self._ray.kill(actor)
         self._pending = {ref: task for ref, task in self._pending.items() if task.worker != worker}
 
     def close(self) -> None:
-        """Kill all actors; leave Ray running if it ran before."""
+        """Kill all actors; shut Ray down only if :meth:`open` started it."""
         try:
             for worker in list(self._actors):
-                with contextlib.suppress(Exception):  # of a cluster that is gone
+                with contextlib.suppress(Exception):  # the cluster may be gone
                     self.stop(worker)
         finally:
             self._known = self._version = None
@@ -219,16 +213,16 @@ class RayWorkers:
 
 
 def _what_happened(error: Exception) -> str:
-    """Return the last line of what Ray says of a lost actor."""
+    """Return the last line of Ray's message about a lost actor."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()[:300]}"
 
 
 def _check_answers(address: str | None) -> None:
-    """Raise ConnectionError where nothing answers at an address; Ray would try for minutes."""
+    """Raise ConnectionError if nothing answers at an address; Ray would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS") or address or ""
     if address == "auto":
-        with contextlib.suppress(OSError):  # Ray notes there what `ray start` has started
+        with contextlib.suppress(OSError):  # `ray start` writes its address to this file
             folder = os.environ.get("RAY_TMPDIR") or "/tmp"
             address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
     host, _, port = address.split("://")[-1].split("/")[0].rpartition(":")

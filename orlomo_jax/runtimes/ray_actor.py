@@ -1,4 +1,4 @@
-"""What runs in the process of a Ray actor."""
+"""Defines the Ray actor of a worker, and the messages between actor and driver."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 
 class Known(NamedTuple):
-    """What the driver tells every actor, before any array is made.
+    """The data that every actor gets from the driver before it creates any array.
 
     Attributes:
         versions: The driver's :func:`versions`.
-        settings: Its JAX settings.
+        settings: The driver's JAX settings.
         gpu: Whether actors compute on GPUs.
-        narrow: The dtype of reports on the wire, or None.
-        workload: In a list, so that the reference is passed on as it is.
+        narrow: The dtype in which reports are sent, or None.
+        workload: A reference, in a list because Ray would replace a bare one by its value.
     """
 
     versions: dict[str, str]
@@ -40,7 +40,7 @@ class Known(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The result of a round, as NumPy arrays, and how long it took."""
+    """The result of a round, as NumPy arrays, and its duration."""
 
     result: RoundResult
     metrics: RoundMetrics
@@ -48,12 +48,12 @@ class Answer(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """An exception on its way to another process.
+    """An exception as a message to another process.
 
     Attributes:
         what: Its type and message.
-        traceback: As Python prints it.
-        pickled: The exception itself, or None where it cannot be pickled.
+        traceback: Its traceback as text.
+        pickled: The pickled exception, or None if it cannot be pickled.
     """
 
     what: str
@@ -62,19 +62,19 @@ class Raised(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> Raised:
-        """Pack an exception."""
+        """Return the message for an exception."""
         try:
             pickled = import_ray().cloudpickle.dumps(error)
-        except Exception:  # whatever the exception holds
+        except Exception:  # pickling may raise anything
             pickled = None
         what = f"{type(error).__name__}: {error}"
         return cls(what, "".join(traceback.format_exception(error)), pickled)
 
     def exception(self) -> Exception:
-        """Return the exception, with the traceback as a note; a RuntimeError in place of others."""
+        """Return the exception with its traceback as a note; a RuntimeError if unpickling fails."""
         error: Any = None
         if self.pickled is not None:
-            with contextlib.suppress(Exception):  # of a class that this process does not know
+            with contextlib.suppress(Exception):  # this process may not have the class
                 error = import_ray().cloudpickle.loads(self.pickled)
         if not isinstance(error, Exception):
             error = RuntimeError(self.what)
@@ -83,10 +83,10 @@ class Raised(NamedTuple):
 
 
 class OrlomoWorker:
-    """The actor of one worker; Ray shows its name."""
+    """The actor of one worker; Ray displays the class name."""
 
     def __init__(self, known: Known, worker: int, slowdown: float) -> None:
-        """Prepare; what is raised comes with the answer to the first task."""
+        """Prepare; an error is returned as the answer to the first task."""
         self._worker, self._slowdown, self._narrow = worker, slowdown, known.narrow
         self._warm = False
         self._error: Exception | None = None
@@ -110,7 +110,7 @@ class OrlomoWorker:
         self._workload = Workload(round_fn, batch_fn, *keys)
 
     def run(self, round: int, start: RoundInput) -> Answer | Raised:
-        """Run a task's round; return its result, or what it raised."""
+        """Run a task's round; return its result or its exception."""
         try:
             if self._error is not None:
                 raise self._error
@@ -136,13 +136,13 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that must be the same for driver and actors."""
     found = {}
     for name in ("orlomo-jax", "jax", "jaxlib", "optax"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of a source tree
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not installed
             found[name] = importlib.metadata.version(name)
     return found
 
 
 def check_versions(drivers: dict[str, str]) -> None:
-    """Raise RuntimeError where this process has other versions than the driver."""
+    """Raise RuntimeError unless this process has the driver's versions."""
     ours = versions()
     for name in sorted(drivers.keys() & ours.keys()):
         if drivers[name] != ours[name]:
@@ -153,7 +153,7 @@ def check_versions(drivers: dict[str, str]) -> None:
 
 
 def import_ray() -> Any:
-    """Return the module, or raise an ImportError that names the extra."""
+    """Return the module; raise an ImportError that names the extra if it is missing."""
     try:
         import ray
     except ImportError as error:
@@ -162,12 +162,11 @@ def import_ray() -> Any:
 
 
 def _keep_freed_memory() -> None:
-    """Let this process reuse the memory of a round's results for those of the next.
+    """Let this process reuse the memory of a round's results for the next round.
 
-    glibc gives large arrays back as they are freed, and the kernel clears every page of the new
-    ones: with 44 MB of parameters a quarter of a worker's processor time. What its threads free of
-    arenas of their own still goes; one arena for all slows short rounds down. Other allocators are
-    left as they are.
+    By default, glibc returns large freed arrays to the kernel, which clears every page of the new
+    ones; for large models that takes much of a worker's CPU time. This does not affect the arenas
+    of other threads (one arena for all threads would slow down short rounds) or other allocators.
     """
     largest = 2**31 - 1  # bytes
     with contextlib.suppress(AttributeError, OSError, TypeError):

@@ -1,4 +1,4 @@
-"""The log of a real run: its journal, its clock and the counts of its health."""
+"""Logs a real run: journal, clock and the counts of its health."""
 
 from __future__ import annotations
 
@@ -22,36 +22,31 @@ _norm = jax.jit(optax.tree.norm)
 
 
 class RunLog:
-    """Writes down what happens in a real run, and counts it.
-
-    Attributes:
-        journal: The run's journal.
-        meter: The counts of its health.
-    """
+    """Logs the events of a real run to its journal, and counts them for its health."""
 
     def __init__(self, journal: Journal, recorder: RunRecorder) -> None:
         """Start the clock."""
         self.journal, self.recorder = journal, recorder
         self.meter = Meter(recorder.source.server.num_workers)
         self._began = time.monotonic()
-        self._health_at: dict[int, float] = {}  # by the callback's place
+        self._health_at: dict[int, float] = {}  # the next time, by the callback's index
 
     def resume_clock(self) -> None:
-        """Continue from the time of the last arrival: time between processes does not count."""
+        """Continue from the time of the last arrival; time between processes does not count."""
         if self.journal.arrivals:
             self._began = time.monotonic() - self.journal.arrivals[-1].time
 
     def seconds(self) -> float:
-        """Return the seconds since the run began, without those in which it was down."""
+        """Return the seconds since the run began, without the time between processes."""
         return time.monotonic() - self._began
 
     def received(self, outcome: TaskOutcome) -> None:
-        """Count what came from a worker."""
+        """Count the duration and bytes of an outcome."""
         self.meter.busy[outcome.id.worker] += outcome.seconds
         self.meter.received_bytes += outcome.received_bytes
 
     def arrived(self, report: Report, round_metrics: RoundMetrics | None) -> Arrival:
-        """Write down an applied report, before anything follows from it."""
+        """Log an applied report; call it before the report has any consequence."""
         loss, others = float("nan"), None
         if round_metrics is not None:
             loss, others = float(round_metrics.loss), round_metrics.metrics
@@ -61,7 +56,7 @@ class RunLog:
         return arrival
 
     def applied(self, arrival: Arrival) -> None:
-        """Count an applied report, and tell the recorder."""
+        """Count an applied report, and pass it to the recorder."""
         delay = self.recorder.step - arrival.dispatched_at
         self.meter.applied(arrival.worker, delay)
         stacked = metric_rows.stacked([arrival.metrics], self.recorder.like.metrics)
@@ -69,18 +64,18 @@ class RunLog:
         self.recorder.applied(RoundMetrics(arrival.loss, of_round))
 
     def rejected(self, report: Any, error: RejectedReportError) -> None:
-        """Write down a rejected report."""
+        """Count and log a rejected report."""
         self.meter.rejected[error.reason] += 1
         task_id = claimed_id(report)
         worker = None if task_id is None else task_id.worker
         self.journal.refused(worker, error.reason, str(error), self.seconds())
 
     def happened(self, kind: str, worker: int, why: str = "") -> None:
-        """Write down an event."""
+        """Log an event."""
         self.journal.happened(kind, worker, self.seconds(), why)
 
     def report_health(self, present: set[int]) -> None:
-        """Tell the callbacks whose time has come how the run fares."""
+        """Call ``on_health`` of the callbacks that are due."""
         now = time.monotonic()
         for place, callback in enumerate(self.recorder.recording.callbacks):
             if (every := callback.health_every) is None:
@@ -90,7 +85,7 @@ class RunLog:
                 callback.on_health(self.health(present))
 
     def health(self, present: set[int]) -> Health:
-        """Return a view of the run, in which these workers take part."""
+        """Return the run's health, given the workers that take part."""
         server = self.recorder.source.server
         momentum = start_momentum(server.view().rule_state)
         norm = None if momentum is None else float(_norm(momentum))

@@ -1,4 +1,4 @@
-"""One thread and one device a worker, in one process."""
+"""Runs each worker as a thread with one device, in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from orlomo_jax.checks import check_count
 from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.server.placement import to_numpy
@@ -20,7 +19,7 @@ from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 _PATIENCE = 60.0
-"""Seconds that the end of a run waits for the rounds that its threads are in."""
+"""Seconds to wait for the current rounds of all threads at the end of a run."""
 
 _log = logging.getLogger("orlomo_jax")
 
@@ -28,17 +27,16 @@ _log = logging.getLogger("orlomo_jax")
 class ThreadWorkers:
     """Workers that are threads of this process: several GPUs of one host, or a CPU.
 
-    Workers compute under the JAX settings of the caller of ``train``, contexts such as
-    ``jax.enable_x64(True)`` included. A thread that hangs cannot be killed: it is left to itself,
-    and a new one takes its place.
+    Workers compute with the JAX settings of the caller of ``train``, including contexts such as
+    ``jax.enable_x64(True)``. A thread that hangs cannot be killed; it keeps running, and a new
+    thread replaces it.
 
     Args:
-        num_workers: K ≥ 1.
-        devices: Worker k computes on ``devices[k % len(devices)]``. None is JAX's default device
-            where one is set, else ``jax.devices()``.
-        slowdowns: Factors ≥ 1, one a worker: after a round of c seconds worker k sleeps
-            (slowdowns[k] − 1)·c, but for its first round, which compiles. Equal machines can so
-            play unequal ones.
+        devices: Worker k computes on ``devices[k % len(devices)]``. None is JAX's default device if
+            one is set, else ``jax.devices()``.
+        slowdowns: One factor ≥ 1 per worker, to imitate slow machines: after a round of c seconds,
+            worker k sleeps (slowdowns[k] − 1)·c seconds, except after its first round, which
+            compiles.
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
@@ -51,7 +49,7 @@ class ThreadWorkers:
         ...     from_loss(lambda params, batch: jnp.mean((params - batch) ** 2)),
         ...     lambda key, worker, round: jnp.ones((4, 1)),
         ...     jnp.zeros(1),
-        ...     ThreadWorkers(2),
+        ...     ThreadWorkers(),
         ...     num_steps=30,
         ...     key=jax.random.key(0),
         ...     local_learning_rate=0.01,
@@ -62,15 +60,13 @@ class ThreadWorkers:
 
     def __init__(
         self,
-        num_workers: int,
         devices: Sequence[Any] | None = None,
         slowdowns: Sequence[float] | None = None,
     ) -> None:
         """Check the arguments; threads start with the run."""
-        self.num_workers = check_count("num_workers", num_workers, 1)
-        self.slowdowns = check_slowdowns(slowdowns, num_workers)
+        self._factors, self.slowdowns = slowdowns, ()
         if devices is not None and not devices:
-            raise ValueError("`devices` must hold a device, got none")
+            raise ValueError("`devices` must contain a device, got none")
         self._devices, self._free = devices, threading.Lock()
         self._threads: dict[int, _Thread] = {}
         self._ending: list[_Thread] = []
@@ -80,21 +76,23 @@ class ThreadWorkers:
         self._settings: dict[str, Any] = {}
         self._outcomes: queue.SimpleQueue[TaskOutcome] = queue.SimpleQueue()
 
-    def open(self, workload: Workload) -> None:
+    def open(self, workload: Workload, num_workers: int) -> None:
         """Put the batches' arrays on every device."""
+        slowdowns = check_slowdowns(self._factors, num_workers)
         if not self._free.acquire(blocking=False):
-            raise RuntimeError("these workers are in another run: make others, or wait for its end")
-        self._outcomes = queue.SimpleQueue()  # what a thread of an earlier run says is not heard
+            raise RuntimeError("these workers are in another run: use others, or wait for its end")
+        self.slowdowns = slowdowns
+        self._outcomes = queue.SimpleQueue()  # drops the outcomes of an earlier run's threads
         self._settings = jax_settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
-        self._used = [devices[worker % len(devices)] for worker in range(self.num_workers)]
+        self._used = [devices[worker % len(devices)] for worker in range(num_workers)]
         self._workloads = {
             device: _on_device(workload, device) for device in dict.fromkeys(self._used)
         }
         self._compiling = {device: threading.Lock() for device in self._workloads}
 
     def start(self, worker: int) -> None:
-        """Start a thread; one that hangs goes on by itself, and its report will be stale."""
+        """Start a thread; if the previous one hangs, it keeps running, and its report is stale."""
         self.stop(worker)
         device = self._used[worker]
         self._threads[worker] = _Thread(
@@ -108,7 +106,7 @@ class ThreadWorkers:
         )
 
     def submit(self, task: Task) -> int:
-        """Give the worker's thread a task; nothing goes over a wire."""
+        """Give the worker's thread a task; return 0, because no bytes are sent."""
         self._threads[task.id.worker].inbox.put(task)
         return 0
 
@@ -120,15 +118,15 @@ class ThreadWorkers:
             return None
 
     def stop(self, worker: int) -> None:
-        """Let the worker's thread end after what it does now."""
+        """Let the worker's thread end after its current round."""
         if (thread := self._threads.pop(worker, None)) is not None:
             thread.end()
             self._ending.append(thread)
 
     def close(self) -> None:
-        """Let all threads end, and wait for the rounds that they are in.
+        """Let all threads end, and wait for their current rounds.
 
-        An interpreter that exits while a thread computes would abort.
+        Python would abort if it exited while a thread computes.
         """
         for worker in list(self._threads):
             self.stop(worker)
@@ -136,12 +134,12 @@ class ThreadWorkers:
         deadline = time.monotonic() + _PATIENCE
         for thread in threads:
             if not thread.join(max(0.0, deadline - time.monotonic())):
-                _log.warning("the thread of worker %s hangs and is left to itself", thread.worker)
+                _log.warning("the thread of worker %s hangs and keeps running", thread.worker)
         self._free.release()
 
 
 class _Thread:
-    """A worker's thread, its inbox, and the means to end it."""
+    """A worker's thread and its inbox."""
 
     def __init__(
         self,
@@ -153,7 +151,6 @@ class _Thread:
         settings: dict[str, Any],
         outcomes: queue.SimpleQueue[TaskOutcome],
     ) -> None:
-        """Start it."""
         self.worker, self._workload, self._device = worker, workload, device
         self._compiling, self._prepared = compiling, False
         self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
@@ -165,12 +162,10 @@ class _Thread:
         self._thread.start()
 
     def end(self) -> None:
-        """Let it end after its round."""
         self._ending.set()
         self.inbox.put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait for its end; return whether it came."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -179,12 +174,12 @@ class _Thread:
             self._serve()
 
     def _serve(self) -> None:
-        slowdown = 1.0  # of the first round, which compiles
+        slowdown = 1.0  # for the first round, which compiles
         while (task := self.inbox.get()) is not None and not self._ending.is_set():
             begin = time.perf_counter()
             try:
                 outcome = self._carry_out(task)
-            except Exception as error:  # The driver decides what a failed round means.
+            except Exception as error:  # The driver handles it.
                 what = f"{type(error).__name__}: {error}"
                 outcome = TaskOutcome(task.id, None, error=what, exception=error)
             seconds = time.perf_counter() - begin
@@ -200,13 +195,13 @@ class _Thread:
             leaf.devices() != {self._device} or not leaf.committed
             for leaf in jax.tree.leaves(start)
         ):
-            start = jax.device_put(start, self._device)  # slow for many leaves, even if on it
+            start = jax.device_put(start, self._device)  # slow for many leaves, also without a move
         if not self._prepared:
-            with self._compiling:  # or the threads of a device would each compile the same
+            with self._compiling:  # otherwise each thread of a device would compile the program
                 self._workload.compile(worker, round, start)
             self._prepared = True
         result, metrics, _ = self._workload.run(worker, round, start)
-        jax.block_until_ready(result)  # or reports would arrive in the order of their dispatches
+        jax.block_until_ready(result)  # otherwise reports would arrive in the order of dispatch
         finite, metrics = to_numpy((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
         return TaskOutcome(task.id, report, RoundMetrics(*metrics))

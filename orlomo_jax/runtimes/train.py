@@ -1,4 +1,4 @@
-"""Training on real workers, behind one function."""
+"""Trains on real workers."""
 
 from __future__ import annotations
 
@@ -60,56 +60,56 @@ def train(
     fault_injector: Callable[[Report], Iterable[Report]] | None = None,
     round_fn: RoundFn | None = None,
 ) -> TrainingResult:
-    """Train on real workers; their reports are applied in the order in which they arrive.
+    """Train on real workers; reports are applied in the order in which they arrive.
 
     Server, rules, compiled rounds and randomness are those of :func:`~orlomo_jax.simulate`:
     ``simulate`` with the same arguments and ``trace=result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A rejected report loses its round too. If a worker raises in the
-    first round of a run, the exception is raised here at once.
+    sent the newest parameters. A worker whose report is rejected loses its round too. If a worker
+    raises in the first round of a run, the exception is raised here at once.
 
     With ``checkpoint``, a :class:`~orlomo_jax.recording.Journal` of the arrivals is written next to
-    the checkpoints. A run whose process was killed resumes from the newest checkpoint, repeats
-    (here, one by one) the rounds that the journal has beyond it, and gives every worker its task
-    back: no applied report is lost or applied twice. Callbacks see the repeated steps too. Ctrl-C
-    saves a checkpoint first; a second one does not wait for it.
+    the checkpoints. A killed run resumes from the newest checkpoint, repeats (in this process, one
+    by one) the later rounds in the journal, and gives every worker its task again. So no applied
+    report is lost or applied twice. Callbacks get the repeated steps too. Ctrl-C saves a checkpoint
+    first; a second Ctrl-C stops at once.
 
     Args:
         method: A :class:`~orlomo_jax.Method`: the server rule, K and S.
         loss_fn: As in :func:`~orlomo_jax.simulate`; None if ``round_fn`` is given.
         batch_fn: As in :func:`~orlomo_jax.simulate`.
         params: w_0.
-        workers: The pool of K workers: :class:`~orlomo_jax.ThreadWorkers` or
+        workers: The worker pool: :class:`~orlomo_jax.ThreadWorkers` or
             :class:`~orlomo_jax.RayWorkers`.
-        num_steps: T ≥ 1, the reports to apply.
+        num_steps: T ≥ 1, the number of reports to apply.
         key: A ``jax.random.key``.
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers
-            continue meanwhile, but their reports wait. It is tried once before the first step.
+            continue meanwhile, but their reports wait. It is also called once before the first
+            step, as a test.
         evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
         callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
-            :class:`~orlomo_jax.StepRecord`. One can end the run.
-        checkpoint: Where to save, and to resume from; :class:`~orlomo_jax.Checkpointer` says what
-            must be the same. ``num_steps`` may have become larger.
-        journal: File of the arrivals; None is ``arrivals.jsonl`` next to the checkpoints, or no
-            file without checkpoints. If the file exists, its run is continued.
-        membership: Who joins late or leaves; not for a synchronous method.
-        round_timeout: Seconds > 0 after its dispatch until a report is given up; ``math.inf`` for
+            :class:`~orlomo_jax.StepRecord`. A callback can end the run.
+        checkpoint: Where to save and resume; :class:`~orlomo_jax.Checkpointer` says what must be
+            the same. ``num_steps`` may be larger now.
+        journal: The journal's file; None is ``arrivals.jsonl`` next to the checkpoints, or no file
+            without checkpoints. If the file exists, its run continues.
+        membership: Workers that join late or leave; not for a synchronous method.
+        round_timeout: Seconds > 0 from a dispatch until its report counts as lost; ``math.inf`` for
             never.
-        start_timeout: Seconds ≥ 0 that a worker has in addition in the first round after each of
-            its starts, in which it compiles.
-        max_failures: How many lost rounds in a row, ≥ 0, a worker may have; one more, and it is
-            given up.
+        start_timeout: Additional seconds ≥ 0 for the first round after each start of a worker,
+            because that round compiles.
+        max_failures: A worker is given up after more than this many lost rounds in a row, ≥ 0.
         audit: Whether to check Lemmas 1 and 2 on the server at each step (OrLoMo only); it takes a
             few passes over the parameters in float64.
-        fault_injector: Maps each report that arrives to those that the server sees.
+        fault_injector: For tests: maps each arriving report to the reports that the server gets.
         round_fn: The local round, if it is not ``method.local_round(loss_fn)``.
 
     Returns:
         A :class:`~orlomo_jax.TrainingResult`; times are in seconds since the run began. The run has
-        diverged if all workers (one, in a synchronous method) were given up because of a NaN or an
+        diverged if all workers (in a synchronous method, one) were given up because of a NaN or an
         Inf in their reports, or if the final parameters have one.
 
     Raises:
@@ -119,8 +119,8 @@ def train(
             or do not match.
         BlockingIOError: If another process writes to the journal, or another run to the folder of
             ``checkpoint``.
-        TypeError: If ``key`` is not a key, a leaf of params or model state is not floating, or
-            ``batch_fn`` returns another batch each time it is called.
+        TypeError: If ``key`` is not a key, a leaf of params is not floating or one of model state
+            not numeric, or ``batch_fn`` returns a different batch each time it is called.
 
     Example:
         See :class:`~orlomo_jax.ThreadWorkers`.
@@ -128,13 +128,15 @@ def train(
     num_steps = check_count("num_steps", num_steps, 1)
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     options = RunOptions(
-        membership=Membership(workers.num_workers) if membership is None else membership,
+        membership=Membership() if membership is None else membership,
         round_timeout=check_number("round_timeout", round_timeout, lambda x: x > 0, "> 0"),
         start_timeout=check_number("start_timeout", start_timeout, lambda x: x >= 0, "≥ 0"),
         max_failures=check_count("max_failures", max_failures),
         fault_injector=fault_injector,
     )
-    _check_workers(method, workers, options.membership)
+    options.membership.bind(method.num_workers)
+    if method.synchronous and options.membership.absent:
+        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
     check_key(key)
     if audit:
         check_auditable(method)
@@ -199,26 +201,15 @@ def _train(
         with contextlib.closing(recorder):
             recorder.start(journal.trace())
             log.health(driver.present)  # so that errors show before the first step
-            driver.repeat(seen)
+            driver.replay.run(seen, driver.record)
             log.resume_clock()
             if not recorder.ended:
                 driver.train()
             return recorder.end(recorder.result(journal.trace(), log.health(driver.present)))
 
 
-def _check_workers(method: Method, workers: WorkerPool, membership: Membership) -> None:
-    for name, given in (("workers", workers), ("membership", membership)):
-        if given.num_workers != method.num_workers:
-            raise ValueError(
-                f"`{name}` must be for the method's {method.num_workers} workers, got "
-                f"num_workers={given.num_workers}"
-            )
-    if method.synchronous and membership.absent:
-        raise ValueError(f"`membership.absent` must be empty: {method.name} waits for all workers")
-
-
 def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> None:
-    """Raise ValueError unless the journal goes with its checkpoint and with this run's length."""
+    """Raise ValueError unless the journal matches the checkpoint and this run's length."""
     for name, there, wanted in (
         ("reports", len(journal.arrivals), step),
         ("events", len(journal.events), events),
@@ -240,9 +231,9 @@ def _check_journal(journal: Journal, step: int, events: int, num_steps: int) -> 
 
 
 def _bound(params: trees.Params) -> trees.Params:
-    """Return parameters that are bound to devices, as merged ones are: one server step compiles."""
+    """Commit parameters to their devices, like merged ones, so that one server step compiles."""
 
-    def leaf(x):  # a copy, since the server may write over the memory of its own
+    def leaf(x):  # a copy, because the server may reuse the memory of its parameters
         return x if x.committed else jax.device_put(x, x.sharding, may_alias=False)
 
     return jax.tree.map(leaf, with_auto_axes(as_jax_arrays(params)))

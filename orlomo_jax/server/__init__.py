@@ -1,4 +1,4 @@
-"""The parameter server: one report, applied at most once."""
+"""The parameter server, which applies each report at most once."""
 
 from orlomo_jax.server.audit import Audit as Audit
 from orlomo_jax.server.audit import AuditError as AuditError

@@ -1,4 +1,4 @@
-"""Lemmas 1 and 2, held against a server while it trains."""
+"""Checks Lemmas 1 and 2 on a server while it trains."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from orlomo_jax.server.state import start_momentum
 from orlomo_jax.server.step import weight_on_host
 
 _ROUNDINGS = 8.0
-"""Roundings that one server step is granted in each entry; it makes about five."""
+"""Roundings allowed in each entry per server step; a step makes fewer."""
 
 
 class AuditError(AssertionError):
-    """The server's u or w is not what Lemma 1 or 2 says of the reports that arrived."""
+    """Raised if the server's u or w contradicts Lemma 1 or 2."""
 
 
 class Audit:
-    r"""The ledger of the reports that arrived, in float64, beside a server that runs OrLoMo.
+    r"""A float64 ledger of the arrived reports, which is compared with an OrLoMo server.
 
-    Lemmas 1 and 2 hold for any η̂ of what is dispatched and has not arrived, lost reports among it.
-    With η̂ = 0 for those their ledger form speaks of known numbers alone. With i and η of each
-    arrived report, n = ⌈t/K⌉ − ⌈i/K⌉:
+    Lemmas 1 and 2 hold for any η̂ of the reports that have not arrived, including lost ones. With
+    η̂ = 0 for those, the lemmas state sums over the arrived reports, each with its own i and η and
+    n = ⌈t/K⌉ − ⌈i/K⌉:
 
     - u_{t+1} = Σ β^n η Δu,
     - w_{t+1} = w_0 − Σ η Δw − β/(1−β) Σ (1 − β^n) η Δu.
 
-    The server never computes these sums: it keeps u and w alone, and neither Σ ηΔu nor Σ ηΔw. What
-    rounding may do to each entry is reckoned beside them; since that grows with the run, what each
-    step adds to the sums is held against what it adds to u and w, too.
+    The server does not compute these sums; it only keeps u and w. The ledger also bounds the
+    rounding error of each entry. That bound grows with the run, so the ledger compares the changes
+    of each single step too.
 
     Args:
-        method: OrLoMo, as :func:`~orlomo_jax.make_method` makes it (in a chain with what changes
-            reports, the sums are others).
+        method: OrLoMo as made by :func:`~orlomo_jax.make_method`; the sums do not hold for a chain
+            that changes reports.
         params: w at the start.
         state: The rule's state at the start.
 
@@ -70,11 +70,11 @@ class Audit:
         self._tags: set[tuple[int, int]] = set()
 
     def applied(self, report: Report, step: int, params: trees.Params, state: Any) -> None:
-        """Enter a report that the server applied at ``step``, and hold its w and u to the ledger.
+        """Add a report applied at ``step`` to the ledger, and compare the server's w and u with it.
 
         Raises:
-            AuditError: If an entry is further away than rounding explains, or the same worker's
-                same round was applied before.
+            AuditError: If an entry differs by more than rounding, or the same worker's same round
+                was applied before.
         """
         tag = (report.id.worker, report.id.round)
         if tag in self._tags:
@@ -92,7 +92,7 @@ class Audit:
         before_w, before_u = self._params, self._momentum
         self._params, self._momentum = _flat(params), _flat(start_momentum(state))
         if not (np.isfinite(self._params).all() and np.isfinite(self._momentum).all()):
-            return  # it overflowed, and the next reports will say so
+            return  # it overflowed; the next reports will be non-finite
         self._u = kept * self._u + decay**late * scaled_u
         self._all_u += scaled_u
         self._descent += scaled_w
@@ -135,7 +135,7 @@ def _compare(
 
 
 def _allowance(units: tuple[np.ndarray, np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """Return what rounding may do to entries of these sizes, and flushing to what is tiny."""
+    """Return the rounding error allowed for entries of these sizes, flushing to zero included."""
     eps, tiny = units
     return _ROUNDINGS * (eps * sizes + tiny)
 

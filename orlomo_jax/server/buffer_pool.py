@@ -1,8 +1,7 @@
-"""Large arrays that are lent out, and written over once nobody can see them any more.
+"""Reuses the memory of large arrays that nobody refers to any more.
 
-On a CPU the operating system clears every page of a fresh buffer of many megabytes: that costs
-two to three times what a server step costs. A version of the parameters which no worker and no
-caller holds any more is memory that has been paid for.
+On a CPU, the operating system clears every page of a large new buffer, which takes longer than a
+server step. So the server reuses the memory of old versions of the parameters.
 """
 
 from __future__ import annotations
@@ -18,25 +17,23 @@ import numpy as np
 from orlomo_jax.trees import Array, PyTree
 
 LARGE = 8 * 1024 * 1024
-"""Bytes from which on a leaf is worth it: the allocator keeps smaller ones at hand by itself, and a
-view costs some tens of microseconds."""
+"""Smallest leaf, in bytes, that is pooled; the allocator already recycles smaller ones."""
 
 
 class _Loan:
-    """Alive as long as anything at all refers to one of the arrays that were lent with it."""
+    """Lives as long as anything refers to one of the arrays lent with it."""
 
 
 class BufferPool:
-    """Lends trees of arrays and knows when the last reference to one is gone.
+    """Lends trees of arrays, and finds out when the last reference to a tree is gone.
 
-    What is lent is not an array of the owner but a view of its memory, imported into JAX anew.
-    Whatever is made from the view (an alias on the device, a shard, a NumPy array, a DLPack
-    capsule) keeps the imported buffer alive, which keeps the loan alive: where the loan is dead,
-    there is nothing left through which the memory could be seen, and the owner's array may be
-    donated. The view also holds XLA's own buffer, which XLA refuses to donate until then.
+    It lends a view of the owner's memory, imported into JAX as a new buffer. Everything made from
+    the view (an alias on the device, a shard, a NumPy array, a DLPack capsule) keeps that buffer
+    alive, and the buffer keeps the loan alive. So after the loan's end nothing refers to the memory
+    and the owner's array may be donated. Until then the view holds XLA's own buffer, which XLA
+    therefore refuses to donate.
 
-    Off the CPU, for small leaves and for arrays on several devices the array itself is lent, and
-    never comes back.
+    Arrays that are small, not on a CPU, or on several devices are lent themselves and not reused.
 
     Args:
         like: A tree like those that will be lent.
@@ -65,7 +62,7 @@ class BufferPool:
         self._free: deque[list[Array]] = deque(maxlen=2)  # enough for one step after another
 
     def share(self, tree: PyTree) -> PyTree:
-        """Return the tree for others to hold; every array in it is equal to the owner's."""
+        """Return a tree of equal arrays to lend to others."""
         if not self._worth_it:
             return tree
         loan = _Loan()
@@ -74,21 +71,21 @@ class BufferPool:
         return lent
 
     def retire(self, tree: PyTree) -> None:
-        """Give up the tree that was lent last: it is free once its loan is dead."""
+        """Give up the tree that was lent last; it is free when its loan ends."""
         loan, self._loan = self._loan, None
         if loan is None:
             return
         leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_large(leaf)]
         self._lent[id(loan)] = loan, leaves
-        if loan() is None:  # before or since it was written down
+        if loan() is None:  # the loan may have ended before it was in `_lent`
             self._returned(loan)
 
     def acquire(self) -> list[Array]:
-        """Return the large leaves of a tree that nobody holds, to be donated; [] where none is."""
+        """Return the large leaves of a free tree, to be donated; [] if there is none."""
         return self._free.popleft() if self._free else []
 
     def _returned(self, loan: weakref.ref[_Loan]) -> None:
-        # ThreadWorkers may drop their references at any time: only one of them pops the leaves.
+        # Threads may drop references at any time; only one of them pops the leaves.
         if entry := self._lent.pop(id(loan), None):
             self._free.append(entry[1])
 
@@ -102,10 +99,10 @@ def _is_large(leaf: Array) -> bool:
 
 
 def _view(leaf: Array, loan: _Loan) -> Array:
-    """Return an array of the same memory that keeps the loan alive."""
+    """Return an array on the same memory that keeps the loan alive."""
     owner = np.asarray(leaf)
     memory: Any = (ctypes.c_char * owner.nbytes).from_address(owner.ctypes.data)
-    memory.keeps = owner, loan  # NumPy never looks through a foreign buffer: all views end here
+    memory.keeps = owner, loan  # every NumPy view has this buffer as its base
     host = np.frombuffer(memory, np.uint8).view(owner.dtype).reshape(owner.shape)
     host.flags.writeable = False
     where = leaf.sharding if leaf.committed else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +18,16 @@ from orlomo_jax.rules import contract
 from orlomo_jax.server.buffer_pool import BufferPool
 from orlomo_jax.server.placement import as_jax_arrays, commit_like, put_like
 from orlomo_jax.server.reports import RejectedReportError, Report, ReportSchema, Task
-from orlomo_jax.server.state import ServerState, leaf_dtypes, nonempty_leaves, unflatten_like
+from orlomo_jax.server.snapshots import Export, read_snapshot, take_snapshot
+from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.server.step import check_model_state_weight, server_step, weight_on_host
 from orlomo_jax.server.task_table import TaskId, TaskTable
-from orlomo_jax.trees import Array, PyTree, as_partial
+from orlomo_jax.trees import PyTree, as_partial
 from orlomo_jax.worker.workload import RoundInput
 
 
-class Export(NamedTuple):
-    """A server's complete content, for a compiled engine."""
-
-    table: TaskTable
-    state: ServerState
-    tasks: dict[int, Task]
-
-
 def _transaction(method: Callable[..., Any]) -> Any:
-    """Let one thread at a time into the server."""
+    """Run the method under the server's lock."""
 
     @wraps(method)
     def alone(self, *args, **kwargs):
@@ -52,15 +45,15 @@ class ParameterServer:
 
     Args:
         method: A :class:`~orlomo_jax.Method`, for K workers.
-        params: w_0; any tree of floating leaves. NumPy leaves are copied. For parameters of 16 bits
+        params: w_0; any tree of floating leaves. NumPy leaves are copied. For 16-bit parameters,
             the server keeps float32 masters (see ``master_params`` of :func:`make_method`).
-        model_state: State of the model besides its parameters (BatchNorm statistics); None if it
-            has none. Floating leaves merge as s ← s + η_t (s_end − s), a convex combination; in
-            PRSGDm as the average of a round. Integers and flags are those of the newest report; in
-            PRSGDm of the worker with the highest index.
-        local_learning_rate: γ, a finite float ≥ 0 or a schedule of the server's step. A task
-            carries its value. Pass a ``jax.tree_util.Partial`` to make a schedule's arrays
-            arguments of the compiled program, so that schedules with other values share it.
+        model_state: State of the model besides its parameters (BatchNorm statistics), or None.
+            Floating leaves merge as s ← s + η_t (s_end − s), a convex combination; PRSGDm averages
+            the round. Integers and flags are those of the newest report; for PRSGDm, those of the
+            worker with the highest index.
+        local_learning_rate: γ, a finite float ≥ 0 or a schedule of the server's step. Each task
+            contains its value. The arrays of a ``jax.tree_util.Partial`` are arguments of the
+            compiled program, so schedules that differ only in them share a program.
 
     Attributes:
         step: t, the number of reports applied.
@@ -117,18 +110,17 @@ class ParameterServer:
         with_momentum = method.worker_momentum is not None
         self._schema = ReportSchema(params, model_state, momentum=with_momentum)
         self.sent_dtypes = leaf_dtypes((params, model_state))
-        if method.master_params:  # 1/K of a report can be lost to rounding in 16 bits
+        if method.master_params:  # in 16 bits, rounding can lose 1/K of a report
             params, model_state = trees.widened((params, model_state))
-        # A rule may keep params, or one array twice: copies of its own can be donated.
+        # The rule's state may share arrays with params or itself; only copies can be donated.
         rule_state = jax.tree.map(jnp.copy, method.rule.init(params))
         self._state: ServerState | None = ServerState(
             params,
-            commit_like(rule_state, params),  # as from the second step on, or it compiles twice
+            commit_like(rule_state, params),  # as in later steps, so that one step compiles
             model_state,
             model_state if method.synchronous else None,
             commit_like(jnp.asarray(first, float), params),
         )
-        # What was handed out to a worker or a caller is never donated while they can see it.
         self._share_all()
 
     @property
@@ -145,7 +137,7 @@ class ParameterServer:
     @property
     @_transaction
     def model_state(self) -> PyTree:
-        """The merged model state; like params, it stays through a synchronous round."""
+        """The merged model state; in a synchronous round, that of the round's start."""
         return self.view().model_state
 
     @property
@@ -157,7 +149,7 @@ class ParameterServer:
 
     @_transaction
     def view(self) -> ServerState:
-        """Return the state without keeping it alive: it is valid until the next report.
+        """Return the state without keeping it alive; it is valid until the next report.
 
         Raises:
             RuntimeError: If an engine has exported the state.
@@ -180,8 +172,8 @@ class ParameterServer:
         """Return a new task for ``worker``, with the newest parameters.
 
         Raises:
-            ValueError: If the worker is unknown or busy, or, in a synchronous method, has already
-                reported in this round.
+            ValueError: If the worker is unknown or busy, or has already reported in this
+                synchronous round.
         """
         self.view()  # raises before anything changes
         task = Task(self.table.dispatch(worker), self.to_send())
@@ -190,10 +182,9 @@ class ParameterServer:
 
     @_transaction
     def release(self, worker: int) -> Task:
-        """Give up the report of ``worker``, which died or hangs; return its task.
+        """Remove and return the task of ``worker``, so that it can be dispatched to again.
 
-        The worker may then be dispatched to again. The lost report is rejected if it arrives
-        later.
+        If the report still arrives, the server rejects it.
 
         Raises:
             ValueError: If the worker is unknown or idle.
@@ -205,25 +196,25 @@ class ParameterServer:
         """Apply a report: one server step.
 
         Returns:
-            The workers that need a task now: the reporting one; in a synchronous method all of
+            The workers that need a task now: the reporting one; in a synchronous method, all of
             them after the K-th report of a round, else none.
 
         Raises:
-            RejectedReportError: If the worker is unknown, the report is not of its outstanding task
-                (a duplicate, a stale or a future one), a tree has another structure, a leaf another
-                shape or dtype, there is a NaN or an Inf, or the weight of the model state is not in
-                [0, 1]. Nothing has changed then.
+            RejectedReportError: If the worker is unknown, the report is not of its outstanding
+                task, a structure, shape or dtype is wrong, there is a NaN or an Inf, or the weight
+                of the model state is not in [0, 1]. The server is unchanged then.
         """
         self.check_report(report)
         state, shared = self.view(), self._handed_out is not None
         step_fn = server_step(self.method, not shared, not self._rule_state_shared)
+        task_id: Any = TaskId(*map(np.int32, report.id))  # pyright: ignore[reportArgumentType]
         self._state = step_fn(
             self._buffers.acquire() if shared else [],
             state.params,
             state.rule_state,
             state._replace(params=None, rule_state=None),
             Report(
-                TaskId(*map(np.int32, report.id)),
+                task_id,
                 put_like(report.update, state.params),
                 put_like(report.model_state, state.model_state),
             ),
@@ -239,9 +230,9 @@ class ParameterServer:
 
     @_transaction
     def export(self) -> Export:
-        """Return everything and let go of it, until :meth:`import_` brings it back.
+        """Hand over everything, until :meth:`import_` returns it.
 
-        Callers may share the arrays: copy one before you donate it.
+        Callers may share the arrays; copy an array before you donate it.
         """
         exported = Export(self.table, self.view(), self.tasks)
         self._state, self._handed_out, self.tasks = None, None, {}
@@ -249,44 +240,25 @@ class ParameterServer:
 
     @_transaction
     def import_(self, exported: Export) -> None:
-        """Replace everything with what an engine has advanced."""
+        """Take over everything from an engine."""
         self.table, self._state, self.tasks = exported
         self._share_all()
 
     @_transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return everything as arrays by name, and as JSON-able bookkeeping.
-
-        Tasks of the same version share one copy. Arrays are lists of leaves: :meth:`restore`
-        knows the structures.
-        """
-        versions = {str(task.id.dispatched_at): _leaves(task.start) for task in self.tasks.values()}
-        arrays = {"state": _leaves(self.view()), "versions": versions}
-        return jax.device_get(arrays), self.table.snapshot()
+        """Return everything as arrays by name, and as JSON-able bookkeeping."""
+        return take_snapshot(Export(self.table, self.view(), self.tasks))
 
     @_transaction
-    def restore(self, arrays: dict[str, Any], table: dict[str, Any]) -> None:
-        """Take the state of a :meth:`snapshot` of a server made with the same arguments.
+    def restore(self, arrays: dict[str, Any], rows: dict[str, Any]) -> None:
+        """Take a :meth:`snapshot` of a server made with the same arguments.
 
         Raises:
-            ValueError: If the snapshot is of another number of workers, or its trees are not like
-                this server's; nothing has changed then.
+            ValueError: If the number of workers or a tree differs; the server is unchanged then.
         """
-        restored = TaskTable(self.method.name, self.num_workers, self.method.synchronous)
-        restored.restore(table)
+        table = TaskTable(self.method.name, self.num_workers, self.method.synchronous)
         state = self.view()
-        start = self._newest(state)
-        new = ServerState(*_unflatten(state, arrays["state"]))
-        versions = {
-            int(index): RoundInput(*_unflatten(start, version))
-            for index, version in (arrays["versions"] or {}).items()
-        }
-        self.tasks = {
-            worker: Task(task_id, versions[task_id.dispatched_at])
-            for worker, task_id in restored.held.items()
-        }
-        self._state, self.table = new, restored
-        self._share_all()
+        self.import_(read_snapshot(state, self._newest(state), table, arrays, rows))
 
     def _share_all(self) -> None:
         """Mark all arrays as shared, so that the next step donates none of them."""
@@ -297,7 +269,7 @@ class ParameterServer:
 
     @_transaction
     def to_send(self) -> RoundInput:
-        """Return what a task dispatched now carries; 16-bit leaves are rounded copies."""
+        """Return the inputs of a task that is dispatched now; 16-bit leaves are rounded copies."""
         state = self.view()
         if self.method.synchronous:
             self._rule_state_shared = True  # the workers start from its momentum
@@ -325,13 +297,3 @@ class ParameterServer:
                 check_model_state_weight(float(weight), self.step, delay)
             except ValueError as error:
                 raise RejectedReportError(str(error)) from error
-
-
-def _leaves(trees: Any) -> dict[str, list[Array]]:
-    """Return the non-empty leaves of each field."""
-    return {name: nonempty_leaves(tree) for name, tree in trees._asdict().items()}
-
-
-def _unflatten(like: Any, leaves: dict[str, Any]) -> list[Any]:
-    """Return the fields of :func:`_leaves`, as trees like those of ``like``."""
-    return [unflatten_like(name, tree, leaves[name]) for name, tree in like._asdict().items()]

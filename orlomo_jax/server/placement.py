@@ -1,4 +1,4 @@
-"""Trees of arrays on their way between callers, devices and wires."""
+"""Moves trees of arrays between callers, devices and the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orlomo_jax.trees import PyTree
 
 
 def as_jax_arrays(tree: PyTree) -> PyTree:
-    """Return JAX arrays that share no memory with NumPy's, none of them weakly typed."""
+    """Return JAX arrays that are not weakly typed and share no memory with NumPy arrays."""
 
     def leaf(x):
         if isinstance(x, jax.Array) and not getattr(x, "weak_type", False):  # keys have none
@@ -24,9 +24,9 @@ def as_jax_arrays(tree: PyTree) -> PyTree:
 
 
 def commit_like(tree: PyTree, params: PyTree) -> PyTree:
-    """Return the tree with what is bound to no device bound to those of ``params``, whole on each.
+    """Commit uncommitted leaves to the devices of ``params``, replicated.
 
-    Where ``params`` are free themselves, nothing is bound.
+    If ``params`` are uncommitted, return the tree unchanged.
 
     Example:
         >>> there = jax.device_put(jnp.ones(2), jax.devices()[0])
@@ -42,16 +42,16 @@ def commit_like(tree: PyTree, params: PyTree) -> PyTree:
 
 
 def explicit_mesh(leaf: Any) -> jax.sharding.Mesh | None:
-    """Return the mesh of an array if it has explicit axes."""
+    """Return the mesh of an array if the mesh has explicit axes, else None."""
     mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
     explicit = mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types
     return mesh if explicit else None
 
 
 def mesh_context(tree: PyTree) -> AbstractContextManager[Any]:
-    """Return the context for computing with arrays on a mesh with explicit axes.
+    """Return a context that sets the tree's mesh if it has explicit axes.
 
-    JAX types such arrays by their sharding, and needs to know the mesh for what is made anew.
+    The sharding is part of the type of such arrays, so JAX needs the mesh to create new ones.
     """
     meshes = filter(None, map(explicit_mesh, jax.tree.leaves(tree)))
     mesh = next(meshes, None)
@@ -59,10 +59,10 @@ def mesh_context(tree: PyTree) -> AbstractContextManager[Any]:
 
 
 def with_auto_axes(tree: PyTree) -> PyTree:
-    """Return arrays with their meshes' explicit axes made automatic; no data moves.
+    """Return the arrays with automatic instead of explicit mesh axes; no data moves.
 
-    JAX mixes up what it has traced for replicated arrays of such a mesh and for single devices. A
-    run has both if its workers are threads.
+    JAX confuses programs traced for replicated arrays on an explicit mesh with programs for single
+    devices. A run with threads as workers has both.
     """
 
     def leaf(x):
@@ -76,9 +76,9 @@ def with_auto_axes(tree: PyTree) -> PyTree:
 
 
 def put_like(tree: PyTree, params: PyTree) -> PyTree:
-    """Return the tree on the devices of ``params`` (each subtree like them), moved if need be.
+    """Move a tree, whose subtrees are like ``params``, to the devices of ``params``.
 
-    NumPy arrays stay: a compiled program takes them along by itself, in a fifth of the time.
+    NumPy arrays stay: the compiled program moves them itself, much faster.
     """
     expected = [leaf.sharding for leaf in jax.tree.leaves(params)]
     leaves, structure = jax.tree.flatten(tree)
@@ -93,8 +93,8 @@ def put_like(tree: PyTree, params: PyTree) -> PyTree:
 def to_numpy(tree: PyTree) -> PyTree:
     """Return the tree as NumPy arrays, on a CPU without a copy.
 
-    All copies from other devices are under way before the first is waited for, as
-    ``jax.device_get`` does it, which takes 30 µs a leaf also where there is nothing to copy.
+    Like ``jax.device_get`` it starts all copies from other devices before it waits for the first;
+    unlike it, it is fast if there is nothing to copy.
 
     Example:
         >>> to_numpy({"loss": jnp.ones(2)})

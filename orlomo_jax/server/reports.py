@@ -1,4 +1,4 @@
-"""Tasks and reports: what server and workers send each other, and the checks of a report."""
+"""Defines tasks and reports, and validates reports."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
 
 
 class Report(NamedTuple):
-    """What a worker sends after a round.
+    """A worker's message to the server after a round.
 
     Attributes:
         id: The :class:`TaskId` of the task.
         update: Δw and Δu, trees like params.
         model_state: The worker's model state after the round, or None.
-        loss: float[S], for the records; not read by the server.
-        finite: Whether update and model state are free of NaN and Inf; None asks the server to
-            check. NumPy leaves are always checked.
+        loss: float[S], for the records; the server does not read it.
+        finite: Whether update and model state have no NaN or Inf; if None, the server checks. It
+            always checks NumPy leaves.
     """
 
     id: TaskId
@@ -40,11 +40,11 @@ class Report(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the server sends to a worker.
+    """The server's message to a worker: one round to compute.
 
     Attributes:
-        id: Worker, round, and the step of the parameters.
-        start: What the round starts from.
+        id: Worker, round, and the step of the parameters (their model version).
+        start: The round's inputs.
     """
 
     id: TaskId
@@ -56,11 +56,11 @@ class Task(NamedTuple):
 
 
 class RejectedReportError(ValueError):
-    """A report that the server did not apply; nothing has changed.
+    """Raised for a report that the server does not apply; the server is unchanged.
 
     Attributes:
-        reason: ``"stale"`` where the worker does not hold the report's task (duplicates and replays
-            among them), ``"not finite"`` where there is a NaN or an Inf, else ``"malformed"``.
+        reason: ``"stale"`` if the worker does not hold the report's task (for example a duplicate),
+            ``"not finite"`` if there is a NaN or an Inf, else ``"malformed"``.
     """
 
     def __init__(self, message: str, reason: Reason = "malformed") -> None:
@@ -70,7 +70,7 @@ class RejectedReportError(ValueError):
 
 
 def claimed_id(report: Any) -> TaskId | None:
-    """Return the id of what should be a report; None where it has none of three integers.
+    """Return the id of a report, which may be malformed; None unless it has three integers.
 
     Example:
         >>> claimed_id(Report((0, 1, True), None)), claimed_id(Report("id", None)), claimed_id(None)
@@ -83,32 +83,27 @@ def claimed_id(report: Any) -> TaskId | None:
 
 
 class ReportSchema:
-    """Expected structure, shapes and dtypes of a report, so that each check is one pass.
+    """The expected structure, shapes and dtypes of reports.
 
     Args:
-        params: The server's parameters; abstract leaves will do.
-        model_state: The server's model state.
+        params: The server's parameters, which may be abstract.
+        model_state: The server's model state, which may be abstract.
         momentum: Whether the method's workers report their local momentum.
     """
 
     def __init__(self, params: trees.Params, model_state: PyTree, *, momentum: bool) -> None:
-        """Keep shapes and dtypes, no array."""
-        self._params, self._model_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state)
+        """Keep shapes and dtypes, but no arrays."""
+        self._params = jax.tree.map(  # reports are in float32 or wider
+            lambda x: jax.ShapeDtypeStruct(x.shape, trees.widest(x.dtype, jnp.float32)), params
         )
-        self._params = jax.tree.map(  # reports are in float32 at least
-            lambda x: jax.ShapeDtypeStruct(x.shape, trees.widest(x.dtype, jnp.float32)),
-            self._params,
+        self._model_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model_state
         )
         self._momentum = self._params if momentum else None
         self._signature = _signature((LocalUpdate(self._params, self._momentum), self._model_state))
 
     def validate(self, report: Report, table: TaskTable) -> None:
-        """Raise unless a report is of an outstanding task, well formed and finite.
-
-        Raises:
-            RejectedReportError: The message says what is wrong.
-        """
+        """Raise RejectedReportError unless a report is well formed, finite, and of a held task."""
         reason: Reason = "malformed"
         try:
             if not isinstance(report, Report):
@@ -134,8 +129,8 @@ class ReportSchema:
         """Raise unless the report's trees are like the server's.
 
         Raises:
-            TypeError: If ``report.update`` is no LocalUpdate.
-            ValueError: If a tree has another structure, or a leaf another shape or dtype; the
+            TypeError: If ``report.update`` is not a LocalUpdate.
+            ValueError: If the structure of a tree, or the shape or dtype of a leaf differs; the
                 message names the leaf by its path.
         """
         update = report.update
@@ -158,17 +153,18 @@ class ReportSchema:
 
 
 def _signature(tree: PyTree) -> tuple:
-    """Return what two trees of the same form share; quick, for trees of hundreds of leaves."""
+    """Return the structure, shapes and dtypes of a tree; faster than a comparison of leaves."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(getattr(x, "shape", ()), getattr(x, "dtype", None)) for x in leaves]
 
 
 def check_finite(report: Report) -> None:
-    """Raise where update or model state holds a NaN or an Inf; the message names the leaf.
+    """Raise unless update and model state are finite.
 
     Raises:
         TypeError: If ``report.finite`` is neither a bool nor None.
-        ValueError: If a value is not finite, or ``report.finite`` is false.
+        ValueError: If a value is not finite, or ``report.finite`` is false; the message names the
+            leaf.
     """
     leaves = jax.tree.leaves((report.update, report.model_state))
     on_host = [np.asarray(x) for x in leaves if not isinstance(x, jax.Array)]
@@ -184,13 +180,14 @@ def check_finite(report: Report) -> None:
             if not np.isfinite(np.asarray(leaf)).all():
                 where = f"{name}{jax.tree_util.keystr(path)}"
                 raise ValueError(f"`{where}` must be finite, got a NaN or an Inf")
-    raise ValueError("`finite` must be true, got finite=False: the round met a NaN or an Inf")
+    raise ValueError("`finite` must be true, got finite=False: the round had a NaN or an Inf")
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    """Return whether all entries are finite: Σ|x|² says yes in one pass without a temporary.
+    """Return whether all entries are finite.
 
-    The squares of finite numbers may overflow, so that only the entries themselves can say no.
+    A finite Σ|x|² proves it without a temporary array. An infinite one does not disprove it,
+    because the squares of finite numbers may overflow.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.vdot(x, x)) or np.isfinite(x).all())

@@ -1,4 +1,4 @@
-"""Schedules of learning rates, checked for a whole run before its first step."""
+"""Checks learning-rate schedules for a whole run before its first step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from orlomo_jax.server.step import on_cpu
 from orlomo_jax.trees import Array, as_partial
 
 CHUNK = 4096
-"""Steps that are looked at together: one size, so that nothing is compiled twice."""
+"""Steps that are checked together; always the same number, so one program is enough."""
 
 
 def check_schedules(method: Method, schedule: Callable | None, num_steps: int) -> None:
-    """Raise ValueError where γ is not finite and ≥ 0, or η is negative, at a step of a run.
+    """Raise ValueError unless, at every step of a run, γ is finite and ≥ 0 and η is not negative.
 
-    A run with an infinite η, or with NaN, is one that diverges.
+    An infinite η or a NaN is allowed; the run diverges then.
 
     Args:
-        method: Its ``model_state_weight`` is η, looked at for a report without delay.
-        schedule: That of γ, or None where γ is constant.
+        method: Its ``model_state_weight`` for a report without delay is η.
+        schedule: The schedule of γ, or None if γ is constant.
         num_steps: T.
 
     Example:

@@ -1,4 +1,4 @@
-"""The server's state as one pytree: what tasks are made of, and what a checkpoint stores."""
+"""Defines the server's state as one pytree."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import LocalOrMoDAState, OrLoMoState, PRSGDmState, contract
-from orlomo_jax.trees import Array, ArrayLike, PyTree
+from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.workload import RoundInput
 
 _WITH_MOMENTUM = (OrLoMoState, LocalOrMoDAState, PRSGDmState)
@@ -37,10 +35,10 @@ class ServerState(NamedTuple):
     local_learning_rate: Array
 
     def sent(self, dtypes: tuple[Any, ...], *, with_momentum: bool) -> RoundInput:
-        """Return what a task dispatched now carries.
+        """Return the inputs of a task that is dispatched now.
 
         Args:
-            dtypes: Those in which workers get params and model state; see :func:`leaf_dtypes`.
+            dtypes: The workers' dtypes of params and model state; see :func:`leaf_dtypes`.
             with_momentum: Whether workers start from the rule's momentum.
         """
         momentum = start_momentum(self.rule_state) if with_momentum else None
@@ -54,7 +52,7 @@ def leaf_dtypes(tree: Any) -> tuple[Any, ...]:
 
 
 def rounded(tree: Any, dtypes: tuple[Any, ...]) -> Any:
-    """Return a tree in these dtypes, one for each leaf; the same arrays if they have them."""
+    """Return a tree with its leaves cast to these dtypes; the same tree if nothing changes."""
     leaves, structure = jax.tree.flatten(tree)
     if leaf_dtypes(leaves) == dtypes:
         return tree
@@ -67,57 +65,20 @@ def _cast(leaves: list[Any], dtypes: tuple[Any, ...]) -> list[Any]:
 
 
 def start_momentum(rule_state: Any) -> trees.Params:
-    """Return the momentum of a rule's state, wherever a chain keeps it; None if there is none.
+    """Return the momentum in a rule's state, also in a chain; None if there is none.
 
-    If the chain has several rules of this package, that of the first; else the first field named
-    ``momentum`` in the state of any transformation. Reports that a state stores do not count.
+    It is the momentum of the first rule of this package. Without one, it is the first field named
+    ``momentum`` in the state of any transformation, except in a stored report.
     """
     is_rule = lambda x: isinstance(x, _WITH_MOMENTUM)  # noqa: E731
     rules = [x for x in jax.tree.leaves(rule_state, is_leaf=is_rule) if is_rule(x)]
     if rules:
         return rules[0].momentum
 
-    def of_a_state(path, value):  # not of a params tree, of hyperparameters or of a report
+    def of_a_state(path, value):  # not of params, hyperparameters or a report
         key = path[-1]
         is_field = isinstance(key, optax.tree_utils.NamedTupleKey)
         return is_field and key.tuple_name != contract.LocalUpdate.__name__
 
     found = optax.tree.get_all_with_path(rule_state, "momentum", filtering=of_a_state)
     return found[0][1] if found else None
-
-
-def nonempty_leaves(tree: PyTree) -> list[Array]:
-    """Return the leaves that have entries; a checkpoint does not store empty ones."""
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-
-
-def unflatten_like(name: str, like: PyTree, leaves: list[ArrayLike] | None) -> PyTree:
-    """Return a tree like ``like`` from :func:`nonempty_leaves`, on the same devices.
-
-    Raises:
-        ValueError: If the number of leaves, a shape or a dtype differs.
-
-    Example:
-        >>> like = {"a": jnp.ones(2), "none": jnp.ones(0)}
-        >>> unflatten_like("params", like, [jnp.zeros(2)])["a"]
-        Array([0., 0.], dtype=float32)
-    """
-    wanted, structure = jax.tree.flatten(like)
-    there: Any = leaves or []
-    if len(there) != len(nonempty_leaves(like)):
-        raise ValueError(
-            f"the snapshot's `{name}` must have {len(nonempty_leaves(like))} leaves, "
-            f"got {len(there)}"
-        )
-    there = iter(there)
-    tree = jax.tree.unflatten(
-        # An empty leaf is made anew: trees of a server may share one, but it is donated once.
-        structure,
-        [_placed(next(there) if x.size else np.zeros(x.shape, x.dtype), x) for x in wanted],
-    )
-    trees.check_like(name, tree, like, dtypes=True)
-    return tree
-
-
-def _placed(value: ArrayLike, like: Array) -> Array:
-    return jax.device_put(value, like.sharding) if like.committed else jnp.asarray(value)

@@ -1,4 +1,4 @@
-"""The server step: applies one report to the server's state, as a pure function."""
+"""Applies one report to the server's state, as a pure function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import optax
 
 from orlomo_jax.methods.method import Method, Unmoved
 from orlomo_jax.rules import contract
-from orlomo_jax.server.reports import Report
+from orlomo_jax.server.reports import RejectedReportError, Report
 from orlomo_jax.server.state import ServerState
 
 
@@ -22,22 +22,20 @@ def apply_report(
 ) -> ServerState:
     """Return the server's state after a report: update, apply, merge, barrier and next γ.
 
-    Pure, and traced by the eager and the compiled engine alike. It checks nothing: see
-    :class:`~orlomo_jax.ParameterServer`.
-
-    Floating leaves of the model state merge as s + η (s_end − s). Integers and flags are those of
-    the newest report; in a synchronous round, of the worker with the highest index.
+    The eager and the compiled engine trace this function. :class:`~orlomo_jax.ParameterServer`
+    checks the report and says how the model state is merged.
 
     Args:
         method: The method of the run.
         state: The state at ``step``.
-        report: A worker's report; only its id, update and model state are read.
+        report: A worker's report.
         step: t, int32[].
         schedule: γ as a function of the step, or None if it stays as it is.
     """
     worker, _, dispatched_at = report.id
+    update: Any = report.update
     updates, rule_state = method.rule.update(
-        report.update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
+        update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
     )
     params = optax.apply_updates(state.params, updates)
     frozen = Unmoved(method)(state.params)
@@ -55,7 +53,7 @@ def apply_report(
         contract.check_scalar("local_learning_rate", rate)
     if not method.synchronous:
         return ServerState(params, rule_state, merged, None, rate)
-    ends = (step + 1) % method.num_workers == 0  # until then every task is the round's
+    ends = (step + 1) % method.num_workers == 0  # until then tasks get the round's values
     model_state, rate = jax.tree.map(
         lambda new, old: jnp.where(ends, new, old),
         (merged, rate),
@@ -72,12 +70,11 @@ def _merge(weight: Any, is_last: Any, s: Any, end: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def server_step(method: Method, donate_params: bool, donate_rule_state: bool) -> Callable:
-    """Return :func:`apply_report` as one compiled program, which works in place if it may.
+    """Return :func:`apply_report` as one compiled program.
 
-    ``step_fn(scratch, params, rule_state, rest, report, step, schedule)``: ``scratch`` is a list
-    of arrays shaped like leaves of params, memory to write over; ``rest`` is the state without
-    params and rule state. Schedules that differ only in the arrays of a ``Partial`` share a
-    program.
+    In ``step_fn(scratch, params, rule_state, rest, report, step, schedule)``, ``scratch`` is a list
+    of arrays shaped like leaves of params, whose memory is reused; ``rest`` is the state without
+    params and rule state.
     """
 
     def step_fn(scratch, params, rule_state, rest, report, step, schedule):
@@ -92,12 +89,12 @@ def server_step(method: Method, donate_params: bool, donate_rule_state: bool) ->
 
 @lru_cache(maxsize=64)
 def _compiled(function: Callable) -> Callable:
-    """Return the function of scalars, compiled, also for arrays."""
+    """Return a function of scalars, vectorized and compiled."""
     return jax.jit(jnp.vectorize(function))
 
 
 def on_cpu() -> Any:
-    """Compute on the CPU if there is one, so that no accelerator's queue is waited for."""
+    """Return a context that computes on the CPU, without waiting for an accelerator's queue."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -106,15 +103,15 @@ def on_cpu() -> Any:
 
 
 def weight_on_host(model_state_weight: Any, step: Any, delay: Any) -> np.ndarray:
-    """Return the weights of reports; step and delay are int[] or int[n] each, so is the result."""
+    """Return the weights of reports, float[] or float[n], for step and delay int[] or int[n]."""
     with on_cpu():
         return np.asarray(_compiled(model_state_weight)(np.int32(step), np.int32(delay)))
 
 
 def check_model_state_weight(weight: float, step: int, delay: int) -> None:
-    """Raise ValueError unless a report's weight in the model state is in [0, 1]."""
+    """Raise RejectedReportError unless a report's weight in the model state is in [0, 1]."""
     if not 0 <= weight <= 1:
-        raise ValueError(
+        raise RejectedReportError(
             "the weight of a report's model state must be in [0, 1], got "
             f"learning_rate · delay_weight = {weight} at step={step}, delay={delay}"
         )

@@ -1,4 +1,4 @@
-"""The task table: which worker has which task, for the server and for the planner."""
+"""Defines the task table, which records the task of each worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class TaskId(NamedTuple):
     Attributes:
         worker: k in [K].
         round: How many tasks this worker was sent before.
-        dispatched_at: The step t of the task's parameters; K⌊t/K⌋ for a synchronous method.
+        dispatched_at: The step t of the task's parameters, also called model version; K⌊t/K⌋ for
+            a synchronous method.
     """
 
     worker: int
@@ -52,7 +53,7 @@ class TaskTable:
 
     @property
     def version(self) -> int:
-        """The step whose parameters a task dispatched now carries."""
+        """The step of the parameters in a task that is dispatched now."""
         return self.step - self.step % self.num_workers if self.synchronous else self.step
 
     def check_worker(self, worker: Any) -> int:
@@ -60,7 +61,7 @@ class TaskTable:
         return check_count("worker", worker, 0, self.num_workers - 1)
 
     def why_stale(self, task_id: TaskId) -> str | None:
-        """Return why a report of this task cannot be applied; None where its worker holds it."""
+        """Return why a report of this task cannot be applied; None if its worker holds it."""
         worker, round, index = task_id
         held = self.held.get(worker)
         if held is None:
@@ -77,12 +78,7 @@ class TaskTable:
         )
 
     def dispatch(self, worker: int) -> TaskId:
-        """Write down a new task.
-
-        Raises:
-            ValueError: If the worker is unknown or busy, or, in a synchronous method, has already
-                reported in this round.
-        """
+        """Record and return a new task; see :meth:`~orlomo_jax.ParameterServer.dispatch`."""
         worker, version = self.check_worker(worker), self.version
         if worker in self.held:
             index = self.held[worker].dispatched_at
@@ -97,18 +93,14 @@ class TaskTable:
         return task_id
 
     def release(self, worker: int) -> TaskId:
-        """Strike out a worker's task.
-
-        Raises:
-            ValueError: If the worker is unknown or holds nothing.
-        """
+        """Remove and return a worker's task; raise ValueError if it holds none."""
         worker = self.check_worker(worker)
         if worker not in self.held:
             raise ValueError(f"worker {worker} holds no task")
         return self.held.pop(worker)
 
     def receive(self, worker: int) -> tuple[int, ...]:
-        """Write down the report of a busy worker; return who waits for a task now."""
+        """Record the report of a busy worker; return the workers that need a task now."""
         del self.held[worker]
         self._reported_at[worker] = self.step
         self.step += 1
@@ -117,7 +109,7 @@ class TaskTable:
         return () if self.step % self.num_workers else tuple(range(self.num_workers))
 
     def snapshot(self) -> dict[str, Any]:
-        """Return everything as JSON-able data."""
+        """Return the table as JSON-able data."""
         return {
             "step": self.step,
             "rounds": list(self.rounds),
@@ -126,11 +118,7 @@ class TaskTable:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Take what :meth:`snapshot` returned.
-
-        Raises:
-            ValueError, TypeError: If it is of another number of workers, or no snapshot.
-        """
+        """Restore a :meth:`snapshot`; raise ValueError or TypeError if it does not fit."""
         lists = [snapshot.get("rounds"), snapshot.get("reported_at")]
         if any(not isinstance(x, list) or len(x) != self.num_workers for x in lists):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The compiled engine: runs segments of a simulated run as one program each."""
+"""Defines the compiled engine, which runs each segment of a simulated run as one program."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.methods.method import Method
-from orlomo_jax.server.parameter_server import Export, ParameterServer
+from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
-from orlomo_jax.server.reports import RejectedReportError, Report, Task
+from orlomo_jax.server.reports import Report, Task
+from orlomo_jax.server.snapshots import Export
 from orlomo_jax.server.state import ServerState
-from orlomo_jax.server.step import (
-    apply_report,
-    check_model_state_weight,
-    weight_on_host,
-)
+from orlomo_jax.server.step import apply_report, check_model_state_weight, weight_on_host
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
 from orlomo_jax.traces.trace import ArrivalTrace
@@ -29,18 +26,18 @@ from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload, round
 Rounds: TypeAlias = Literal["loop", "map", "vmap"]
 
 LENGTH = 256
-"""Steps of the longest segment; shorter ones run the same program."""
+"""Steps of the longest segment; shorter segments use the same program."""
 
 
 class Carry(NamedTuple):
-    """What a segment hands to the next; it owns its arrays, and each segment donates them.
+    """The arrays that one segment passes to the next; each segment donates them.
 
     Attributes:
         state: The server's state.
-        slots: The inputs of outstanding tasks, one copy of each version: every leaf has a leading
+        slots: The inputs of outstanding tasks, one copy of each version; every leaf has a leading
             axis of slots.
         first_nonfinite: The step of the first non-finite round, −1 for none.
-        metrics: Those of this segment's rounds: every leaf has a leading axis of LENGTH.
+        metrics: The metrics of this segment's rounds; every leaf has a leading axis of LENGTH.
     """
 
     state: ServerState
@@ -50,18 +47,18 @@ class Carry(NamedTuple):
 
 
 class CompiledEngine:
-    """Simulates a run in compiled segments; see :class:`~orlomo_jax.simulation.engine.Engine`.
+    """Simulates a run in compiled segments; see ``Engine`` in engine_choice.py.
 
     Args:
         server: A server that has dispatched its first tasks.
-        workload: What its workers compute.
-        trace: Who reports when.
+        workload: The workers' computation.
+        trace: The order of arrivals.
         rounds: How the rounds of a group are computed: one by one, each with its server step
             ("loop"), or together before their server steps, by ``jax.lax.map`` or ``jax.vmap``.
-        batch: The most rounds of a group; 1 for "loop".
+        batch: The largest number of rounds in a group; 1 for "loop".
 
     Attributes:
-        slots: The number of versions of w that there is room for.
+        slots: The number of versions of w that can be stored.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class CompiledEngine:
         rounds: Rounds,
         batch: int,
     ) -> None:
-        """Leave everything with the server until the first segment."""
+        """Keep the arguments; the first segment takes the state from the server."""
         self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
         run_round = round_program(workload.round_fn)
         self.program = segment_program(server.method, run_round, rounds, batch, server.sent_dtypes)
@@ -86,8 +83,8 @@ class CompiledEngine:
         """Apply reports until step ``stop``; return the metrics of each.
 
         Raises:
-            RejectedReportError: If the weight of a report's model state will be outside [0, 1];
-                nothing of this segment has run then.
+            RejectedReportError: If the weight of a report's model state is outside [0, 1]; this
+                segment has not run then.
         """
         if self._carry is None:
             self._carry = self.load()
@@ -100,11 +97,7 @@ class CompiledEngine:
         return by_round(carry.metrics, stop - first)
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
-        """Plan the steps until ``stop``: their table, the first of them, and how many groups.
-
-        Raises:
-            RejectedReportError: As :meth:`advance` does.
-        """
+        """Plan the steps until ``stop``; return their table, first step and number of groups."""
         first = self.server.step
         segment = self._planner.advance(stop, LENGTH)
         if self._merges:
@@ -116,7 +109,7 @@ class CompiledEngine:
         return self.server.view() if self._carry is None else self._carry.state
 
     def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
+        """Return params and model state, which later steps do not change."""
         state = self.view()
         return jax.tree.map(jnp.copy, (state.params, state.model_state))
 
@@ -127,7 +120,7 @@ class CompiledEngine:
             self._carry = None
 
     def load(self) -> Carry:
-        """Take everything from the server."""
+        """Take the state from the server."""
         table, state, tasks = self.server.export()
         self._planner = SlotPlanner(table, self._trace, self._batch, self.slots)
         versions = {task.id.dispatched_at: task.start for task in tasks.values()}
@@ -140,7 +133,7 @@ class CompiledEngine:
         return Carry(state, slots, jnp.int32(self.first_nonfinite), metrics)
 
     def unload(self, carry: Carry) -> None:
-        """Give the server all that a carry contains."""
+        """Give the server the state in a carry."""
         table = self._planner.table
         versions: dict[int | None, RoundInput] = {None: self._newest(carry.state)}
         tasks = {}
@@ -162,29 +155,24 @@ class CompiledEngine:
         delays[: len(dispatched_at)] = steps[: len(dispatched_at)] - dispatched_at
         weights = weight_on_host(self.server.method.model_state_weight, steps, delays)
         for index in np.flatnonzero(~((weights >= 0) & (weights <= 1)))[:1]:
-            try:
-                check_model_state_weight(
-                    float(weights[index]), int(steps[index]), int(delays[index])
-                )
-            except ValueError as error:
-                raise RejectedReportError(str(error)) from error
+            check_model_state_weight(float(weights[index]), int(steps[index]), int(delays[index]))
 
 
 @lru_cache(maxsize=32)
 def segment_program(
     method: Method, run_round: Callable, rounds: Rounds, batch: int, dtypes: tuple[Any, ...]
 ) -> Callable:
-    """Return a segment as one compiled program, whatever its length.
+    """Return one compiled program for segments of any length.
 
-    A step writes the newest parameters before it reads its task's: in that order XLA keeps the
-    slots in place, in the other it copies all of them in every step.
+    A step writes the newest parameters before it reads those of its task. In this order XLA updates
+    the slots in place; in the other order it would copy all of them in every step.
     """
     over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}
     together = over_rows[rounds]
 
     @partial(jax.jit, donate_argnames="carry")
-    def run(batch_fn, schedule, carry, segment, first, groups, data_key, noise_key):
-        segment = Segment(*jnp.asarray(segment))  # NumPy arrays if JAX does not compile
+    def run(batch_fn, schedule, carry, table, first, groups, data_key, noise_key):
+        segment: Any = Segment(*jnp.asarray(table))  # NumPy arrays if JAX does not compile
 
         def compute(slots, row):
             start = jax.tree.map(lambda x: _at(x, segment.reads[row]), slots)
@@ -223,7 +211,7 @@ def segment_program(
 
 
 def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
-    """Return the metrics of the first rounds, on the host."""
+    """Return the metrics of the first ``count`` rounds, on the host."""
     losses, others = jax.tree.map(lambda x: np.array(x)[:count], metrics)
     leaves, structure = jax.tree.flatten(others)
     if not leaves:
@@ -241,7 +229,7 @@ def _at(x: Array, index: Any) -> Array:
 
 
 def _put(many: Any, one: Any, index: Any) -> Any:
-    """Return trees with a leading axis, with one tree written to a place."""
+    """Return stacked trees with one tree written to an index."""
     return jax.tree.map(
         lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), many, one
     )

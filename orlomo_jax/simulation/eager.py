@@ -1,27 +1,26 @@
-"""The eager engine: drives the parameter server from Python, one step after another."""
+"""Defines the eager engine, which runs every step of the parameter server from Python."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 
+from orlomo_jax.recording.recorder import ServerSource
 from orlomo_jax.server.parameter_server import ParameterServer
-from orlomo_jax.server.state import ServerState
 from orlomo_jax.traces.events import Events
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 
-class EagerEngine:
-    """Simulates a run step by step; see :class:`~orlomo_jax.simulation.engine.Engine`."""
+class EagerEngine(ServerSource):
+    """Simulates a run step by step; see ``Engine`` in engine_choice.py."""
 
     def __init__(self, server: ParameterServer, workload: Workload, trace: ArrivalTrace) -> None:
         """Continue from the server's step."""
-        self.server, self._workload, self._trace = server, workload, trace
-        self._events = Events(trace)
-        self.first_nonfinite: Any = jnp.int32(-1)
+        super().__init__(server)
+        self._workload, self._trace, self._events = workload, trace, Events(trace)
+        self.first_nonfinite = jnp.int32(-1)
 
     def advance(self, stop: int) -> Iterator[RoundMetrics]:
         """Apply reports until step ``stop``; yield the metrics of each as soon as it is applied."""
@@ -33,19 +32,8 @@ class EagerEngine:
             result, metrics, self.first_nonfinite = self._workload.run(
                 worker, round, task.start, step, self.first_nonfinite
             )
-            # The device remembers the first non-finite round: to wait for it stalls every step.
+            # The device keeps the first non-finite round; waiting for it would stall every step.
             report, task = task.report(result)._replace(finite=True), None
             for waiting in self.server.receive(report):
                 self.server.dispatch(waiting)
             yield metrics
-
-    def view(self) -> ServerState:
-        """Return the state, valid until the next step."""
-        return self.server.view()
-
-    def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
-        return self.server.params, self.server.model_state
-
-    def sync_to_server(self) -> None:
-        """Do nothing: the server has the state."""

@@ -1,4 +1,4 @@
-"""Segmentes of a simulated run, planned ahead: which step reads and writes which copy of w."""
+"""Plans the segments of a simulated run: the copies of w that each step reads and writes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from orlomo_jax.traces.trace import ArrivalTrace
 
 
 class Segment(NamedTuple):
-    """Consecutive steps as data, int32[length] each; entries beyond the segment are padding.
+    """The plan of consecutive steps, int32[length] each; entries beyond the segment are padding.
 
     At step t the newest parameters are written to slot ``writes[t]``, and the report is computed
-    from slot ``reads[t]``. A group is a run of steps whose tasks were all dispatched before it, so
-    that its rounds can be computed together: every entry of ``starts`` is its first step, counted
-    within the segment, and of ``sizes`` how many steps it has.
+    from slot ``reads[t]``. All tasks of a group of steps were dispatched before the group, so its
+    rounds can be computed together. ``starts`` contains the first step of each group, counted from
+    the segment's start, and ``sizes`` its number of steps.
     """
 
     workers: np.ndarray
@@ -30,25 +30,24 @@ class Segment(NamedTuple):
 
 
 class SlotPlanner:
-    """Runs the task table ahead of the arrays, and assigns a slot to every version of w.
+    """Advances the task table before the arrays are computed, and assigns slots to versions of w.
 
-    All tasks of one version share a slot, and a slot whose last task has reported is free for the
-    next version: a run needs at most one slot for each version in use. The newest version gets its
-    slot when the next step writes it: a slot of its own if a task has it by then, else any free
-    one.
+    All tasks of a version share a slot. After the last of them has reported, the slot is free. The
+    newest version gets a slot when a task holds it; if none does by the next step, that step writes
+    it to any free slot.
 
     Args:
-        table: The table to run ahead; changed in place.
+        table: The task table; changed in place.
         trace: The arrivals.
-        batch: The most steps of a group.
-        slots: How many slots there are, at least :func:`count_slots`.
+        batch: The largest number of steps in a group.
+        slots: The number of slots, at least :func:`count_slots`.
 
     Attributes:
-        versions: The slot of every version that tasks held at the start, but the newest.
+        versions: The slot of every version that tasks held at the start, except the newest.
 
     Example:
         >>> table = TaskTable("orlomo", 2, synchronous=False)
-        >>> tickets = [table.dispatch(worker) for worker in range(2)]
+        >>> ids = [table.dispatch(worker) for worker in range(2)]
         >>> planner = SlotPlanner(table, ArrivalTrace.from_workers([0, 0, 1], 2), batch=2, slots=2)
         >>> segment = planner.advance(3, length=3)
         >>> segment.writes.tolist(), segment.reads.tolist()  # worker 1 holds w_0 till the end
@@ -58,14 +57,14 @@ class SlotPlanner:
     """
 
     def __init__(self, table: TaskTable, trace: ArrivalTrace, batch: int, slots: int) -> None:
-        """Give the versions that are held their slots."""
+        """Assign slots to the versions that tasks hold."""
         self.table, self.batch = table, batch
         self._workers, self._events = trace.workers, Events(trace)
         self._free = list(range(slots))[::-1]
         self._users = [0] * slots
-        self._written = [table.step] * slots  # at which step
+        self._written = [table.step] * slots  # the step at which each slot is written
         self._slots: dict[int, int] = {}  # by worker
-        self._newest: int | None = None  # its slot, where a task holds it
+        self._newest: int | None = None  # the slot of the newest version, if a task holds it
         self.versions: dict[int, int] = {}
         for worker, (_, _, version) in table.held.items():
             if version == table.step:
@@ -76,21 +75,21 @@ class SlotPlanner:
                 self._hold(worker, self.versions[version])
 
     def slot(self, worker: int) -> int | None:
-        """Return the slot of the worker's task; None where it is the newest, unwritten version."""
+        """Return the slot of the worker's task; None for the newest, unwritten version."""
         slot = self._slots[worker]
         return None if slot == self._newest else slot
 
     def held(self, worker: int) -> TaskId | None:
-        """Return the worker's ticket."""
+        """Return the id of the worker's task, or None."""
         return self.table.held.get(worker)
 
     def dispatch(self, worker: int) -> None:
-        """Send the newest version."""
+        """Dispatch the newest version to a worker."""
         self.table.dispatch(worker)
         self._hold_newest(worker)
 
     def release(self, worker: int) -> None:
-        """Give up a task."""
+        """Remove the worker's task."""
         self.table.release(worker)
         self._leave(worker)
 
@@ -135,10 +134,10 @@ class SlotPlanner:
 
 
 def group_starts(ready_at: np.ndarray, first: int, batch: int) -> list[int]:
-    """Return where groups start, each as long as it can be and at most ``batch`` steps.
+    """Return the first step of each group; groups are as long as possible, up to ``batch`` steps.
 
     Args:
-        ready_at: The step from which on a report can be computed, int[n] of consecutive steps.
+        ready_at: The step from which each report can be computed, int[n].
         first: The step of the first entry.
         batch: ≥ 1.
     """
@@ -152,11 +151,8 @@ def group_starts(ready_at: np.ndarray, first: int, batch: int) -> list[int]:
 
 
 def count_slots(trace: ArrivalTrace) -> int:
-    """Return how many versions of w a run holds at once at most: never more than K.
-
-    With events it is an upper bound.
-    """
-    last_use = np.arange(trace.num_steps + 1)  # the newest version counts in any case
+    """Return the largest number of versions of w in use, ≤ K; with events, an upper bound."""
+    last_use = np.arange(trace.num_steps + 1)  # the newest version always counts
     np.maximum.at(last_use, trace.dispatched_at, np.arange(trace.num_steps))
     held = trace.in_flight
     last_use[held[held >= 0]] = trace.num_steps

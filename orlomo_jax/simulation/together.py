@@ -1,4 +1,4 @@
-"""Several simulated runs of one shape as one compiled program, by ``vmap`` over the runs."""
+"""Simulates several runs of one shape in one compiled program, by ``vmap`` over the runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import Carry, CompiledEngine, by_round
-from orlomo_jax.simulation.engine import Engine
+from orlomo_jax.simulation.engine_choice import Engine
 from orlomo_jax.worker.workload import RoundMetrics
 
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
-"""The axis of runs in each argument of a segment."""
+"""The axis of runs in each argument of a segment's program."""
 
 
 class Alone:
-    """One run, with the interface of :class:`Together`."""
+    """One run, to advance like a :class:`Together`."""
 
     def __init__(self, engine: Engine) -> None:
         """Keep the engine."""
@@ -32,25 +32,21 @@ class Alone:
         """Apply reports until step ``stop``; return the metrics of each run."""
         return [self.lanes[0].advance(stop)]
 
-    def sync_to_server(self) -> None:
-        """Give the server the state."""
-        self.lanes[0].sync_to_server()
-
 
 class Together:
-    """N runs of one method, shape and length; they differ in values and in their arrivals.
+    """N runs of one method, shape and length, which differ in values and arrivals.
 
-    Every array of a run gets a leading axis of runs, and each local step is computed for all runs
-    at once. A run that diverges continues with NaNs and leaves the others alone.
+    Every array gets a leading axis of runs, and each local step is computed for all runs at once. A
+    run that diverges continues with NaNs and does not affect the others.
 
     Args:
-        engines: One for each run, none of them started, all with ``rounds="loop"``.
+        engines: One for each run, not yet started, with ``rounds="loop"``.
 
     Attributes:
-        lanes: An :class:`~orlomo_jax.simulation.engine.Engine` for each run, to read from.
+        lanes: An :class:`~orlomo_jax.simulation.engine_choice.Engine` for each run, to read from.
 
     Raises:
-        ValueError: If the runs do not share a program, batch function or tree of arrays.
+        ValueError: If the runs differ in program, batch function, or structure and shapes.
     """
 
     def __init__(self, engines: Sequence[CompiledEngine]) -> None:
@@ -74,15 +70,11 @@ class Together:
         self._program = over_runs(first.program)
         self._schedules = _stack([engine.server.schedule for engine in engines])
         self._keys = [
-            jnp.stack(list(keys)) for keys in zip(*(e.workload[2:] for e in engines), strict=True)
+            jnp.stack(list(keys)) for keys in zip(*(e.workload.keys for e in engines), strict=True)
         ]
 
     def advance(self, stop: int) -> list[list[RoundMetrics]]:
-        """Apply reports until step ``stop`` of each run; return the metrics of each run.
-
-        Raises:
-            RejectedReportError: As :meth:`CompiledEngine.advance` does.
-        """
+        """Apply reports until step ``stop`` of each run; return the metrics of each run."""
         if self.carry is None:
             self.carry = _stack([engine.load() for engine in self.engines])
         plans = [engine.plan(stop) for engine in self.engines]
@@ -109,10 +101,10 @@ class Together:
 
 
 class Lane:
-    """One of several runs together, to read from."""
+    """One run of a :class:`Together`, to read from."""
 
     def __init__(self, group: Together, index: int) -> None:
-        """Keep the place of the run."""
+        """Keep the index of the run."""
         self._group, self._index = group, index
 
     @property
@@ -141,15 +133,15 @@ class Lane:
         return _lane(carry.state, np.int32(self._index))
 
     def model(self) -> tuple[Any, Any]:
-        """Return the run's params and model state; their arrays stay as they are."""
+        """Return the run's params and model state, which later steps do not change."""
         carry = self._group.carry
         if carry is None:
             return self._engine.model()
         return _lane((carry.state.params, carry.state.model_state), np.int32(self._index))
 
     def advance(self, stop: int) -> list[RoundMetrics]:
-        """Raise: all runs advance together."""
-        raise RuntimeError(f"runs together advance together, got a stop={stop} for one of them")
+        """Raise RuntimeError, because all runs advance together."""
+        raise RuntimeError(f"all runs must advance together, got stop={stop} for one of them")
 
     def sync_to_server(self) -> None:
         """Give every server its state."""
@@ -158,7 +150,7 @@ class Lane:
 
 @lru_cache(maxsize=32)
 def over_runs(program: Callable) -> Callable:
-    """Return a segment of all runs as one program; batch function and step numbers are shared."""
+    """Return a segment's program for all runs, which share batch function and step numbers."""
     return partial(jax.jit, donate_argnums=2)(jax.vmap(program, RUN_AXES))
 
 

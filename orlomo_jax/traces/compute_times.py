@@ -1,16 +1,14 @@
-"""Who reports when: models of compute time, and the arrivals that they lead to."""
+"""Models of compute times."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from orlomo_jax.checks import check_count, check_nonnegative, check_number
-from orlomo_jax.traces.trace import ArrivalTrace
 
 _VARIATION = 0.7  # see `homogeneous`
 _POSITIVE = (lambda x: 1e-100 <= x <= 1e100, "in [1e-100, 1e100] seconds")
@@ -19,23 +17,24 @@ _AT_LEAST_ONE = (lambda x: 1 <= x < math.inf, "finite and ≥ 1")
 
 @dataclasses.dataclass(frozen=True)
 class ComputeTimes:
-    """How long a round takes: S · mean · U + communication, in virtual seconds.
+    """The time of a round: S · mean · U + communication, in virtual seconds.
 
-    U is uniform on [1 − variation, 1 + variation] and drawn once a round, since a machine's speed
-    drifts more slowly than one gradient. Start from :func:`homogeneous`, :func:`heterogeneous`,
-    :func:`one_slow_worker` or :func:`per_worker_times`, which check their arguments here.
+    U is uniform on [1 − variation, 1 + variation]. It is drawn once per round, because a machine's
+    speed changes slowly compared with one gradient. Create it with :func:`homogeneous`,
+    :func:`heterogeneous`, :func:`one_slow_worker` or :func:`per_worker_times`.
 
     Attributes:
-        gradient_time: Mean seconds a gradient, > 0: one for all workers, or a tuple of one each.
+        gradient_time: Mean seconds per gradient, > 0: one number for all workers, or a tuple with
+            one for each.
         variation: Half the width of U's range, in [0, 1).
         slowdown: Factor ≥ 1 on the mean of the slow workers, which are the last ones.
-        slow_fraction: Share of the workers that is slow; slow_fraction·K rounds halves up.
-        slow_workers: Number of slow workers beside that share.
+        slow_fraction: Fraction of slow workers; slow_fraction·K rounds halves up.
+        slow_workers: Number of slow workers in addition to that fraction.
         communication_time: Seconds ≥ 0 that every round adds.
-        silent_after: Pairs of a worker and the number of its reports, after which it is silent.
+        silent_after: Pairs (worker, number of its reports, after which it is silent).
 
     Raises:
-        TypeError, ValueError: If a field is no number, or out of its range.
+        TypeError, ValueError: If a field is not a number, or out of its range.
 
     Example:
         >>> model = per_worker_times([1.0, 2.0]).with_communication(bandwidth=1e6, upload_bytes=5e5)
@@ -65,13 +64,15 @@ class ComputeTimes:
         check_nonnegative("communication_time", self.communication_time)
         for pair in self.silent_after:
             if len(pair) != 2:
-                raise ValueError(f"`silent_after` must hold (worker, after_rounds), got {pair!r}")
+                raise ValueError(
+                    f"`silent_after` must contain (worker, after_rounds), got {pair!r}"
+                )
             worker, after_rounds = pair
             check_count("worker", worker)
             check_count("after_rounds", after_rounds)
 
     def with_silent_worker(self, worker: int, after_rounds: int = 0) -> ComputeTimes:
-        """Return a copy in which ``worker`` reports ``after_rounds`` times and never again."""
+        """Return a copy in which ``worker`` is silent after ``after_rounds`` reports."""
         others = tuple(pair for pair in self.silent_after if pair[0] != worker)
         return dataclasses.replace(self, silent_after=(*others, (worker, after_rounds)))
 
@@ -83,9 +84,9 @@ class ComputeTimes:
         upload_bytes: float = 0,
         download_bytes: float = 0,
     ) -> ComputeTimes:
-        """Return a copy whose rounds each add 2·latency + (upload + download)/bandwidth seconds.
+        """Return a copy with 2·latency + (upload + download)/bandwidth more seconds per round.
 
-        ``latency`` is in seconds, one way; ``bandwidth`` in bytes a second.
+        ``latency`` is in seconds, one way; ``bandwidth`` is in bytes per second.
         """
         check_nonnegative("latency", latency)
         check_number("bandwidth", bandwidth, lambda x: x > 0, "> 0")
@@ -95,7 +96,7 @@ class ComputeTimes:
         return dataclasses.replace(self, communication_time=seconds)
 
     def mean_times(self, num_workers: int) -> np.ndarray:
-        """Return every worker's mean seconds a gradient, float64[K], communication left out."""
+        """Return every worker's mean seconds per gradient without communication, float64[K]."""
         means = np.ones(check_count("num_workers", num_workers, 1))
         if isinstance(self.gradient_time, tuple) and len(self.gradient_time) != num_workers:
             raise ValueError(
@@ -108,11 +109,10 @@ class ComputeTimes:
 
 
 def homogeneous(variation: float = _VARIATION, gradient_time: float = 1.0) -> ComputeTimes:
-    """Return similar workers: every mean is ``gradient_time`` seconds.
+    """Return a model in which every worker's mean is ``gradient_time`` seconds.
 
-    The paper says that gradient times vary within a range, not within which. The default meets the
-    maximum delay 34 of its Table 3 (K = 16, S = 8, 15 625 steps): over 20 seeds the median is 34,
-    from 32 to 36.
+    The paper says that gradient times vary within a range, but does not give the range. The default
+    ``variation`` reproduces the maximum delay of its Table 3.
 
     Example:
         >>> homogeneous(gradient_time=0.5).mean_times(3)
@@ -129,7 +129,7 @@ def heterogeneous(
 ) -> ComputeTimes:
     """Return the paper's unequal workers: the last quarter has twice the mean of the others.
 
-    The setting of its Tables 1, 2, 4 and 5; ``slowdown=4`` is that of Table 6.
+    This is the setting of Tables 1, 2, 4 and 5; ``slowdown=4`` is the setting of Table 6.
 
     Example:
         >>> heterogeneous().mean_times(4)
@@ -141,10 +141,9 @@ def heterogeneous(
 def one_slow_worker(
     ratio: float, variation: float = _VARIATION, gradient_time: float = 1.0
 ) -> ComputeTimes:
-    """Return workers of which the last is ``ratio`` ≥ 1 times slower than the others (Table 3).
+    """Return a model whose last worker is ``ratio`` ≥ 1 times slower than the others (Table 3).
 
-    At ratios 2, 5, 10 and 50 the maximum delay is 57, 132, 258 and 1237 (medians over 20 seeds;
-    K = 16, S = 8, 15 625 steps). The paper has 207, 714, 1905 and 9449: its slow worker fell
+    The maximum delays are much smaller than those of the paper's Table 3: its slow worker fell
     further behind than its ratio alone explains.
 
     Example:
@@ -158,111 +157,10 @@ def one_slow_worker(
 def per_worker_times(
     gradient_times: Sequence[float], variation: float = _VARIATION
 ) -> ComputeTimes:
-    """Return workers with these mean seconds a gradient, each > 0, one for every worker.
+    """Return a model with each worker's mean seconds per gradient, all > 0.
 
     Example:
         >>> per_worker_times([1.0, 3.0]).mean_times(2)
         array([1., 3.])
     """
     return ComputeTimes(tuple(gradient_times), variation)
-
-
-def sample_trace(
-    model: ComputeTimes,
-    num_workers: int,
-    num_steps: int,
-    num_local_steps: int,
-    seed: int,
-    *,
-    synchronous: bool = False,
-) -> ArrivalTrace:
-    """Return the arrivals of workers with these compute times; the server itself takes no time.
-
-    Each worker draws from its own stream, seeded by (seed, worker), so that a trace of fewer steps
-    is a prefix of one of more. Reports of the same time arrive in the order of their workers.
-
-    Args:
-        model: How fast the workers are.
-        num_workers: K ≥ 1.
-        num_steps: T ≥ 0, the number of reports.
-        num_local_steps: S ≥ 1, the gradients of a round.
-        seed: Integer ≥ 0.
-        synchronous: Whether a round starts on all workers when all have reported the one before.
-
-    Returns:
-        A trace without events; nothing more is heard of a silent worker.
-
-    Raises:
-        TypeError, ValueError: If an argument is out of range, or the silent workers leave fewer
-            than ``num_steps`` reports.
-
-    Example:
-        >>> model = per_worker_times([1.0, 2.5], variation=0.0)
-        >>> sample_trace(model, 2, num_steps=6, num_local_steps=1, seed=0).workers.tolist()
-        [0, 0, 1, 0, 0, 0]
-    """
-    num_steps, seed = check_count("num_steps", num_steps), check_count("seed", seed)
-    seconds = check_count("num_local_steps", num_local_steps, 1) * model.mean_times(num_workers)
-    limits = np.full(num_workers, np.iinfo(np.int64).max)
-    for worker, after_rounds in model.silent_after:
-        limits[check_count("worker", worker, 0, num_workers - 1)] = after_rounds
-    low, high = 1 - model.variation, 1 + model.variation
-
-    def stream(worker: int) -> Callable[[int], np.ndarray]:
-        return functools.partial(np.random.default_rng([seed, worker]).uniform, low, high)
-
-    arrivals = _barrier_arrivals if synchronous else _free_arrivals
-    workers, times = arrivals(stream, seconds, model.communication_time, limits, num_steps)
-    if len(workers) < num_steps:
-        raise ValueError(
-            f"`num_steps` must be ≤ {len(workers)}, got num_steps={num_steps}: the silent workers "
-            "leave no more reports"
-        )
-    return ArrivalTrace.from_workers(workers, num_workers, times=times, synchronous=synchronous)
-
-
-def _free_arrivals(stream, seconds, communication_time, limits, num_steps):
-    """Return the workers and times of the first reports where nobody waits."""
-    limits = limits.tolist()
-    num_steps = min(num_steps, sum(limits))
-    rate = np.sum(1 / (seconds + communication_time))
-    # Late enough at the first try, unless fast workers fall silent: U moves the number of reports
-    # by some √T, and a worker's first round lacks less than one.
-    horizon = (num_steps + 2 * math.sqrt(num_steps) + len(seconds)) / rate
-    while True:
-        times = [
-            _report_times(stream(worker), mean, communication_time, limit, horizon)
-            for worker, (mean, limit) in enumerate(zip(seconds, limits, strict=True))
-        ]
-        counts = [len(own) for own in times]
-        if sum(counts) >= num_steps:
-            break
-        horizon *= 2
-    times = np.concatenate(times)
-    first = np.argsort(times, kind="stable")[:num_steps]
-    return np.repeat(np.arange(len(seconds)), counts)[first], times[first]
-
-
-def _report_times(draw, mean, communication_time, limit, horizon):
-    """Return the times of one worker's reports up to the horizon."""
-    drift = np.zeros(1)  # Σ U of the rounds so far, in order: the same sums however many are drawn
-    while True:
-        times = mean * drift + communication_time * np.arange(len(drift))
-        if times[-1] > horizon or len(drift) > limit:
-            return times[1 : np.searchsorted(times, horizon, "right")]
-        expected = (horizon - times[-1]) / (mean + communication_time)
-        count = min(int(expected + 2 * math.sqrt(expected)) + 1, limit + 1 - len(drift))
-        drift = np.concatenate([drift[:-1], np.cumsum(np.append(drift[-1], draw(count)))])
-
-
-def _barrier_arrivals(stream, seconds, communication_time, limits, num_steps):
-    """Return the workers and times of the first reports where all wait for all in every round."""
-    num_workers, num_rounds = len(seconds), -(-num_steps // len(seconds))
-    drift = np.stack([stream(worker)(num_rounds) for worker in range(num_workers)], axis=1)
-    durations = seconds * drift + communication_time
-    durations[np.arange(num_rounds)[:, None] >= limits] = math.inf
-    starts = np.cumsum(np.append(0.0, durations.max(axis=1)))[:-1]
-    times = starts[:, None] + durations
-    workers = np.argsort(times, axis=1, kind="stable")
-    times = np.take_along_axis(times, workers, axis=1).ravel()[:num_steps]
-    return workers.ravel()[:num_steps][times < math.inf], times[times < math.inf]

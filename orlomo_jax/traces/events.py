@@ -1,44 +1,44 @@
-"""Applies the events of a trace: losses, re-dispatches, joins and leaves."""
+"""Applies the events of a trace to a server or planner."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import Protocol
 
-from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.traces.trace_validation import TraceEvent
 
 
 class Dispatches(Protocol):
-    """What events act on: a server, or a planner."""
+    """The part of a server or planner that events need."""
 
     def held(self, worker: int) -> object | None:
-        """Return what the worker holds."""
+        """Return the worker's task, or None."""
 
     def dispatch(self, worker: int) -> object:
         """Send the worker a task."""
 
     def release(self, worker: int) -> object:
-        """Give up the worker's report."""
+        """Remove the worker's task; its report is lost."""
 
 
 class Events:
     """The events of a trace, by step."""
 
     def __init__(self, trace: ArrivalTrace) -> None:
-        """Sort them."""
+        """Index the events by step."""
         self._by_step: defaultdict[int, list[TraceEvent]] = defaultdict(list)
         for event in trace.events:
             self._by_step[event.step].append(event)
 
     def apply(self, step: int, to: Dispatches) -> None:
-        """Do what happens before the arrival of ``step``."""
+        """Apply the events before the arrival at ``step``."""
         for event in self._by_step.get(step, ()):
             apply_event(event, to)
 
 
 def apply_event(event: TraceEvent, to: Dispatches) -> None:
-    """Do what an event says."""
+    """Dispatch or release the event's worker."""
     if event.kind in ("redispatched", "joined"):
         to.dispatch(event.worker)
     elif to.held(event.worker) is not None:

@@ -1,4 +1,4 @@
-"""The order of arrivals that a run follows: who reported when, from which parameters."""
+"""Defines the arrival trace: which worker reports at each step, from which model version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orlomo_jax.checks import check_count
-from orlomo_jax.traces.arrival_order import (
+from orlomo_jax.traces.trace_validation import (
     TraceEvent,
     check_arrival_order,
     check_times,
@@ -26,23 +26,24 @@ _FORMAT = "orlomo_jax.ArrivalTrace"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrivalTrace:
-    """The order of arrivals: who reports at each of T steps, from which parameters, and when.
+    """The worker, model version and time of each of T arrivals, and the events between them.
 
-    After step t the worker that reported is sent w_{t+1}; in a synchronous trace it waits for all K
-    first. The events of a synchronous trace are losses and re-dispatches alone: the barrier would
-    wait for ever for a worker that has left.
+    After step t the worker that reported is sent w_{t+1}; in a synchronous trace it first waits for
+    all K workers. A synchronous trace cannot contain joins and leaves, because its barrier needs
+    all K workers.
 
-    ``rounds`` and ``dispatched_at`` are data, checked against what the arrivals and the events
-    leave in each worker's hands. Arrays are copied and read-only.
+    ``rounds`` and ``dispatched_at`` follow from the arrivals and events; given values are compared
+    with them. Arrays are copied and read-only.
 
     Attributes:
         num_workers: K ≥ 1.
         workers: k_t in [0, K), int32[T].
-        rounds: The worker's own round, int32[T]: its dispatches from 0, lost ones counted.
-        dispatched_at: ite(t, k_t), the step of the parameters that it was sent, int32[T].
+        rounds: The worker's own round, int32[T]: its dispatches from 0, including lost ones.
+        dispatched_at: ite(t, k_t), the step of the parameters that the worker was sent (their
+            model version), int32[T].
         times: Virtual seconds of the arrivals, float64[T], finite, ≥ 0 and nondecreasing.
         synchronous: Whether all workers wait for one another; dispatched_at is then K⌊t/K⌋.
-        events: Losses and changes of membership, by step.
+        events: Losses, re-dispatches, joins and leaves, by step.
 
     Raises:
         TypeError, ValueError: If a field is malformed or contradicts another; the message names
@@ -65,7 +66,7 @@ class ArrivalTrace:
     events: tuple[TraceEvent, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check every field, and keep read-only copies of the arrays."""
+        """Check every field and make read-only copies of the arrays."""
         order = check_arrival_order(self.workers, self.num_workers, self.synchronous, self.events)
         checked = order._asdict() | {"times": check_times(self.times, len(order.workers))}
         for name in ("rounds", "dispatched_at"):
@@ -85,10 +86,10 @@ class ArrivalTrace:
         synchronous: bool = False,
         events: Iterable[tuple[int, str, int]] = (),
     ) -> ArrivalTrace:
-        """Return the trace in which the workers report in this order, any order at all.
+        """Return the trace in which the workers report in this order.
 
-        Of a synchronous trace, each K reports must come from all K workers. ``times`` None is
-        1, 2, …, T.
+        Any order is valid; in a synchronous trace, each K reports must come from all K workers. If
+        ``times`` is None, the times are 1, 2, …, T.
 
         Example:
             >>> events = [(1, "lost", 1), (2, "redispatched", 1)]
@@ -109,45 +110,45 @@ class ArrivalTrace:
 
     @property
     def delays(self) -> np.ndarray:
-        """τ_t = t − ite(t, k_t), the reports applied since the dispatch, int32[T]."""
+        """τ_t = t − ite(t, k_t), the delay (staleness) of each report, int32[T]."""
         return np.arange(self.num_steps, dtype=np.int32) - self.dispatched_at
 
     def arrival(self, step: int) -> tuple[float, int, int]:
-        """Return time, worker and delay of the arrival at step t."""
+        """Return (time, worker, delay) of the arrival at a step."""
         delay = step - int(self.dispatched_at[step])
         return float(self.times[step]), int(self.workers[step]), delay
 
     @property
     def max_delay(self) -> int:
-        """The largest delay; 0 where nothing arrived."""
+        """The largest delay; 0 for an empty trace."""
         return int(self.delays.max(initial=0))
 
     @property
     def late_joiners(self) -> set[int]:
-        """The workers who are absent at the start and join later."""
+        """The workers that are absent at the start and join later."""
         return late_joiners(self.events)
 
     @property
     def in_flight(self) -> np.ndarray:
-        """ite(T, k), the step of the parameters that worker k holds at the end, −1 for none.
+        """ite(T, k), the model version that worker k holds at the end, −1 for none; int32[K].
 
-        int32[K]. In an asynchronous trace without events Σ_k (T − ite(T, k)) + Σ_t τ_t = (K − 1)T.
+        In an asynchronous trace without events, Σ_k (T − ite(T, k)) + Σ_t τ_t = (K − 1)T.
         """
         order = check_arrival_order(self.workers, self.num_workers, self.synchronous, self.events)
         return order.in_flight
 
     def __eq__(self, other: object) -> bool:
-        """Whether every field is the same, arrays entry by entry."""
+        """Return whether all fields are equal, arrays entry by entry."""
         if not isinstance(other, ArrivalTrace):
             return NotImplemented
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _FIELDS)
 
     def digest(self, num_steps: int | None = None) -> str:
-        """Return a hexadecimal SHA-256 of all fields: equal for equal traces.
+        """Return a hexadecimal SHA-256 of all fields.
 
         Args:
-            num_steps: Of the run up to this step alone, the same for every trace that goes on from
-                it: of these arrivals, the events before them, and who is absent at the start.
+            num_steps: If given, only the first ``num_steps`` arrivals, the events before them and
+                the workers absent at the start count. So every continuation has the same digest.
         """
         events: Any = self.events
         if num_steps is not None:
@@ -161,7 +162,7 @@ class ArrivalTrace:
         return content.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace to a file as JSON text, all of it or nothing."""
+        """Write the trace to a JSON file, atomically."""
         data: dict[str, Any] = {"format": _FORMAT, "version": 1}
         for name in _FIELDS:
             value = getattr(self, name)
@@ -180,13 +181,13 @@ class ArrivalTrace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ArrivalTrace:
-        """Read a trace that :meth:`save`, or a person, wrote.
+        """Read a trace written by :meth:`save` or by hand.
 
-        By hand, ``{"format": "orlomo_jax.ArrivalTrace", "num_workers": 2, "workers": [0, 1, 0]}``
-        is enough; ``times``, ``synchronous`` and ``events`` are as in :meth:`from_workers`.
+        ``{"format": "orlomo_jax.ArrivalTrace", "num_workers": 2, "workers": [0, 1, 0]}`` is a
+        complete file; ``times``, ``synchronous`` and ``events`` are as in :meth:`from_workers`.
 
         Raises:
-            ValueError: If the file holds no trace; the message names it and what is wrong.
+            ValueError: If the file is not a trace; the message names the file and the error.
         """
         path = Path(path)
         try:

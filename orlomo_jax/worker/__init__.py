@@ -1,4 +1,4 @@
-"""The worker's side: local rounds, batches, and the workload of a run."""
+"""The worker's side: local rounds, batches and the workload."""
 
 from orlomo_jax.worker.host_batches import HostBatches as HostBatches
 from orlomo_jax.worker.local_round import RoundResult as RoundResult

@@ -1,4 +1,4 @@
-"""Whether a batch function gives the same whenever it is traced."""
+"""Checks that a batch function depends on its arguments only."""
 
 from __future__ import annotations
 
@@ -15,31 +15,26 @@ from orlomo_jax.trees import Array
 from orlomo_jax.worker.host_batches import HostBatches
 
 _ADVICE = (
-    "`batch_fn` must be a function of its arguments alone: it is traced once, and that one batch "
-    "would come in every round. Index arrays by `worker` and `round`, or pass Python code as "
-    "HostBatches"
+    "`batch_fn` must be a function of its arguments alone: it is traced once, so every round would "
+    "get that one batch. Index arrays by `worker` and `round`, or pass Python code as HostBatches"
 )
 
 
 def check_batch_fn(batch_fn: Callable, key: Array) -> None:
-    """Trace a batch function twice, and compare the constants that it brings along.
-
-    Raises:
-        TypeError: If they differ, as those of a data loader or of NumPy's random numbers do.
-    """
+    """Raise TypeError if two traces of a batch function have different constants."""
     if isinstance(batch_fn, HostBatches):
         return
     first, second = _constants(batch_fn, key), _constants(batch_fn, key)
-    same_number = len(first) == len(second)  # else it has kept what it computed at first
+    same_number = len(first) == len(second)  # not if the function caches its first results
     if same_number and not all(map(_equal, first, second)):
-        raise TypeError(f"{_ADVICE}. Two calls gave different batches; both are used up")
+        raise TypeError(f"{_ADVICE}. Two calls returned different batches")
 
 
 def _constants(batch_fn: Callable, key: Array) -> list[Any]:
-    """Return arrays and numbers of a function's program that do not depend on its arguments."""
+    """Return the constant arrays and numbers in a function's program."""
     function = getattr(batch_fn, "func", batch_fn)  # of a Partial
     args, keywords = getattr(batch_fn, "args", ()), getattr(batch_fn, "keywords", {})
-    while isinstance(function, jax.stages.Wrapped):  # jax.jit would remember the first call
+    while isinstance(function, jax.stages.Wrapped):  # jax.jit would cache the first trace
         function = inspect.unwrap(function, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
     try:
         closed = jax.make_jaxpr(lambda *rest: function(*args, *rest, **keywords))(

@@ -1,4 +1,4 @@
-"""Which parameters are frozen: by a mask, or by a rule whose updates of them are zero."""
+"""Finds the frozen parameters, from a mask or from a rule's zero updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orlomo_jax.trees import PyTree
 
 
 class Mask(NamedTuple):
-    """A tree of bools, or a function of params to one; hashable.
+    """A hashable tree of bools, or a function that maps params to such a tree.
 
     Attributes:
         function: The function, or None.
@@ -33,11 +33,7 @@ class Mask(NamedTuple):
 
     @classmethod
     def of(cls, frozen: Any) -> Mask:
-        """Return the mask of a tree of bools or a function to one.
-
-        Raises:
-            TypeError: If a leaf is not a bool.
-        """
+        """Return the mask of a tree of bools, or of a function that returns one."""
         if isinstance(frozen, Mask):
             return frozen
         if callable(frozen):
@@ -50,11 +46,7 @@ class Mask(NamedTuple):
         return cls(None, tuple(map(bool, values)), structure)
 
     def leaves(self, params: PyTree) -> list[bool]:
-        """Return whether each leaf of params is frozen.
-
-        Raises:
-            ValueError: If the mask is not like params or its first levels.
-        """
+        """Return for each leaf of params whether it is frozen."""
         if self.function is not None:
             return Mask.of(self.function(params)).leaves(params)
         mask = jax.tree.unflatten(self.structure, self.values)
@@ -70,13 +62,13 @@ class Mask(NamedTuple):
 
 
 def zero_updates(rule: Any, params: PyTree, *, momentum: bool) -> list[bool]:
-    """Return for each leaf of params whether the rule's update of it is zero, whatever is reported.
+    """Return for each leaf of params whether the rule's update of it is always zero.
 
-    This is read off the rule's program, in which such an update is a constant.
+    Such an update is a constant in the rule's jaxpr.
 
     Args:
         rule: A server rule, possibly in a chain.
-        params: Arrays, traced or abstract ones too.
+        params: Arrays, which may be traced or abstract.
         momentum: Whether reports have a momentum.
 
     Example:
@@ -95,13 +87,13 @@ def zero_updates(rule: Any, params: PyTree, *, momentum: bool) -> list[bool]:
 
     try:
         program = jax.make_jaxpr(updates)(like, LocalUpdate(like, like if momentum else None))
-    except Exception:  # of a rule that fails: the server's step tells it in full
+    except Exception:  # the rule fails; the server step will raise the full error
         return [False] * len(jax.tree.leaves(params))
     return _zeros(program.jaxpr)
 
 
 def _zeros(jaxpr: Any) -> list[bool]:
-    """Return which results of a program are constants of zeros."""
+    """Return for each result of a jaxpr whether it is a constant zero."""
     zero: set[Any] = set()
 
     def is_zero(atom: Any) -> bool:

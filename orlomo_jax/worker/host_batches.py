@@ -1,4 +1,4 @@
-"""Batches that Python makes on the host: data loaders, memory-mapped files."""
+"""Runs Python code that makes batches on the host, such as data loaders."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from orlomo_jax.checks import check_count
 
 
 class HostBatches:
-    """Batches made on the host, outside of compiled programs, ahead of time.
+    """Batches that Python code makes on the host, ahead of time.
 
-    Pass it as ``batch_fn``. The eager engine, threads and Ray call it; a compiled segment cannot.
-    A worker's rounds count up, and a lost round uses up its batch, so that a run, its replay and a
-    resumed run train on the same batches.
+    Pass it as ``batch_fn``. It works with the eager engine, threads and Ray, but not with the
+    compiled engine. A lost round uses up its batch, so a run, its replay and a resumed run train on
+    the same batches.
 
     Args:
-        make: ``make(worker, first_round)`` returns an iterator over the batches of that worker,
-            from that round on: trees of NumPy arrays with a leading axis S, of the same shapes in
+        make: ``make(worker, first_round)`` returns an iterator over that worker's batches, starting
+            with that round: trees of NumPy arrays with a leading axis S and the same shapes in
             every round. It is called again when a run resumes or steps back.
         prefetch: How many rounds ahead to compute in a background thread, ≥ 0.
 
     Raises:
-        TypeError, ValueError: If an argument is of a wrong type or out of range.
+        TypeError, ValueError: If an argument has a wrong type or is out of range.
 
     Example:
         >>> import numpy as np
@@ -44,7 +44,7 @@ class HostBatches:
     """
 
     def __init__(self, make: Callable[[int, int], Iterator[Any]], prefetch: int = 2) -> None:
-        """Start nothing yet."""
+        """Keep the arguments; threads start at the first batch."""
         if not callable(make):
             raise TypeError(f"`make` must be a function of (worker, first_round), got {make!r}")
         self.make, self.prefetch = make, check_count("prefetch", prefetch)
@@ -57,15 +57,11 @@ class HostBatches:
         return cls(_Counted(function), prefetch)
 
     def __reduce__(self) -> tuple:
-        """Leave iterators and threads out of a pickle."""
+        """Pickle without iterators and threads."""
         return HostBatches, (self.make, self.prefetch)
 
     def __call__(self, worker: int, round: int) -> Any:
-        """Return the batches of a worker's round.
-
-        Raises:
-            ValueError: If the worker's iterator has ended.
-        """
+        """Return the batches of a worker's round; raise ValueError if its iterator has ended."""
         with self._lock:
             if worker not in self._loaders:
                 self._loaders[worker] = _Loader(partial(self.make, worker), worker, self.prefetch)
@@ -73,7 +69,7 @@ class HostBatches:
         return loader.get(round)
 
     def argument(self, worker: int, round: int) -> jax.tree_util.Partial:
-        """Return a batch function that returns the batches of this round."""
+        """Return a batch function that returns this round's batches."""
         return jax.tree_util.Partial(_given, self(int(worker), int(round)))
 
 
@@ -95,7 +91,7 @@ def _given(batches: Any, key: Any, worker: Any, round: Any) -> Any:
 
 
 class _Stream:
-    """An iterator over a worker's batches from one round on."""
+    """An iterator over a worker's batches, starting with one round."""
 
     def __init__(self, make: Callable[[int], Iterator[Any]], worker: int, first_round: int) -> None:
         self._make, self._worker, self._first = make, worker, first_round
@@ -114,7 +110,7 @@ class _Stream:
 
 
 class _Loader:
-    """The batches of one worker, read ahead by one thread."""
+    """Reads the batches of one worker ahead, in one thread."""
 
     def __init__(self, make: Callable[[int], Iterator[Any]], worker: int, prefetch: int) -> None:
         self._open = partial(_Stream, make, worker)
@@ -122,12 +118,12 @@ class _Loader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"orlomo batches {worker}")
         self._lock = threading.Lock()
         self._stream = self._open(0)
-        self._futures: dict[int, Future[Any]] = {}  # by round; the newest one returned stays
-        self._next = 0  # the first round that is not requested yet
+        self._futures: dict[int, Future[Any]] = {}  # by round, from the last one returned
+        self._next = 0  # the first round that has not been requested
 
     def get(self, round: int) -> Any:
         with self._lock:
-            if round not in self._futures and round != self._next:  # resumed, or a step back
+            if round not in self._futures and round != self._next:  # the run resumed or went back
                 self._stream, self._futures, self._next = self._open(round), {}, round
             for ahead in range(self._next, round + self._prefetch + 1):
                 self._futures[ahead] = self._pool.submit(self._stream.read, ahead)

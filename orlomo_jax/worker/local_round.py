@@ -1,4 +1,4 @@
-"""A worker's local round: S steps of momentum SGD from the parameters that it was sent."""
+"""Defines the local round: S steps of momentum SGD from the parameters sent to the worker."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from orlomo_jax.worker.protocols import LossFn
 
 
 class RoundResult(NamedTuple):
-    """What a local round returns.
+    """The result of a local round.
 
     Attributes:
         update: Δw and Δu, trees like params; Δu is None for plain SGD.
         model_state: The model state after the last step.
         loss: float[S], the loss before each step.
         metrics: The metrics of ``loss_fn``, stacked over a leading axis S.
-        finite: bool[], whether update, model state and losses are free of NaN and Inf.
+        finite: bool[], whether update, model state and losses have no NaN or Inf.
     """
 
     update: contract.LocalUpdate
@@ -58,32 +58,32 @@ def local_momentum_sgd(
 
     Args:
         loss_fn: ``loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics))`` with
-            a scalar loss; ``key`` is this step's own.
-        num_local_steps: S ≥ 1.
-        momentum: β in [0, 1); None is plain SGD, w̃_{s+1} = w̃_s − γg_s, which reports no momentum
-            (AL-SGD, local OrMo-DA).
+            a scalar loss; ``key`` differs in every step.
+        num_local_steps: S ≥ 1 (H in the DiLoCo papers).
+        momentum: β in [0, 1). None is plain SGD, w̃_{s+1} = w̃_s − γg_s, without a momentum in the
+            report (AL-SGD, local OrMo-DA).
         weight_decay: Coefficient ≥ 0 of the parameters, added to the gradient.
-        gradient_transform: Applied to the gradient before weight decay and momentum (clipping,
-            say); initialised anew each round.
-        unroll: As in ``jax.lax.scan``. None is True on a CPU where the loss convolves and 1
-            elsewhere: XLA runs convolution gradients inside a rolled loop on CPU 6 to 39 times
-            slower, and matrix products up to twice as fast as unrolled.
-        frozen: Which parameters stay as they are: a tree of bools like params or like its first
-            levels, or a function of params to one. They get no gradient, no weight decay and no
+        gradient_transform: Applied to the gradient before weight decay and momentum, for example
+            clipping. Its state starts afresh in each round.
+        unroll: As in ``jax.lax.scan``. None is True on a CPU if the loss contains a convolution,
+            else 1: on a CPU, XLA runs convolution gradients much slower inside a loop, but matrix
+            products faster.
+        frozen: The parameters that are not trained: a tree of bools like params or like its first
+            levels, or a function that maps params to one. They have no gradient, weight decay or
             momentum; their Δw and Δu are 0.
 
     Returns:
         ``round_fn(params, model_state, batches, local_learning_rate, key, *, momentum=None)``, a
-        jitted function that returns a :class:`RoundResult`. Parameters of 16 bits are kept in
-        float32 within the round: ``loss_fn`` sees them rounded, Δw and Δu are float32. The leaves
-        of ``batches`` have a leading axis S; ``local_learning_rate`` is γ; ``key`` a
-        ``jax.random.key``; ``momentum`` the starting buffer ũ_0, a tree like params (PRSGDm).
+        jitted function that returns a :class:`RoundResult`. It keeps 16-bit parameters in float32:
+        ``loss_fn`` gets them rounded, and Δw and Δu are float32. The leaves of ``batches`` have a
+        leading axis S, ``local_learning_rate`` is γ, ``key`` is a ``jax.random.key``, and
+        ``momentum`` is the starting buffer ũ_0, a tree like params (PRSGDm).
 
     Raises:
-        ValueError: If a concrete hyperparameter is out of range, a leaf of ``batches`` has not the
-            leading axis S, the learning rate is no scalar, or plain SGD is given a starting
+        ValueError: If a concrete hyperparameter is out of range, a leaf of ``batches`` does not
+            have the leading axis S, the learning rate is not a scalar, or plain SGD gets a starting
             momentum.
-        TypeError: If a hyperparameter is of a wrong type, or a leaf of params is not floating.
+        TypeError: If a hyperparameter has a wrong type, or a leaf of params is not floating.
 
     Example:
         >>> import jax
@@ -108,10 +108,7 @@ def local_momentum_sgd(
 
 @dataclass(frozen=True, eq=False)
 class LocalRound:
-    """A jitted local round, see :func:`local_momentum_sgd`; its fields are the arguments of that.
-
-    Equal arguments give the same object, so that nothing is compiled twice.
-    """
+    """A jitted local round; its fields are the arguments of :func:`local_momentum_sgd`."""
 
     loss_fn: LossFn
     num_local_steps: int
@@ -122,11 +119,11 @@ class LocalRound:
     frozen: Mask | None = None
 
     def __post_init__(self) -> None:
-        """Keep one jitted function for all calls."""
+        """Create one jitted function for all calls."""
         object.__setattr__(self, "_jitted", jax.jit(self._run))
 
     def __reduce__(self) -> tuple:
-        """Leave the jitted function out of a pickle."""
+        """Pickle without the jitted function."""
         return LocalRound, tuple(getattr(self, field.name) for field in fields(self))
 
     def __call__(
@@ -153,7 +150,7 @@ class LocalRound:
             trees.check_like("momentum", momentum, params)
         params = jax.tree.map(jnp.asarray, params)
         split = _Split(params, None if self.frozen is None else self.frozen.leaves(params))
-        # Steps in bfloat16 would be lost to rounding: parameters and buffer are in float32.
+        # In bfloat16, rounding would lose most steps: parameters and buffer are in float32.
         start = trees.widened(split.trained(params))
         buffer = None
         if self.momentum is not None:
@@ -174,7 +171,7 @@ class LocalRound:
 
             gradient_fn = jax.value_and_grad(loss_of, has_aux=True)
             (loss, (model_state, metrics)), gradient = gradient_fn(seen)
-            # JAX's gradient of a complex parameter points along the conjugate of the ascent.
+            # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
             gradient = [jnp.conj(x) for x in gradient]
             if transform is not None:
                 whole = split.whole(gradient, frozen=jnp.zeros_like)
@@ -205,26 +202,25 @@ class LocalRound:
 
 
 class _Split:
-    """The leaves of a tree that are trained, and those that are frozen."""
+    """Splits trees like params into trained and frozen leaves."""
 
     def __init__(self, params: trees.Params, frozen: list[bool] | None) -> None:
         self._leaves, self._structure = jax.tree.flatten(params)
         self._frozen = [False] * len(self._leaves) if frozen is None else frozen
 
     def trained(self, tree: PyTree) -> list[Array]:
-        """Return the leaves of a tree like params that are trained."""
         leaves = jax.tree.leaves(tree)
         return [x for x, frozen in zip(leaves, self._frozen, strict=True) if not frozen]
 
     def rounded(self, trained: list[Array]) -> list[Array]:
-        """Return trained leaves in the dtypes of params, as the loss sees them."""
+        """Return trained leaves in the dtypes of params, as ``loss_fn`` gets them."""
         wanted = self.trained(self._leaves)
         return [x.astype(like.dtype) for x, like in zip(trained, wanted, strict=True)]
 
     def whole(
         self, trained: list[Any], frozen: Callable[[Array], Array] = lambda x: x
     ) -> trees.Params:
-        """Return a tree like params of trained leaves and of a function of the frozen ones."""
+        """Return a tree like params from trained leaves; ``frozen`` maps the other leaves."""
         trained_leaves = iter(trained)
         leaves = [
             frozen(x) if is_frozen else next(trained_leaves)
@@ -238,7 +234,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _check_loss(result: Any, model_state: PyTree) -> Any:
-    """Return what ``loss_fn`` returned; raise where it is not of the form that is asked for."""
+    """Return the result of ``loss_fn``; raise if its form is wrong."""
     wanted = "`loss_fn` must return (loss, (model_state, metrics))"
     if not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"{wanted}, got {type(result).__name__}")
@@ -247,12 +243,12 @@ def _check_loss(result: Any, model_state: PyTree) -> Any:
         raise TypeError(f"{wanted}, got (loss, {type(aux).__name__})")
     if np.shape(loss) != ():
         raise ValueError(f"{wanted} with a scalar loss, got a loss of shape {np.shape(loss)}")
-    trees.check_like("loss_fn's model_state", aux[0], model_state, dtypes=False)
+    trees.check_like("loss_fn's model_state", aux[0], model_state)
     return result
 
 
 def convolves(function: Callable, *args: Any) -> bool:
-    """Return whether a function of (possibly abstract) arrays contains a convolution.
+    """Return whether a function contains a convolution; its arguments may be abstract.
 
     Example:
         >>> convolves(jnp.convolve, jnp.ones(3), jnp.ones(2)), convolves(jnp.dot, 1.0, 1.0)
@@ -262,7 +258,7 @@ def convolves(function: Callable, *args: Any) -> bool:
 
 
 def _unroll(unroll: int | bool | None, local_step: Callable, carry: Any, steps: Any) -> int | bool:
-    """Choose how far to unroll the loop over local steps (see :func:`local_momentum_sgd`)."""
+    """Return ``unroll``, or its default; see :func:`local_momentum_sgd`."""
     if unroll is not None:
         return unroll
     if jax.default_backend() != "cpu":

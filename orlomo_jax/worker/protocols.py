@@ -1,4 +1,4 @@
-"""The functions that users write, as protocols for type checkers."""
+"""Defines protocols for the functions that users write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LossFn(Protocol):
     def __call__(
         self, params: Params, model_state: PyTree, batch: PyTree, key: Array, /
     ) -> tuple[Array, tuple[PyTree, PyTree]]:
-        """Return (loss float[], (model_state, metrics)); ``key`` is this local step's own."""
+        """Return (loss float[], (model_state, metrics)); ``key`` differs in every local step."""
         ...
 
 
@@ -27,7 +27,7 @@ class BatchFn(Protocol):
 
 
 class RoundFn(Protocol):
-    """A local round: S steps from the parameters that the worker was sent."""
+    """A local round: S steps from the parameters sent to the worker."""
 
     def __call__(
         self,

@@ -21,27 +21,27 @@ class CastRound:
     wire_dtype: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> RoundResult:
-        """Return the round's result, Δw and Δu rounded."""
+        """Return the round's result with rounded Δw and Δu."""
         info = jnp.finfo(self.wire_dtype)
 
-        def leaf(x):  # a cast there and back would be optimised away
+        def leaf(x):  # XLA would remove a cast to the dtype and back
             fits = wire_dtype(x.dtype, self.wire_dtype) != x.dtype
             return jax.lax.reduce_precision(x, info.nexp, info.nmant) if fits else x
 
         result = self.round_fn(*args, **kwargs)
-        update = jax.tree.map(leaf, result.update)  # which may overflow
+        update = jax.tree.map(leaf, result.update)  # may overflow
         return result._replace(update=update, finite=result.finite & all_finite(update))
 
 
 def cast_reports(round_fn: Callable[..., RoundResult], dtype: Any) -> CastRound:
-    """Return a round that rounds Δw and Δu to ``dtype``, and reports them in the leaves' own.
+    """Return a round that rounds Δw and Δu to ``dtype``, but keeps the dtypes of the leaves.
 
-    :class:`~orlomo_jax.RayWorkers` sends them over the wire in ``dtype``, which loses nothing more:
-    the simulator and all runtimes give the same with the same round.
+    :class:`~orlomo_jax.RayWorkers` sends them in ``dtype``, without further loss. The simulator and
+    all runtimes give the same results with the same round.
 
     Args:
-        round_fn: As from :func:`~orlomo_jax.local_momentum_sgd`.
-        dtype: A floating dtype; leaves that are no wider stay as they are.
+        round_fn: A local round, for example of :func:`~orlomo_jax.local_momentum_sgd`.
+        dtype: A floating dtype; leaves that are not wider are unchanged.
 
     Raises:
         TypeError: If ``dtype`` is not floating.
@@ -61,6 +61,6 @@ def cast_reports(round_fn: Callable[..., RoundResult], dtype: Any) -> CastRound:
 
 
 def wire_dtype(dtype: Any, narrow: Any) -> Any:
-    """Return the narrower of a real floating leaf's dtype and ``narrow``, else the leaf's own."""
+    """Return ``narrow`` if ``dtype`` is real, floating and wider, else ``dtype``."""
     fits = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(narrow).itemsize < dtype.itemsize
     return narrow if fits else dtype

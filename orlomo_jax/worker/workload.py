@@ -1,4 +1,4 @@
-"""The work of a run: batches, local round and finite check, one compiled program on all engines."""
+"""Defines the workload: batches, local round and finite check as one compiled program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NONE = np.int32(-1)
 
 
 def as_batch_fn(batch_fn: Callable) -> Callable:
-    """Return a traced batch function as a ``Partial``, and HostBatches as they are."""
+    """Return a batch function as a ``Partial``, and HostBatches unchanged."""
     return batch_fn if isinstance(batch_fn, HostBatches) else trees.as_partial(batch_fn)
 
 
@@ -33,13 +33,12 @@ def check_key(key: Any) -> None:
 
 
 class RoundInput(NamedTuple):
-    """What a worker starts a round from.
+    """The inputs of a local round.
 
     Attributes:
-        params: w_t, in the dtypes of the model. Shared with the server and other tasks: do not
-            donate it.
+        params: w_t, in the dtypes of the model. The server and other tasks share it: do not donate.
         model_state: The server's model state, or None.
-        momentum: The buffer to start from (PRSGDm), else None.
+        momentum: The starting buffer ũ_0 (PRSGDm), else None.
         local_learning_rate: γ at the server's step, float32[].
     """
 
@@ -54,20 +53,20 @@ class RoundMetrics(NamedTuple):
 
     Attributes:
         loss: float[].
-        metrics: Those of ``loss_fn``.
+        metrics: The metrics of ``loss_fn``.
     """
 
-    loss: Array
+    loss: Array | float
     metrics: PyTree
 
     @classmethod
     def of(cls, result: RoundResult) -> RoundMetrics:
-        """Return the means of a result."""
+        """Return the means over a result's local steps."""
         return cls(result.loss.mean(), jax.tree.map(lambda x: x.mean(0), result.metrics))
 
 
 class Workload(NamedTuple):
-    """What every worker of a run computes.
+    """The computation of every worker of a run.
 
     Attributes:
         round_fn: The local round.
@@ -84,8 +83,13 @@ class Workload(NamedTuple):
 
     @classmethod
     def of(cls, round_fn: Callable, batch_fn: Callable, key: Array) -> Workload:
-        """Split the run's key, and make the batch function's arrays arguments of programs."""
+        """Split the run's key, and turn the batch function into a ``Partial``."""
         return cls(round_fn, as_batch_fn(batch_fn), *jax.random.split(key))
+
+    @property
+    def keys(self) -> tuple[Array, Array]:
+        """The keys of batches and rounds."""
+        return self.data_key, self.noise_key
 
     def run(
         self,
@@ -95,31 +99,31 @@ class Workload(NamedTuple):
         step: Any = 0,
         first_nonfinite: Any = _NONE,
     ) -> tuple[RoundResult, RoundMetrics, Array]:
-        """Run one round: the same program in the simulator and in every runtime.
+        """Run one round; the simulator and every runtime use the same program.
 
         Args:
             worker: k.
             round: The number of tasks that the worker was sent before.
-            start: What the round starts from.
-            step: The server's step, kept by ``first_nonfinite``.
+            start: The round's inputs.
+            step: The server's step, which ``first_nonfinite`` becomes if this round is the first.
             first_nonfinite: The step of the first non-finite round so far, −1 for none.
 
         Returns:
-            The result, its metrics, and ``first_nonfinite`` with this round counted in.
+            The result, its metrics, and the new ``first_nonfinite``.
         """
         return self._program(*self._arguments(worker, round, start, step, first_nonfinite))
 
     def compile(self, worker: int, round: int, start: RoundInput) -> None:
-        """Compile the program of :meth:`run`, if that is not done yet; run nothing."""
+        """Compile the program of :meth:`run` without running it."""
         self._program.lower(*self._arguments(worker, round, start, 0, _NONE)).compile()
 
     def shapes(self, start: RoundInput) -> tuple[RoundResult, RoundMetrics]:
-        """Return the shapes of a round's result and metrics; nothing is computed."""
+        """Return the shapes of a round's result and metrics, without computing them."""
         result, metrics, _ = jax.eval_shape(self._program, *self._arguments(0, 0, start, 0, _NONE))
         return result, metrics
 
     def convolves(self, start: RoundInput) -> bool:
-        """Return whether a round convolves; traced only once for each round function."""
+        """Return whether a round contains a convolution; trace each round function once."""
         if self.round_fn not in _convolves:
             batch_fn, start, *_ = self._arguments(0, 0, start, 0, _NONE)
             batches = jax.eval_shape(batch_fn, self.data_key, np.int32(0), np.int32(0))

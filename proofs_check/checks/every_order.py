@@ -103,16 +103,22 @@ def production_run(
         )
 
         def step(carry, arrival):
-            params, state = carry
-            index, slot = arrival
+            params, state, owners = carry
+            index, slot, number = arrival
+            worker = owners[slot]
             du = basis[slot] if worker_momentum else None
             report = LocalUpdate(delta=basis[num_slots + slot], momentum=du)
-            updates, state = server.update(report, state, params, dispatched_at=index)
+            updates, state = server.update(
+                report, state, params, dispatched_at=index, worker=worker
+            )
             params = optax.apply_updates(params, updates)
-            return (params, state), (momentum_of(state), params)
+            owners = owners.at[num_workers + number].set(worker, mode="drop")
+            return (params, state, owners), (momentum_of(state), params)
 
-        start = basis[-1]
-        _, history = jax.lax.scan(step, (start, server.init(start)), (dispatched_at, slots))
+        start, numbers = basis[-1], jnp.arange(len(slots))
+        # Slots 0 … K−1 are the workers' first rounds; step t dispatches slot K + t.
+        carry = start, server.init(start), jnp.arange(num_slots) % num_workers
+        _, history = jax.lax.scan(step, carry, (dispatched_at, slots, numbers))
         return history
 
     return jax.jit(jax.vmap(run_one, in_axes=(0, 0, None, None, None, None)))

@@ -46,9 +46,11 @@ def test_poison_is_of_every_kind(tmp_path):
 
 def test_a_driver_that_fails_by_itself_is_reported(tmp_path):
     (tmp_path / "arrivals.jsonl").write_text("garbage\n")
-    with pytest.raises(SystemExit, match=r"log\.txt, which ends with\n.*is no line of a journal"):
+    with pytest.raises(
+        SystemExit, match=r"log\.txt, which ends with\n.*is not a line of a journal"
+    ):
         chaos.main(["--kills", "1", "--folder", str(tmp_path)])
-    assert "arrivals.jsonl:1 is no line of a journal" in (tmp_path / "log.txt").read_text()
+    assert "arrivals.jsonl:1 is not a line of a journal" in (tmp_path / "log.txt").read_text()
 
 
 def test_without_ray_the_command_says_which_extra_to_install(monkeypatch):

@@ -25,7 +25,7 @@ from orlomo_jax import (
 )
 from tests.support import real_runs, toy
 from tests.support.real_runs import Killed, killed_at
-from tests.support.toy import PARAMS, STATE, K, batch_fn, loss_fn, method_of, schedule
+from tests.support.toy import PARAMS, STATE, batch_fn, loss_fn, method_of, schedule
 
 T = 20
 
@@ -221,7 +221,9 @@ def test_a_csv_log_takes_an_empty_file_and_half_a_line(tmp_path):
 
 def test_another_file_is_no_csv_log(tmp_path):
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"mine\.csv is not a file of CSVLog: choose another path"):
+    with pytest.raises(
+        ValueError, match=r"mine\.csv was not written by CSVLog: choose another"
+    ):
         simulated("eager")(callbacks=[CSVLog(tmp_path / "mine.csv")])
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
@@ -294,7 +296,7 @@ def test_a_health_log_tells_how_a_real_run_fares():
         steps.append(record.step)
         time.sleep(0.05)
 
-    workers = ThreadWorkers(K, slowdowns=[1, 1, 2])
+    workers = ThreadWorkers(slowdowns=[1, 1, 2])
     real_runs.run(workers=workers, callbacks=[HealthLog(0.2, texts.append), on_step])
     assert 1 <= len(texts) <= len(steps) * 0.05 / 0.2 + 20
     assert all(text.startswith("step ") and "share/idle" in text for text in texts)

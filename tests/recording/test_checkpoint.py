@@ -118,7 +118,7 @@ def test_the_newest_readable_one_wins(tmp_path):
     assert Checkpointer(tmp_path, every=4).steps() == [8, 12, 16]
     shutil.rmtree(tmp_path / "16" / "arrays")
     (tmp_path / "12" / "notes" / "metadata").write_text("{")
-    with pytest.warns(UserWarning, match="16 is damaged and passed over"):
+    with pytest.warns(UserWarning, match="16 is damaged and skipped"):
         resumed = run("al_sgd", Checkpointer(tmp_path, every=4))
     assert_same(resumed, run("al_sgd"))
 
@@ -128,7 +128,7 @@ def test_notes_of_another_step_are_damage(tmp_path):
         run("al_sgd", Checkpointer(tmp_path, every=4, keep=3), kill_at=17)
     shutil.rmtree(tmp_path / "16" / "notes")
     shutil.copytree(tmp_path / "8" / "notes", tmp_path / "16" / "notes")
-    with pytest.warns(UserWarning, match="16 is damaged and passed over: its notes are of step 8"):
+    with pytest.warns(UserWarning, match="16 is damaged and skipped: its notes are of step 8"):
         resumed = run("al_sgd", Checkpointer(tmp_path, every=4))
     assert_same(resumed, run("al_sgd"))
 

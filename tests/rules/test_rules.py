@@ -120,8 +120,8 @@ def test_every_platform_gets_the_same_coefficients(momentum):
         for late in map(jnp.int32, range(10))
     ]
     for here, elsewhere in zip(
-        (ordering._by_branch(*arg) for arg in args),
-        (ordering._behind_a_barrier(*arg) for arg in args),
+        (ordering.by_branch(*arg) for arg in args),
+        (ordering.behind_a_barrier(*arg) for arg in args),
         strict=True,
     ):
         np.testing.assert_allclose(here, elsewhere, rtol=1e-6)

@@ -47,7 +47,7 @@ def assert_reaches_the_workers(workers, dtype=None):
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_reach_threads(name):
     with CONTEXTS[name]():
-        assert_reaches_the_workers(ThreadWorkers(K), float)
+        assert_reaches_the_workers(ThreadWorkers(), float)
 
 
 @pytest.mark.slow
@@ -55,13 +55,13 @@ def test_contexts_reach_ray_actors():
     with contextlib.ExitStack() as stack:
         for name in ("x64", "random bits", "default key", "precision"):
             stack.enter_context(CONTEXTS[name]())
-        result = assert_reaches_the_workers(RayWorkers(K), float)
+        result = assert_reaches_the_workers(RayWorkers(), float)
     assert result.params.dtype == jnp.float64
 
 
 def test_a_thread_computes_on_the_default_device():
     with jax.default_device(jax.devices()[1]):
-        workers = ThreadWorkers(K)
+        workers = ThreadWorkers()
         result = assert_reaches_the_workers(workers)
     assert result.params.devices() == {jax.devices()[1]}
 

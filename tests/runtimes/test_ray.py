@@ -56,7 +56,7 @@ def actors():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])  # one of each kind
 def test_a_run_replays_in_the_simulator_to_the_bit(name):
-    result = run(name, RayWorkers(K, slowdowns=[1, 1, 2]))
+    result = run(name, RayWorkers(slowdowns=[1, 1, 2]))
     assert_replays(result, name)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     assert result.health.sent_bytes > 30 * size
@@ -84,7 +84,7 @@ def test_killed_actors_and_poisoned_reports_are_survived():
         return [report, report] if report.id.round % 2 else [report]
 
     result = run(
-        workers=RayWorkers(K), callbacks=[on_step], fault_injector=inject, num_steps=45, audit=True
+        workers=RayWorkers(), callbacks=[on_step], fault_injector=inject, num_steps=45, audit=True
     )
     lost = [event for event in result.trace.events if event.kind == "lost"]
     assert result.health.lost == len(lost)
@@ -103,10 +103,8 @@ def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
     job = (method, None, batch_fn, PARAMS)
 
     with pytest.raises(Killed):
-        train(
-            *job, RayWorkers(K), journal=tmp_path / "a.jsonl", callbacks=[killed_at(7)], **options
-        )
-    narrow = train(*job, RayWorkers(K), journal=tmp_path / "a.jsonl", **options)
+        train(*job, RayWorkers(), journal=tmp_path / "a.jsonl", callbacks=[killed_at(7)], **options)
+    narrow = train(*job, RayWorkers(), journal=tmp_path / "a.jsonl", **options)
     state, delta = 12, sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     reports = 12 - 7  # of the second process
     assert narrow.health.received_bytes == reports * (delta // 2 + state)
@@ -119,7 +117,7 @@ def test_a_narrow_wire_halves_the_reports_resumes_and_replays(tmp_path):
 
 @pytest.mark.slow
 def test_workers_join_late_and_leave():
-    membership = Membership(K, absent=[2])
+    membership = Membership(absent=[2])
 
     def on_step(record):
         if record.step == 3:
@@ -127,7 +125,7 @@ def test_workers_join_late_and_leave():
         if record.step == 100:
             membership.leave(0)
 
-    result = run(workers=RayWorkers(K), membership=membership, callbacks=[on_step], num_steps=300)
+    result = run(workers=RayWorkers(), membership=membership, callbacks=[on_step], num_steps=300)
     assert [event[1:] for event in result.trace.events] == [("joined", 2), ("left", 0)]
     assert_replays(result)
 
@@ -153,7 +151,7 @@ def raising_in_actors(error):
     ],
 )
 def test_what_the_first_round_raises_ends_the_run_with_the_users_lines(error, seen):
-    job = (method_of("orlomo"), loss_fn, raising_in_actors(error), PARAMS, RayWorkers(K))
+    job = (method_of("orlomo"), loss_fn, raising_in_actors(error), PARAMS, RayWorkers())
     with pytest.raises(seen, match="no such batch") as caught:
         train(*job, num_steps=5, **arguments())
     notes = "".join(caught.value.__notes__)
@@ -167,21 +165,21 @@ def test_actors_with_other_versions_are_refused(monkeypatch):
     found = ray_actor.versions()
     monkeypatch.setattr(ray_workers, "versions", lambda: found | {"jax": "0.0.1"})
     with pytest.raises(RuntimeError, match=rf"driver's jax 0\.0\.1, got jax {found['jax']}"):
-        run(workers=RayWorkers(K))
+        run(workers=RayWorkers())
 
 
 @pytest.mark.slow
 def test_metrics_reach_the_history_and_replay():
     options = arguments() | {"num_steps": 9}
     job = (method_of("orlomo"), with_metrics(), batch_fn, PARAMS)
-    result = train(*job, RayWorkers(K), **options)
+    result = train(*job, RayWorkers(), **options)
     again = simulate(*job, trace=result.trace, engine="eager", **arguments())
     helpers.assert_trees_equal(result.history.metrics, again.history.metrics)
 
 
 @pytest.mark.slow
 def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
-    workers, round_fn = RayWorkers(K), method_of("orlomo").local_round(loss_fn)
+    workers, round_fn = RayWorkers(), method_of("orlomo").local_round(loss_fn)
     workers.open(Workload.of(round_fn, batch_fn, jax.random.key(0)))
     with pytest.raises(RuntimeError, match="in another run"):
         run(workers=workers)
@@ -196,7 +194,7 @@ def test_too_few_processors():
             loss_fn,
             batch_fn,
             PARAMS,
-            RayWorkers(4),
+            RayWorkers(),
             num_steps=5,
             **arguments(),
         )
@@ -221,7 +219,7 @@ def test_without_ray_the_error_names_the_extra():
     code = (
         "import sys; sys.modules['ray'] = None\n"
         "from orlomo_jax import RayWorkers\n"
-        "try: RayWorkers(2)\n"
+        "try: RayWorkers()\n"
         "except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -30,7 +30,7 @@ def assert_like_the_simulators(result, records):
 
 def test_they_are_the_simulators():
     records = []
-    result = train(*JOB, ThreadWorkers(K), num_steps=T, callbacks=[records.append], **arguments())
+    result = train(*JOB, ThreadWorkers(), num_steps=T, callbacks=[records.append], **arguments())
     assert len(records) == T
     assert_like_the_simulators(result, records)
 
@@ -39,16 +39,16 @@ def test_they_are_the_simulators():
 def test_they_survive_a_resumption(every, tmp_path):
     options = arguments() | {"num_steps": T, "checkpoint": Checkpointer(tmp_path, every=every)}
     with pytest.raises(Killed):
-        train(*JOB, ThreadWorkers(K), callbacks=[killed_at(13)], **options)
+        train(*JOB, ThreadWorkers(), callbacks=[killed_at(13)], **options)
     records = []
-    result = train(*JOB, ThreadWorkers(K), callbacks=[records.append], **options)
+    result = train(*JOB, ThreadWorkers(), callbacks=[records.append], **options)
     assert records[0].step == (11 if every == 5 else 1)
     assert_like_the_simulators(result, records)
 
 
 def test_the_journal_holds_them(tmp_path):
     path = tmp_path / "arrivals.jsonl"
-    result = train(*JOB, ThreadWorkers(K), num_steps=4, journal=path, **arguments())
+    result = train(*JOB, ThreadWorkers(), num_steps=4, journal=path, **arguments())
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     assert {len(row["metrics"]) for row in rows} == {4}
     loaded = Journal.load(path)
@@ -60,11 +60,11 @@ def test_the_journal_holds_them(tmp_path):
 def test_another_loss_is_noticed_before_the_first_step(tmp_path):
     options = arguments() | {"num_steps": T, "journal": tmp_path / "arrivals.jsonl"}
     with pytest.raises(Killed):
-        train(*JOB, ThreadWorkers(K), callbacks=[killed_at(5)], **options)
+        train(*JOB, ThreadWorkers(), callbacks=[killed_at(5)], **options)
     other = (METHOD, lambda *args: (args[0]["b"].sum(), (args[1], {"a": 1.0})))
     steps = []
     with pytest.raises(ValueError, match=r"another round_fn\.loss_fn"):
-        train(*other, batch_fn, PARAMS, ThreadWorkers(K), callbacks=[steps.append], **options)
+        train(*other, batch_fn, PARAMS, ThreadWorkers(), callbacks=[steps.append], **options)
     assert not steps
 
 

@@ -43,7 +43,7 @@ def compiled():
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_run_replays_in_the_simulator_to_the_bit(name):
     seen = []
-    result = run(name, ThreadWorkers(K, slowdowns=[1, 1, 3]), callbacks=[seen.append])
+    result = run(name, ThreadWorkers(slowdowns=[1, 1, 3]), callbacks=[seen.append])
     assert (result.status, result.trace.num_steps, len(seen)) == ("finished", T, T)
     assert [record.step for record in seen] == list(range(1, T + 1))
     assert [record.worker for record in seen] == result.trace.workers.tolist()
@@ -52,7 +52,7 @@ def test_a_run_replays_in_the_simulator_to_the_bit(name):
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_lost_round_is_an_event_and_replays(name):
-    workers = Unreliable(K, failing={(k, round) for k in range(K) for round in (0, 1, 3)})
+    workers = Unreliable(failing={(k, round) for k in range(K) for round in (0, 1, 3)})
     result = run(name, workers)
     kinds = [event.kind for event in result.trace.events]
     lost = kinds.count("lost")
@@ -64,7 +64,7 @@ def test_a_lost_round_is_an_event_and_replays(name):
 
 @pytest.mark.usefixtures("compiled")
 def test_a_hanging_worker_is_given_up():
-    workers = Unreliable(K, hanging={(2, 1)})
+    workers = Unreliable(hanging={(2, 1)})
     result = run(workers=workers, round_timeout=0.7, callbacks=[lambda record: time.sleep(0.05)])
     assert [event[1:] for event in result.trace.events] == [("lost", 2), ("redispatched", 2)]
     assert_replays(result)
@@ -127,7 +127,7 @@ def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
     with pytest.raises(WorkersLostError, match=r"3 lost rounds in a row, the last: it died"):
         run(
             name,
-            Unreliable(K, failing),
+            Unreliable(failing),
             checkpoint=Checkpointer(tmp_path, every=100),
             max_failures=2,
         )
@@ -141,7 +141,7 @@ def test_a_run_whose_workers_are_gone_says_so_and_can_go_on(name, tmp_path):
 @pytest.mark.usefixtures("compiled")
 def test_one_lost_worker_is_no_end():
     failing = {(2, round) for round in range(2, 100)}
-    result = run(workers=Unreliable(K, failing), max_failures=1)
+    result = run(workers=Unreliable(failing), max_failures=1)
     assert result.trace.events[-1].kind == "left"
     assert result.health.present == (True, True, False)
     assert "2: gone" in str(result.health)
@@ -175,7 +175,7 @@ def test_a_merge_that_overflows_has_diverged():
 
 def test_an_early_nan_is_no_divergence():
     """All recover, and much later all are asked to leave."""
-    membership = Membership(K)
+    membership = Membership()
 
     def on_step(record):
         if record.step == 20:
@@ -192,7 +192,7 @@ def test_an_early_nan_is_no_divergence():
 
 
 def test_workers_join_late_and_leave():
-    membership = Membership(K, absent=[2])
+    membership = Membership(absent=[2])
 
     def on_step(record):
         if record.step == 5:
@@ -210,7 +210,7 @@ def test_workers_join_late_and_leave():
 
 
 def test_one_leaves_as_another_joins():
-    membership = Membership(K, absent=[1, 2])
+    membership = Membership(absent=[1, 2])
 
     def on_step(record):
         if record.step == 5:
@@ -237,9 +237,9 @@ def test_an_odd_report_stops_nothing():
 
 
 def test_audit_holds_and_finds_a_broken_rule():
-    run(workers=Unreliable(K, failing={(1, 1), (0, 2)}), audit=True, num_steps=60)
+    run(workers=Unreliable(failing={(1, 1), (0, 2)}), audit=True, num_steps=60)
     broken = method_of("orlomo").with_rule(orlomo(K, momentum=0.89))
-    job = (broken, loss_fn, batch_fn, PARAMS, ThreadWorkers(K))
+    job = (broken, loss_fn, batch_fn, PARAMS, ThreadWorkers())
     with pytest.raises(AuditError, match=r"Lemma [12].* fails at step"):
         train(*job, num_steps=T, audit=True, **arguments())
     with pytest.raises(ValueError, match="`audit` needs OrLoMo"):
@@ -257,7 +257,7 @@ class Watch(Callback):
 
 def test_health_counts_what_happened():
     often, never = Watch(0.2), Watch(None)
-    workers = Unreliable(K, failing={(1, 1)})
+    workers = Unreliable(failing={(1, 1)})
     result = run(workers=workers, callbacks=[often, never], num_steps=3000)
     health, seen = result.health, often.seen
     assert not never.seen
@@ -284,14 +284,15 @@ def test_health_counts_what_happened():
         ({"evaluate_every": -2}, ValueError, "`evaluate_every` must be ≥ 1"),
         ({"evaluate_every": 0}, ValueError, "`evaluate_every` must be ≥ 1"),
         (
-            {"membership": Membership(K + 1)},
+            {"membership": Membership([3])},
             ValueError,
-            "`membership` must be for the method's 3 workers, got num_workers=4",
+            r"`absent` must be in \[0, 2\], got absent=3",
         ),
+        ({"membership": Membership([0, 1, 2])}, ValueError, "`absent` must leave a worker"),
         (
-            {"workers": ThreadWorkers(K + 1)},
+            {"workers": ThreadWorkers(slowdowns=[1, 2])},
             ValueError,
-            "`workers` must be for the method's 3 workers",
+            "`slowdowns` must have a factor for each of 3 workers",
         ),
     ],
 )
@@ -302,10 +303,13 @@ def test_bad_arguments(options, error, message):
 
 def test_bad_memberships():
     with pytest.raises(ValueError, match=r"`membership.absent` must be empty"):
-        run("prsgdm", membership=Membership(K, [1]))
-    with pytest.raises(ValueError, match=r"`absent` must be in \[0, 2\], got absent=3"):
-        Membership(3, [3])
+        run("prsgdm", membership=Membership([1]))
+    with pytest.raises(ValueError, match="`absent` must be ≥ 0, got absent=-1"):
+        Membership([-1])
+    early, late = Membership(), Membership()
+    early.join(7)
     with pytest.raises(ValueError, match=r"`worker` must be in \[0, 2\], got worker=7"):
-        Membership(3).join(7)
-    with pytest.raises(ValueError, match="`absent` must leave a worker"):
-        Membership(2, [0, 1])
+        run(membership=early)
+    run(membership=late)
+    with pytest.raises(ValueError, match=r"`worker` must be in \[0, 2\], got worker=7"):
+        late.join(7)

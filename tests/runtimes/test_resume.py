@@ -47,11 +47,11 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
     for step in (6, 12, 18):
         with pytest.raises(Killed):
             run(
-                workers=Unreliable(K, failing),
+                workers=Unreliable(failing),
                 checkpoint=Checkpointer(tmp_path, every=4),
                 callbacks=[killed_at(step)],
             )
-    result = run(workers=Unreliable(K, failing), checkpoint=Checkpointer(tmp_path, every=4))
+    result = run(workers=Unreliable(failing), checkpoint=Checkpointer(tmp_path, every=4))
     assert len(result.trace.events) >= 8
     assert_replays(result)
 
@@ -59,7 +59,7 @@ def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
 def test_a_run_that_dies_while_it_repeats_goes_on(tmp_path):
     """A checkpoint of a repeated step has not seen the events that come later in the journal."""
     failing = {(worker, round) for worker in range(K) for round in (2, 4)}
-    workers = Unreliable(K, failing)
+    workers = Unreliable(failing)
     with pytest.raises(Killed):
         run(
             workers=workers, checkpoint=Checkpointer(tmp_path, every=100), callbacks=[killed_at(25)]
@@ -114,7 +114,7 @@ def test_the_journal_of_another_run_is_refused(tmp_path):
     arrival = json.loads(lines[3])  # as if another task's report had been applied
     lines[3] = json.dumps(arrival | {"round": arrival["round"] + 1})
     journal.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match="`rounds` must be what the worker holds"):
+    with pytest.raises(ValueError, match="`rounds` must follow from the arrivals and events"):
         Journal.load(journal).trace()
     with pytest.raises(ValueError, match=r"jsonl must be of one run: `rounds` must be what"):
         run(num_steps=9, journal=journal)
@@ -208,7 +208,7 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("every", [3, 1000])  # the last checkpoint after and before the joining
 @pytest.mark.parametrize(("first", "then"), [([2], []), ([], [2]), ([2], [2]), ([0], [2])])
 def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
-    membership = Membership(K, first)
+    membership = Membership(first)
 
     def on_step(record):
         time.sleep(0.02)
@@ -227,7 +227,7 @@ def test_who_takes_part_in_a_resumed_run(tmp_path, first, then, every):
             **options,
         )
     result = run(
-        membership=Membership(K, then), checkpoint=Checkpointer(tmp_path, every=every), **options
+        membership=Membership(then), checkpoint=Checkpointer(tmp_path, every=every), **options
     )
     present = tuple(worker not in then for worker in range(K))
     assert result.health.present == present

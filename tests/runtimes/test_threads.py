@@ -27,7 +27,7 @@ def loss_fn(params, model_state, batch, key):
         x = jnp.tanh(x @ params)
     return x.sum(), (model_state, {})
 train(make_method("orlomo", 3, 4), loss_fn, lambda key, worker, round: jnp.ones((4, 1)),
-      jnp.eye(300), ThreadWorkers(3, slowdowns=[1, 1, 50]), num_steps=12, key=jax.random.key(0),
+      jnp.eye(300), ThreadWorkers(slowdowns=[1, 1, 50]), num_steps=12, key=jax.random.key(0),
       local_learning_rate=1e-3)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -41,7 +41,7 @@ def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
     ones, begun = np.ones((S, 4, 3), np.float32), threading.Event()
     method = method_of("orlomo")
     server = ParameterServer(method, PARAMS, STATE, local_learning_rate=0.1)
-    workers = ThreadWorkers(K)
+    workers = ThreadWorkers()
     workers.open(Workload.of(method.local_round(loss_fn), slowly, jax.random.key(0)))
     workers.start(0)
     workers.submit(server.dispatch(0))
@@ -53,7 +53,7 @@ def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
 
 def test_reports_come_from_every_device():
     assert len(jax.devices()) == 2
-    result = run(workers=ThreadWorkers(K, devices=jax.devices()))
+    result = run(workers=ThreadWorkers(devices=jax.devices()))
     assert_replays(result)
 
 
@@ -64,7 +64,7 @@ def test_a_device_compiles_the_round_once(num_devices, caplog):
     def batch_fn(key, worker, round):  # no other test's, so that its program is new
         return jax.random.uniform(jax.random.fold_in(key, num_devices), (S, 5, 3)) + worker + round
 
-    workers = ThreadWorkers(K, devices=jax.devices()[:num_devices])
+    workers = ThreadWorkers(devices=jax.devices()[:num_devices])
     job = (method_of("orlomo"), loss_fn, batch_fn, PARAMS, workers)
     jax.config.update("jax_log_compiles", True)  # of all threads: the context manager is of one
     try:
@@ -80,7 +80,7 @@ def test_a_device_compiles_the_round_once(num_devices, caplog):
 def test_a_server_step_compiles_once(name):
     """Whether its parameters are w_0 or merged; evaluations leave it the rule's state to donate."""
     method = make_method(name, K, S, learning_rate=0.97)  # no other test's
-    job = (method, loss_fn, batch_fn, PARAMS, ThreadWorkers(K))
+    job = (method, loss_fn, batch_fn, PARAMS, ThreadWorkers())
     train(*job, num_steps=T, **arguments())
     forms = itertools.product([False, True], repeat=2)
     sizes = [server_step(method, *form)._cache_size() for form in forms]
@@ -88,7 +88,7 @@ def test_a_server_step_compiles_once(name):
 
 
 def test_threads_of_a_run_are_in_no_other_and_can_be_used_again():
-    workers = ThreadWorkers(K)
+    workers = ThreadWorkers()
 
     def nested(record):
         with pytest.raises(RuntimeError, match="in another run"):
@@ -101,8 +101,8 @@ def test_threads_of_a_run_are_in_no_other_and_can_be_used_again():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`slowdowns` must have a factor for each of 3"):
-        ThreadWorkers(3, slowdowns=[1, 2])
+        run(workers=ThreadWorkers(slowdowns=[1, 2]))
     with pytest.raises(ValueError, match=r"`slowdowns\[1\]` must be ≥ 1"):
-        ThreadWorkers(2, slowdowns=[1, 0.5])
-    with pytest.raises(ValueError, match="`devices` must hold a device"):
-        ThreadWorkers(2, devices=[])
+        run(workers=ThreadWorkers(slowdowns=[1, 0.5, 1]))
+    with pytest.raises(ValueError, match="`devices` must contain a device"):
+        ThreadWorkers(devices=[])

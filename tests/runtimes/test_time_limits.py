@@ -19,8 +19,8 @@ def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
 
     monkeypatch.setattr(Workload, "compile", slow_to_compile)
     run(num_steps=K)  # compiles
-    membership = Membership(K, [2])
-    workers = Unreliable(K, failing={(0, 2)})
+    membership = Membership([2])
+    workers = Unreliable(failing={(0, 2)})
     result = run(
         workers=workers,
         membership=membership,
@@ -33,7 +33,7 @@ def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
 
 
 def test_a_worker_that_hangs_at_its_start_is_given_up():
-    workers = Unreliable(K, hanging={(2, 0)})
+    workers = Unreliable(hanging={(2, 0)})
     options = {"round_timeout": 0.4, "start_timeout": 0.3}
     slowly = lambda record: time.sleep(0.05)  # noqa: E731
     result = run(workers=workers, callbacks=[slowly], num_steps=60, **options)

@@ -71,7 +71,7 @@ def test_what_a_thread_raises_names_the_users_lines():
     def slip(key, worker, round):
         return jax.pure_callback(the_slip, np.zeros((S, 4, 3), np.float32), worker)
 
-    job = (method_of("orlomo"), loss_fn, slip, PARAMS, ThreadWorkers(K))
+    job = (method_of("orlomo"), loss_fn, slip, PARAMS, ThreadWorkers())
     with pytest.raises(Exception, match="no such batch") as caught:
         train(*job, num_steps=4, **arguments())
     assert "the_slip" in lines_of(caught.value)

@@ -24,7 +24,7 @@ def run(runtime, rate=0.1, num_steps=T, **method):
     options = {"key": jax.random.key(0), "local_learning_rate": rate, "callbacks": [never]}
     options["num_steps"] = num_steps
     if runtime == "train":
-        return train(*job, ThreadWorkers(2), **options)
+        return train(*job, ThreadWorkers(), **options)
     return simulate(*job, **options)
 
 

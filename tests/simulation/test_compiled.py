@@ -20,7 +20,7 @@ from orlomo_jax import (
 )
 from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.server import RejectedReportError
-from orlomo_jax.simulation import engine as engines
+from orlomo_jax.simulation import engine_choice as engines
 from orlomo_jax.simulation.compiled import LENGTH, CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
 from orlomo_jax.worker import Workload

@@ -37,7 +37,7 @@ def batch_fn(key, worker, round):
 def on_threads(method=None, batch_fn=batch_fn, **options):
     method = make_method("orlomo", K, S) if method is None else method
     common = {"key": jax.random.key(0), "local_learning_rate": 0.1, "num_steps": T}
-    return train(method, loss_fn, batch_fn, jnp.zeros(3), ThreadWorkers(K), **common | options)
+    return train(method, loss_fn, batch_fn, jnp.zeros(3), ThreadWorkers(), **common | options)
 
 
 def simulated(engine):

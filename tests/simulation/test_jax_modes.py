@@ -124,7 +124,7 @@ def test_threads_train_parameters_on_a_mesh_with_explicit_axes():
 
     method = make_method("orlomo", K, S)
     settings = {"num_steps": T, "key": jax.random.key(0), "local_learning_rate": 0.1}
-    result = train(method, loss_fn, batch_fn, params, ThreadWorkers(K), **settings)
+    result = train(method, loss_fn, batch_fn, params, ThreadWorkers(), **settings)
     assert jax.tree.map(lambda x: x.sharding, result.params) == shardings
 
 

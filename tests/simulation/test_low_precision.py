@@ -124,7 +124,7 @@ def test_a_real_run_is_its_replay_to_the_bit(name):
     job = (make_method(name, K, S), loss_fn, batch_fn, params)
     settings = {"key": jax.random.key(0), "local_learning_rate": 1e-3}
     settings["model_state"] = {"seen": jnp.ones(4)}
-    real = train(*job, ThreadWorkers(K), num_steps=2 * K, **settings)
+    real = train(*job, ThreadWorkers(), num_steps=2 * K, **settings)
     again = simulate(*job, trace=real.trace, engine="eager", **settings)
     helpers.assert_trees_equal(real[:3], again[:3])
     assert real.params["w"].dtype == jnp.float32

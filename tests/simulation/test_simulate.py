@@ -271,7 +271,7 @@ def test_schedule_follows_global_progress():
         ({"trace": None}, ValueError, "`num_steps` must be given, or a trace"),
         ({"round_fn": method_of("orlomo").local_round(loss_fn)}, ValueError, "got both"),
         ({"loss_fn": None}, ValueError, "pass either `loss_fn` or `round_fn`, got neither"),
-        ({"callbacks": [3]}, TypeError, "`callbacks` must hold Callback objects or functions"),
+        ({"callbacks": [3]}, TypeError, "`callbacks` must be Callback objects or functions"),
         ({"engine": "fast"}, ValueError, "`engine` must be .* got engine='fast'"),
         ({"key": 0}, TypeError, "`key` must be a jax.random.key"),
         ({"key": jax.random.PRNGKey(0)}, TypeError, "`key` must be a jax.random.key"),

@@ -7,8 +7,8 @@ import pytest
 
 from orlomo_jax import Checkpointer, simulate
 from orlomo_jax.methods import METHOD_NAMES
-from orlomo_jax.simulation.simulate import RunStart, simulate_together
-from orlomo_jax.traces.compute_times import heterogeneous, homogeneous, sample_trace
+from orlomo_jax.simulation import RunStart, simulate_together
+from orlomo_jax.traces import heterogeneous, homogeneous, sample_trace
 from tests.support import helpers
 from tests.support.toy import STATE, K, S, batch_fn, loss_fn, method_of
 

@@ -90,7 +90,7 @@ def test_runs(name, engine):
             "model_state": state,
         }
         if engine == "threads" and not results:
-            real = train(*job, ThreadWorkers(K), num_steps=16, **settings)
+            real = train(*job, ThreadWorkers(), num_steps=16, **settings)
             trace, result = real.trace, real
         else:
             settings["engine"] = ENGINES["eager" if engine == "threads" else engine]

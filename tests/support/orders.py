@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from orlomo_jax.traces.arrival_order import TraceEvent
+from orlomo_jax.traces.trace_validation import TraceEvent
 
 
 @st.composite

@@ -57,7 +57,7 @@ def arguments(seed=0):
 
 
 def run(name="orlomo", workers=None, *, num_steps=T, **options):
-    workers = ThreadWorkers(K) if workers is None else workers
+    workers = ThreadWorkers() if workers is None else workers
     options = arguments() | {"num_steps": num_steps} | options
     batches = options.pop("batch_fn", batch_fn)
     return train(method_of(name), loss_fn, batches, PARAMS, workers, **options)
@@ -79,8 +79,8 @@ def assert_replays(result, name="orlomo", batch_fn=batch_fn):
 class Unreliable(ThreadWorkers):
     """ThreadWorkers of which some tasks come to nothing, as those of a dying or hanging worker."""
 
-    def __init__(self, num_workers, failing=(), hanging=()):
-        super().__init__(num_workers)
+    def __init__(self, failing=(), hanging=()):
+        super().__init__()
         self.failing, self.hanging, self.starts = failing, hanging, []
 
     def start(self, worker):

@@ -52,7 +52,7 @@ def run(
     options = {"key": jax.random.key(0), "local_learning_rate": rate} | every | options
     options["round_fn"] = round_fn
     if runtime == "train":
-        return train(*job, params, ThreadWorkers(K), num_steps=num_steps, **options)
+        return train(*job, params, ThreadWorkers(), num_steps=num_steps, **options)
     trace = [0, 1] * (num_steps // 2)
     trace = ArrivalTrace.from_workers(trace, K, synchronous=method.synchronous)
     return simulate(*job, params, trace=trace, **options)

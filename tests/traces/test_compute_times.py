@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orlomo_jax.traces import compute_times
-from orlomo_jax.traces.compute_times import (
+from orlomo_jax.traces import (
     ComputeTimes,
     heterogeneous,
     homogeneous,
@@ -19,6 +18,7 @@ from orlomo_jax.traces.compute_times import (
     per_worker_times,
     sample_trace,
 )
+from orlomo_jax.traces.sample_trace import report_times
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
@@ -139,7 +139,7 @@ class TestSimulate:
             goes.append(count)
             return np.array([next(stream) for _ in range(count)])
 
-        times = compute_times._report_times(draw, 1.0, 0.0, 10**9, 100.0)
+        times = report_times(draw, 1.0, 0.0, 10**9, 100.0)
         in_order = np.array(list(itertools.accumulate(durations)))
         np.testing.assert_array_equal(times, in_order[in_order <= 100.0])
         assert len(goes) > 3

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orlomo_jax.traces.compute_times import (
+from orlomo_jax.traces import (
     homogeneous,
     sample_trace,
 )
@@ -61,7 +61,7 @@ class TestValidation:
             ("workers", [[0, 1, 0]], TypeError, r"workers\[0\]=\[0, 1, 0\]"),
             ("workers", np.zeros((1, 3), int), TypeError, "one dimension"),
             ("workers", 7, TypeError, "workers=7"),
-            ("rounds", [0, 0, 0], ValueError, r"1 for worker 0 then, got rounds\[2\]=0"),
+            ("rounds", [0, 0, 0], ValueError, r"1 for worker 0 at step 2, got rounds\[2\]=0"),
             ("rounds", [0, 0], ValueError, "`rounds` must have an entry for each of 3"),
             ("dispatched_at", [0, 1, 1], ValueError, r"dispatched_at\[1\]=1"),
             ("dispatched_at", [0, 0, 2**32 + 1], ValueError, r"dispatched_at\[2\]=4294967297"),
@@ -106,7 +106,7 @@ class TestValidation:
 
     def test_synchronous_refuses_changes_of_membership(self):
         for kind in ("left", "joined"):
-            with pytest.raises(ValueError, match="must not change who is there"):
+            with pytest.raises(ValueError, match="must not be joins or leaves"):
                 ArrivalTrace.from_workers([0, 1], 2, synchronous=True, events=[(2, kind, 0)])
 
     def test_synchronous_losses_start_again_from_the_round(self):

@@ -65,7 +65,7 @@ def from_table(key, worker, round):
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
 def test_threads_train_as_the_eager_simulator(maker, name, tmp_path):
     make = maker(tmp_path)
-    result = run(name, ThreadWorkers(K, slowdowns=[1, 1, 3]), batch_fn=HostBatches(make))
+    result = run(name, ThreadWorkers(slowdowns=[1, 1, 3]), batch_fn=HostBatches(make))
     assert_replays(result, name, HostBatches(make, prefetch=0))
 
 
@@ -73,7 +73,7 @@ def test_threads_train_as_the_eager_simulator(maker, name, tmp_path):
 @makers
 def test_ray_trains_as_the_eager_simulator(maker, tmp_path):
     make = maker(tmp_path)
-    result = run("orlomo", RayWorkers(K), batch_fn=HostBatches(make))
+    result = run("orlomo", RayWorkers(), batch_fn=HostBatches(make))
     assert_replays(result, "orlomo", HostBatches(make))
 
 
@@ -113,7 +113,7 @@ def test_a_killed_simulation_resumes_with_the_same_batches(tmp_path):
 
 def test_a_lost_round_uses_up_its_batch(tmp_path):
     make = from_memmap(tmp_path)
-    result = run(workers=Unreliable(K, failing={(1, 1), (2, 0)}), batch_fn=HostBatches(make))
+    result = run(workers=Unreliable(failing={(1, 1), (2, 0)}), batch_fn=HostBatches(make))
     trace = result.trace
     assert [event.kind for event in trace.events].count("lost") == 2
     for worker, lost in ((1, 1), (2, 0)):

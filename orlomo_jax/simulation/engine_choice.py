@@ -1,4 +1,4 @@
-"""Engines of the simulator: their protocol, their settings, and the choice of one."""
+"""Defines the protocol and settings of the simulator's engines, and chooses an engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import jax
 
 from orlomo_jax.checks import check_count
+from orlomo_jax.recording.recorder import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
-from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
 from orlomo_jax.simulation.planning import group_starts
@@ -19,41 +19,21 @@ from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 MANY = 1_000_000
-"""From this many parameters on, the eager engine is faster on a CPU: it lends versions to tasks
-instead of copying them into slots and out again."""
+"""From this number of parameters, the eager engine is faster on a CPU, because it does not copy
+versions into slots and out again."""
 
 
-class Engine(Protocol):
-    """Carries out a simulated run.
-
-    Attributes:
-        server: The run's server. Its step is current; its state is only after
-            :meth:`sync_to_server`.
-        first_nonfinite: The step of the first non-finite round, −1 for none.
-    """
-
-    server: ParameterServer
-    first_nonfinite: Any
+class Engine(StateSource, Protocol):
+    """Carries out a simulated run; the server's step is always current."""
 
     def advance(self, stop: int) -> Iterable[RoundMetrics]:
         """Apply reports until step ``stop``; return the metrics of each."""
         ...
 
-    def view(self) -> ServerState:
-        """Return the state, valid until the next step."""
-        ...
-
-    def model(self) -> tuple[Any, Any]:
-        """Return params and model state; their arrays stay as they are."""
-        ...
-
-    def sync_to_server(self) -> None:
-        """Give the server the state, as if it had received each report."""
-
 
 @dataclass(frozen=True)
 class Eager:
-    """Drive every step from Python."""
+    """Run every step from Python."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +41,14 @@ class Compiled:
     """Run segments of at most 256 steps as one compiled program each.
 
     Attributes:
-        rounds: How rounds that do not depend on one another's reports are computed: one by one
-            ("loop"), or several together by ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap").
-            "auto" is "vmap", but "loop" on a CPU and for a loss with convolutions.
-        max_batch: The most rounds computed together, ≥ 1: that many reports are in memory. None is
-            the average number of independent rounds in the trace.
+        rounds: How independent rounds are computed: one by one ("loop"), or several together by
+            ``jax.lax.map`` ("map") or ``jax.vmap`` ("vmap"). "auto" is "loop" on a CPU or for a
+            loss with convolutions, else "vmap".
+        max_batch: The largest number of rounds computed together, ≥ 1; memory must hold as many
+            reports. None is the average number of independent rounds in the trace.
 
     Raises:
-        ValueError: If an argument is unknown or out of range.
-        TypeError: If ``max_batch`` is not an integer.
+        TypeError, ValueError: If an argument is unknown, out of range or of a wrong type.
     """
 
     rounds: Literal["auto", "loop", "map", "vmap"] = "auto"
@@ -88,11 +67,7 @@ class Compiled:
 def choose(
     engine: Any, server: ParameterServer, workload: Workload, trace: ArrivalTrace
 ) -> Eager | Compiled:
-    """Return the settings that ``engine`` leads to; none of them is left open.
-
-    Raises:
-        ValueError: If ``engine`` is not an engine.
-    """
+    """Return complete settings for ``engine``; raise ValueError if it is unknown."""
     named = {"auto": None, "eager": Eager(), "compiled": Compiled()}
     if not isinstance(engine, Eager | Compiled):
         if not isinstance(engine, str) or engine not in named:
@@ -127,7 +102,7 @@ def choose(
 def make_engine(
     settings: Eager | Compiled, server: ParameterServer, workload: Workload, trace: ArrivalTrace
 ) -> EagerEngine | CompiledEngine:
-    """Return the engine of settings that :func:`choose` returned."""
+    """Return the engine with the settings of :func:`choose`."""
     if isinstance(settings, Eager):
         return EagerEngine(server, workload, trace)
     assert settings.rounds != "auto"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from orlomo_jax.traces.arrival_order import TraceEvent
 from orlomo_jax.traces.trace import ArrivalTrace
+from orlomo_jax.traces.trace_validation import TraceEvent
 from tests.support.orders import eventful_runs, orders, synchronous_orders
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure

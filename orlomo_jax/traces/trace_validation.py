@@ -1,4 +1,4 @@
-"""An order of arrivals and events, checked: what it leaves in each worker's hands."""
+"""Validates a sequence of arrivals and events, and derives which version each worker holds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from orlomo_jax.checks import check_count
 
 
 class TraceEvent(NamedTuple):
-    """Something that happens to a worker beside the arrival of its report.
+    """A worker event other than an arrival: loss, re-dispatch, join or leave.
 
     Attributes:
-        step: Number of reports applied before it; events of one step stand in their order.
-        kind: "lost": the outstanding report will never be used, the worker holds nothing now.
-            "redispatched": after a loss the worker is sent the current parameters.
+        step: Number of reports applied before it. Events of the same step are applied in order.
+        kind: "lost": the outstanding report will never be used; the worker is idle.
+            "redispatched": the idle worker is sent the current parameters.
             "left": the worker leaves; an outstanding report is lost.
-            "joined": an absent worker is sent the current parameters. Absent is who has left, and
-            from the start a worker whose first event this is.
-        worker: Its index.
+            "joined": an absent worker is sent the current parameters. A worker is absent after it
+            left, and from the start if this is its first event.
+        worker: The worker's index.
     """
 
     step: int
@@ -29,7 +29,7 @@ class TraceEvent(NamedTuple):
     worker: int
 
 
-# From which states of a worker to which. Where a worker becomes busy, it is sent the parameters.
+# Kind -> (allowed states before, state after). A worker that becomes busy is sent the parameters.
 _TRANSITIONS = {
     "arrived": ({"busy"}, "busy"),
     "lost": ({"busy"}, "idle"),
@@ -41,10 +41,7 @@ _KINDS = tuple(_TRANSITIONS)[1:]
 
 
 class ArrivalOrder(NamedTuple):
-    """A checked order of arrivals and what it leaves in each worker's hands.
-
-    Fields are as of :class:`~orlomo_jax.ArrivalTrace`.
-    """
+    """A validated order of arrivals; fields as in :class:`~orlomo_jax.ArrivalTrace`."""
 
     num_workers: int
     workers: np.ndarray
@@ -55,22 +52,23 @@ class ArrivalOrder(NamedTuple):
     in_flight: np.ndarray
 
     def check(self, name: str, values: Any) -> None:
-        """Raise unless values that are given beside the order are this field of it."""
+        """Raise unless the values equal the field ``name`` of this order."""
         array, held = _array(name, values, len(self.workers)), getattr(self, name)
         if (t := _first(array != held)) is not None:
             raise ValueError(
-                f"`{name}` must be what the worker holds, {held[t]} for worker {self.workers[t]} "
-                f"then, got {name}[{t}]={array[t]}"
+                f"`{name}` must follow from the arrivals and events: {held[t]} for worker "
+                f"{self.workers[t]} at step {t}, got {name}[{t}]={array[t]}"
             )
 
 
 def check_arrival_order(
     workers: Any, num_workers: Any, synchronous: Any, events: Any
 ) -> ArrivalOrder:
-    """Return the order, or raise where it is malformed or impossible.
+    """Return the validated order.
 
     Raises:
-        TypeError, ValueError: The message names the field, the index and the value.
+        TypeError, ValueError: If the order is malformed or impossible; the message names the
+            field, the index and the value.
 
     Example:
         >>> check_arrival_order([0, 0], 2, False, [(1, "lost", 1)]).in_flight
@@ -87,7 +85,7 @@ def check_arrival_order(
         raise TypeError(f"`synchronous` must be a bool, got synchronous={synchronous!r}")
     events = _events(events, num_workers, len(workers))
     if synchronous and (away := [e for e in events if e.kind in ("left", "joined")]):
-        raise ValueError(f"`events` of a synchronous trace must not change who is there: {away[0]}")
+        raise ValueError(f"`events` of a synchronous trace must not be joins or leaves: {away[0]}")
     held = (
         _replay(workers, num_workers, synchronous, events)
         if events
@@ -98,7 +96,7 @@ def check_arrival_order(
 
 
 def check_times(times: Any, num_steps: int) -> np.ndarray:
-    """Return the seconds of ``num_steps`` arrivals, or raise where they are no such."""
+    """Validate the arrival times and return them as float64[num_steps]."""
     times = _array("times", times, num_steps, (int, float, np.integer, np.floating)).astype(float)
     if (t := _first(~((times >= 0) & (times < math.inf)))) is not None:
         raise ValueError(f"`times` must be finite and ≥ 0, got times[{t}]={times[t]}")
@@ -110,13 +108,13 @@ def check_times(times: Any, num_steps: int) -> np.ndarray:
 
 
 def late_joiners(events: Sequence[TraceEvent]) -> set[int]:
-    """Return the workers who are absent at the start and join later."""
+    """Return the workers that are absent at the start and join later."""
     first_kinds = {worker: kind for _, kind, worker in reversed(events)}
     return {worker for worker, kind in first_kinds.items() if kind == "joined"}
 
 
 def _count_dispatches(workers, num_workers, synchronous):
-    """Return rounds, dispatched_at and in_flight where no event interferes."""
+    """Return rounds, dispatched_at and in_flight of a trace without events."""
     steps = np.arange(len(workers))
     by_worker = np.argsort(workers, kind="stable")
     counts = np.bincount(workers, minlength=num_workers)
@@ -125,20 +123,20 @@ def _count_dispatches(workers, num_workers, synchronous):
     if synchronous:
         if (t := _first(rounds != steps // num_workers)) is not None:
             raise ValueError(
-                "`workers` must have each worker once in every round of a synchronous trace, got "
-                f"workers[{t}]={workers[t]} for the second time in round {t // num_workers}"
+                "`workers` must contain each worker once in every round of a synchronous trace, "
+                f"got workers[{t}]={workers[t]} for the second time in round {t // num_workers}"
             )
         full = len(workers) // num_workers
         return rounds, rounds * num_workers, np.where(counts > full, -1, full * num_workers)
-    dispatched_at[by_worker[1:]] = by_worker[:-1] + 1  # right but for each worker's first report
+    dispatched_at[by_worker[1:]] = by_worker[:-1] + 1  # wrong for each worker's first report
     dispatched_at[rounds == 0] = 0
     in_flight = np.zeros_like(counts)
-    in_flight[workers] = steps + 1  # of a worker's entries the last stays
+    in_flight[workers] = steps + 1  # the last entry of each worker stays
     return rounds, dispatched_at, in_flight
 
 
 def _replay(workers, num_workers, synchronous, events):
-    """Return rounds, dispatched_at and in_flight, going through arrivals and events one by one."""
+    """Return rounds, dispatched_at and in_flight by applying arrivals and events one by one."""
     late = late_joiners(events)
     states = ["absent" if worker in late else "busy" for worker in range(num_workers)]
     held = [-1 if worker in late else 0 for worker in range(num_workers)]
@@ -158,7 +156,7 @@ def _replay(workers, num_workers, synchronous, events):
             rounds[step], dispatched_at[step] = dispatches[worker] - 1, held[worker]
         version, sent = step + arrives, [worker] if after == "busy" else []
         if synchronous:
-            if arrives:  # at the barrier until the last one comes
+            if arrives:  # it waits at the barrier until the last worker of the round arrives
                 after, sent = "waiting", []
                 if version % num_workers == 0:
                     sent = range(num_workers)
@@ -189,7 +187,7 @@ def _events(events, num_workers: int, num_steps: int) -> tuple[TraceEvent, ...]:
 
 
 def _array(name: str, values, length: int | None = None, types=(int, np.integer)) -> np.ndarray:
-    """Return a one-dimensional array of numbers of these types; booleans are none."""
+    """Return a one-dimensional array of numbers of these types; raise for booleans."""
     wanted, kinds = ("numbers", "iuf") if float in types else ("integers", "iu")
     if not isinstance(values, Iterable):
         raise TypeError(f"`{name}` must be a sequence of {wanted}, got {name}={values!r}")
@@ -197,11 +195,11 @@ def _array(name: str, values, length: int | None = None, types=(int, np.integer)
         values = list(values)
         for index, value in enumerate(values):
             if not isinstance(value, types) or isinstance(value, bool):
-                raise TypeError(f"`{name}` must hold {wanted}, got {name}[{index}]={value!r}")
+                raise TypeError(f"`{name}` must contain {wanted}, got {name}[{index}]={value!r}")
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
         raise TypeError(
-            f"`{name}` must hold {wanted} in one dimension, got {array.dtype}{list(array.shape)}"
+            f"`{name}` must be {wanted} in one dimension, got {array.dtype}{list(array.shape)}"
         )
     if length is not None and len(array) != length:
         raise ValueError(

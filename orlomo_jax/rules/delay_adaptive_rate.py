@@ -1,4 +1,4 @@
-"""The global learning rate of the asynchronous rules: a schedule of the step, a weight by delay."""
+"""Computes the asynchronous rules' global learning rate, from the step and the delay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orlomo_jax.rules import contract
 from orlomo_jax.trees import Array, ArrayLike
 
 DelayWeight: TypeAlias = Callable[[Array], ArrayLike]
-"""Maps the delay int[] to a weight float[]."""
+"""Maps the delay (staleness), int[], to a weight, float[]."""
 
 
 def delay_adaptive(num_workers: int) -> DelayWeight:
@@ -22,11 +22,10 @@ def delay_adaptive(num_workers: int) -> DelayWeight:
         num_workers: K ≥ 1.
 
     Returns:
-        A function of the delay τ (an int[], or an array of them) to float weights.
+        A function of the delay τ, an int array of any shape, to float weights.
 
     Raises:
-        ValueError: If ``num_workers`` is below 1.
-        TypeError: If it is not an integer.
+        TypeError, ValueError: If ``num_workers`` is not an integer ≥ 1.
 
     Example:
         >>> weight = delay_adaptive(4)
@@ -47,7 +46,7 @@ def global_learning_rate(
     learning_rate: float | optax.Schedule = 1.0,
     delay_weight: DelayWeight | None = None,
 ) -> Callable[[ArrayLike, ArrayLike], Array]:
-    """Return η(t, τ) = learning_rate(t) · delay_weight(τ), as every asynchronous rule uses it.
+    """Return η(t, τ) = learning_rate(t) · delay_weight(τ), which all asynchronous rules use.
 
     Args:
         num_workers: K ≥ 1.
@@ -58,9 +57,9 @@ def global_learning_rate(
         A function of (step, delay) to float[], in float32 or wider.
 
     Raises:
-        ValueError: If ``num_workers`` or a concrete rate is out of range, or, when the function is
-            called, a schedule or weight returns no scalar.
-        TypeError: If an argument is of a wrong type.
+        ValueError: If ``num_workers`` or a concrete rate is out of range. The returned function
+            raises it if a schedule or weight does not return a scalar.
+        TypeError: If an argument has a wrong type.
 
     Example:
         >>> rate = global_learning_rate(2, learning_rate=3.0, delay_weight=lambda delay: 0.5)
