@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from orlomo_jax import make_method
+from orlomo_jax import Method, al_sgd, make_method, register_method
 from orlomo_jax.methods import METHOD_NAMES
 
 
@@ -67,3 +67,30 @@ def test_another_rule_leaves_the_rest():
     method = make_method("orlomo", 4, 8, momentum=0.8)
     rule = optax.chain(optax.scale(0.5), method.rule)
     assert method.with_rule(rule) == method._replace(rule=rule) != method
+
+
+def plain(num_workers, num_local_steps, rate=1.0):
+    return Method("plain", al_sgd(num_workers, rate), num_workers, num_local_steps)
+
+
+def test_a_registered_method_is_made_by_name():
+    register_method("plain", plain)
+    register_method("plain", plain)  # the same once more, as when a notebook cell runs again
+    method = make_method("plain", 3, 2, rate=0.5, frozen={"a": True}, master_params=False)
+    assert method[:4] == ("plain", method.rule, 3, 2)
+    assert (method.frozen.leaves({"a": 1.0}), method.master_params) == ([True], False)
+    assert make_method("plain", 3, 2) == make_method("plain", 3, 2) != method
+    with pytest.raises(TypeError, match="`plain` takes the hyperparameters rate; got momentum"):
+        make_method("plain", 3, 2, momentum=0.9)
+    with pytest.raises(ValueError, match="num_workers=0"):
+        make_method("plain", 0, 2)
+
+
+@pytest.mark.parametrize("name", ["orlomo", "taken"])
+def test_a_name_is_registered_once(name):
+    if name == "taken":
+        register_method(name, lambda *args: plain(*args)._replace(name="taken"))
+    before = make_method(name, 2, 2)
+    with pytest.raises(ValueError, match=f"`name` must be new, got name='{name}'"):
+        register_method(name, plain)
+    assert make_method(name, 2, 2) == before
