@@ -131,6 +131,6 @@ def _check_one_run_at_a_time(pool: WorkerPool) -> None:
             pool.open(workload)
         except RuntimeError:
             return
-        raise AssertionError("a pool that is open must refuse to be opened again (RuntimeError)")
+        raise AssertionError("`open` of a pool that is open must raise RuntimeError")
     finally:
         pool.close()
