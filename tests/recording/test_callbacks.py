@@ -221,9 +221,7 @@ def test_a_csv_log_takes_an_empty_file_and_half_a_line(tmp_path):
 
 def test_another_file_is_no_csv_log(tmp_path):
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(
-        ValueError, match=r"mine\.csv was not written by CSVLog: choose another"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.csv was not written by CSVLog: choose another"):
         simulated("eager")(callbacks=[CSVLog(tmp_path / "mine.csv")])
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
 
