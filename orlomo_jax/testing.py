@@ -149,6 +149,6 @@ def _check_one_run_at_a_time(pool: WorkerPool) -> None:
             pool.open(workload, _K)
         except RuntimeError:
             return
-        raise AssertionError("a pool that is open must refuse to be opened again (RuntimeError)")
+        raise AssertionError("`open` of a pool that is open must raise RuntimeError")
     finally:
         pool.close()

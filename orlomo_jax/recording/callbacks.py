@@ -210,8 +210,8 @@ class CSVLog(Callback):
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
-                header, *rows = list(csv.reader(file)) or [self.HEADER]
-                if tuple(header) != self.HEADER:
+                header, *rows = list(csv.reader(file)) or [list(self.HEADER)]
+                if header != list(self.HEADER):
                     raise ValueError(f"{self.path} was not written by CSVLog: choose another path")
         kept = [row for row in rows if len(row) == len(self.HEADER) and int(row[0]) <= step]
         new = self.path.with_name(f"{self.path.name}.new")  # a killed process leaves the old rows

@@ -29,7 +29,7 @@ class Known(NamedTuple):
         settings: The driver's JAX settings.
         gpu: Whether actors compute on GPUs.
         narrow: The dtype in which reports are sent, or None.
-        workload: A reference, in a list because Ray would replace a bare one by its value.
+        workload: A reference to it, in a list so that Ray passes the reference itself.
     """
 
     versions: dict[str, str]

@@ -66,7 +66,7 @@ def train(
     ``simulate`` with the same arguments and ``trace=result.trace`` repeats the run.
 
     A worker that dies, raises or is silent for too long loses its round; it is started again and
-    sent the newest parameters. A worker whose report is rejected loses its round too. If a worker
+    sent the newest parameters. A worker also loses its round if its report is rejected. If a worker
     raises in the first round of a run, the exception is raised here at once.
 
     With ``checkpoint``, a :class:`~orlomo_jax.recording.Journal` of the arrivals is written next to

@@ -118,7 +118,7 @@ def check_auditable(method: Method) -> None:
     """Raise ValueError unless the method is OrLoMo with a known K and global learning rate."""
     if method.name != "orlomo" or method.model_state_weight is None:
         raise ValueError(
-            f"`audit` needs OrLoMo, whose Lemmas 1 and 2 it checks, got method={method.name!r}"
+            f"`audit` needs OrLoMo, because it checks Lemmas 1 and 2, got method={method.name!r}"
         )
 
 

@@ -17,7 +17,7 @@ from orlomo_jax.methods.method import Method
 from orlomo_jax.rules import contract
 from orlomo_jax.server.buffer_pool import BufferPool
 from orlomo_jax.server.placement import as_jax_arrays, commit_like, put_like
-from orlomo_jax.server.reports import RejectedReportError, Report, ReportSchema, Task
+from orlomo_jax.server.reports import Report, ReportSchema, Task
 from orlomo_jax.server.snapshots import Export, read_snapshot, take_snapshot
 from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.server.step import check_model_state_weight, server_step, weight_on_host
@@ -293,7 +293,4 @@ class ParameterServer:
         if jax.tree.leaves(self.view().model_state):
             delay = self.step - int(report.id.dispatched_at)
             weight = weight_on_host(self.method.model_state_weight, self.step, delay)
-            try:
-                check_model_state_weight(float(weight), self.step, delay)
-            except ValueError as error:
-                raise RejectedReportError(str(error)) from error
+            check_model_state_weight(float(weight), self.step, delay)

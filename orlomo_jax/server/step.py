@@ -30,7 +30,7 @@ def apply_report(
         state: The state at ``step``.
         report: A worker's report.
         step: t, int32[].
-        schedule: γ as a function of the step, or None if it stays as it is.
+        schedule: γ as a function of the step, or None if γ is constant.
     """
     worker, _, dispatched_at = report.id
     update: Any = report.update

@@ -149,10 +149,9 @@ class CompiledEngine:
         return state.sent(self.server.sent_dtypes, with_momentum=synchronous)
 
     def _check_model_state_weights(self, first: int, dispatched_at: np.ndarray) -> None:
-        steps = np.full(LENGTH, first)
-        steps[: len(dispatched_at)] += np.arange(len(dispatched_at))
-        delays = np.zeros(LENGTH, int)
-        delays[: len(dispatched_at)] = steps[: len(dispatched_at)] - dispatched_at
+        count = len(dispatched_at)
+        steps = first + np.minimum(np.arange(LENGTH), count - 1)  # one length: one program
+        delays = steps - np.pad(dispatched_at, (0, LENGTH - count), "edge")
         weights = weight_on_host(self.server.method.model_state_weight, steps, delays)
         for index in np.flatnonzero(~((weights >= 0) & (weights <= 1)))[:1]:
             check_model_state_weight(float(weights[index]), int(steps[index]), int(delays[index]))

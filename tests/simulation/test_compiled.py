@@ -210,6 +210,26 @@ def test_a_weight_outside_the_unit_interval_is_refused():
         )
 
 
+def test_a_weight_counts_only_at_the_delays_of_the_trace():
+    """The last segment is shorter: its padding has no report."""
+    options = {
+        "delay_weight": lambda delay: jnp.where(delay == 0, 2.0, 0.5),
+        "learning_rate": lambda step: jnp.where(step == 0, 0.4, 1.0),
+    }
+    result = simulate(
+        make_method("al_sgd", 2, 1, **options),
+        lambda params, model_state, batch, key: (jnp.sum(params**2), (model_state, {})),
+        lambda key, worker, round: jnp.ones((1, 1)),
+        jnp.zeros(1),
+        trace=ArrivalTrace.from_workers([0, 1] * ((LENGTH + 10) // 2), 2),
+        key=jax.random.key(0),
+        model_state=jnp.zeros(1),
+        local_learning_rate=0.1,
+        engine="compiled",
+    )
+    assert result.status == "finished"
+
+
 def compile_segment(name, num_workers, rounds, batch, size=20_000):
     """The segment's program for a linear loss, and the bytes of its params and of its carry."""
     method = make_method(name, num_workers, S)
