@@ -116,7 +116,7 @@ def test_the_journal_of_another_run_is_refused(tmp_path):
     journal.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="`rounds` must follow from the arrivals and events"):
         Journal.load(journal).trace()
-    with pytest.raises(ValueError, match=r"jsonl must be of one run: `rounds` must be what"):
+    with pytest.raises(ValueError, match="jsonl must be of one run: `rounds` must follow"):
         run(num_steps=9, journal=journal)
 
 

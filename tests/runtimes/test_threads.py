@@ -42,7 +42,7 @@ def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
     method = method_of("orlomo")
     server = ParameterServer(method, PARAMS, STATE, local_learning_rate=0.1)
     workers = ThreadWorkers()
-    workers.open(Workload.of(method.local_round(loss_fn), slowly, jax.random.key(0)))
+    workers.open(Workload.of(method.local_round(loss_fn), slowly, jax.random.key(0)), K)
     workers.start(0)
     workers.submit(server.dispatch(0))
     assert begun.wait(10)

@@ -17,7 +17,7 @@ class Raising(ThreadWorkers):
     """ThreadWorkers of which some rounds raise, by worker and round."""
 
     def __init__(self, raising):
-        super().__init__(K)
+        super().__init__()
         self.raising, self.starts = raising, []
 
     def start(self, worker):
