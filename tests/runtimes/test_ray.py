@@ -180,7 +180,7 @@ def test_metrics_reach_the_history_and_replay():
 @pytest.mark.slow
 def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
     workers, round_fn = RayWorkers(), method_of("orlomo").local_round(loss_fn)
-    workers.open(Workload.of(round_fn, batch_fn, jax.random.key(0)))
+    workers.open(Workload.of(round_fn, batch_fn, jax.random.key(0)), K)
     with pytest.raises(RuntimeError, match="in another run"):
         run(workers=workers)
     workers.close()
