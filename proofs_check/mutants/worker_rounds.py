@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from orlomo_jax import LocalUpdate
 from orlomo_jax.trees import all_finite
-from orlomo_jax.worker import RoundResult
+from orlomo_jax.worker import RoundMetrics, RoundResult
 from proofs_check.mutants.bookkeeping import Mutant
 
 
@@ -67,7 +67,7 @@ def _round(
 
 
 def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of ``fused_round`` that replaces the round's key.
+    """Return the change of ``round_program`` that replaces the round's key.
 
     Args:
         own_key: Maps (noise_key, worker, round, the step of the fault) to the key.
@@ -75,23 +75,19 @@ def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
     def change(original, step):
         @lru_cache(maxsize=8)
-        def fused_round(round_fn):
+        def round_program(round_fn):
             @jax.jit
-            def run(batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round,
-                    at, first_bad):  # fmt: skip
-                args = (batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round)
-                unchanged = jax.eval_shape(original(round_fn), *args, at, first_bad)
-                structure = jax.tree.structure(unchanged[1])
+            def run_round(batch_fn, start, data_key, noise_key, worker, round, at, first_bad):
+                params, state, momentum, rate = start
                 batches = batch_fn(data_key, worker, round)
                 key = own_key(noise_key, worker, round, step)
                 result = round_fn(params, state, batches, rate, key, momentum=momentum)
                 bad = jnp.where((first_bad < 0) & ~result.finite, at, first_bad)
-                means = [x.mean(0) for x in (result.loss, *jax.tree.leaves(result.metrics))]
-                return result, jax.tree.unflatten(structure, means), bad
+                return result, RoundMetrics.of(result), bad
 
-            return run
+            return run_round
 
-        return fused_round
+        return round_program
 
     return change
 
@@ -101,7 +97,8 @@ def _keyed(noise_key, worker, round):
 
 
 _ROUND = "orlomo_jax.methods.method:local_momentum_sgd"
-_PYTHON, _COMPILED = "orlomo_jax.driven:fused_round", "orlomo_jax.simulation.compiled:fused_round"
+_PYTHON = "orlomo_jax.worker.workload:round_program"
+_COMPILED = "orlomo_jax.simulation.compiled:round_program"
 STEP_KEYS = {
     "one key for all local steps": Mutant(_ROUND, _round(step_key=lambda key, s: key)),
     "one key from the second local step on": Mutant(
