@@ -67,7 +67,7 @@ def _round(
 
 
 def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
-    """Return the change of ``fused_round`` that replaces the round's key.
+    """Return the change of ``round_program`` that replaces the round's key.
 
     Args:
         own_key: Maps (noise_key, worker, round, the step of the fault) to the key.
@@ -75,23 +75,23 @@ def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
     def change(original, step):
         @lru_cache(maxsize=8)
-        def fused_round(round_fn):
+        def round_program(round_fn):
             @jax.jit
-            def run(batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round,
-                    at, first_bad):  # fmt: skip
-                args = (batch_fn, params, state, momentum, rate, data_key, noise_key, worker, round)
-                unchanged = jax.eval_shape(original(round_fn), *args, at, first_bad)
+            def run(batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite):
+                args = (batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite)
+                unchanged = jax.eval_shape(original(round_fn), *args)
                 structure = jax.tree.structure(unchanged[1])
+                params, state, momentum, rate = start
                 batches = batch_fn(data_key, worker, round)
                 key = own_key(noise_key, worker, round, step)
                 result = round_fn(params, state, batches, rate, key, momentum=momentum)
-                bad = jnp.where((first_bad < 0) & ~result.finite, at, first_bad)
+                bad = jnp.where((first_nonfinite < 0) & ~result.finite, at, first_nonfinite)
                 means = [x.mean(0) for x in (result.loss, *jax.tree.leaves(result.metrics))]
                 return result, jax.tree.unflatten(structure, means), bad
 
             return run
 
-        return fused_round
+        return round_program
 
     return change
 
@@ -101,7 +101,8 @@ def _keyed(noise_key, worker, round):
 
 
 _ROUND = "orlomo_jax.methods.method:local_momentum_sgd"
-_PYTHON, _COMPILED = "orlomo_jax.driven:fused_round", "orlomo_jax.simulation.compiled:fused_round"
+_EAGER = "orlomo_jax.worker.workload:round_program"
+_COMPILED = "orlomo_jax.simulation.compiled:round_program"
 STEP_KEYS = {
     "one key for all local steps": Mutant(_ROUND, _round(step_key=lambda key, s: key)),
     "one key from the second local step on": Mutant(
@@ -109,7 +110,7 @@ STEP_KEYS = {
 }  # fmt: skip
 ROUND_KEYS = {
     f"{name}, {engine}": Mutant(where, _noise(key))
-    for engine, where in (("driven from Python", _PYTHON), ("compiled", _COMPILED))
+    for engine, where in (("eager", _EAGER), ("compiled", _COMPILED))
     for name, key in (
         ("one key for all rounds", lambda key, worker, round, n: jax.random.fold_in(key, worker)),
         ("one key for all workers", lambda key, worker, round, n: jax.random.fold_in(key, round)),
@@ -134,5 +135,5 @@ WEIGHT_DECAY = {name: Mutant(_ROUND, _round(decay=decay)) for name, decay in DEC
 INTACT = (
     Mutant(_ROUND, _round()),
     *(Mutant(where, _noise(lambda key, worker, round, n: _keyed(key, worker, round)))
-      for where in (_PYTHON, _COMPILED)),
+      for where in (_EAGER, _COMPILED)),
 )  # fmt: skip
