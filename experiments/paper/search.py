@@ -85,8 +85,8 @@ def search(rows: Rows, run: Run, scale: tables.Scale) -> Search:
     }
     best = min(losses, key=losses.__getitem__, default=grid[len(grid) // 2])
     middle = grid.index(best)
-    beside = grid[max(0, middle - 1) : middle + 2]
-    return Search(best, statuses, tuple(rate for rate in beside if rate not in losses))
+    neighbours = grid[max(0, middle - 1) : middle + 2]
+    return Search(best, statuses, tuple(rate for rate in neighbours if rate not in losses))
 
 
 def waves(

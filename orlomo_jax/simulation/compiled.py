@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.methods.method import Method
+from orlomo_jax.recording.recorder import SEGMENT
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
 from orlomo_jax.server.reports import Report, Task
@@ -25,8 +26,8 @@ from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload, round
 
 Rounds: TypeAlias = Literal["loop", "map", "vmap"]
 
-LENGTH = 256
-"""Steps of the longest segment; shorter segments use the same program."""
+LENGTH = SEGMENT
+"""Steps of the longest segment; shorter ones run the same program."""
 
 
 class Carry(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from orlomo_jax import LocalUpdate
 from orlomo_jax.trees import all_finite
-from orlomo_jax.worker import RoundMetrics, RoundResult
+from orlomo_jax.worker import RoundResult
 from proofs_check.mutants.bookkeeping import Mutant
 
 
@@ -77,15 +77,19 @@ def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
         @lru_cache(maxsize=8)
         def round_program(round_fn):
             @jax.jit
-            def run_round(batch_fn, start, data_key, noise_key, worker, round, at, first_bad):
+            def run(batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite):
+                args = (batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite)
+                unchanged = jax.eval_shape(original(round_fn), *args)
+                structure = jax.tree.structure(unchanged[1])
                 params, state, momentum, rate = start
                 batches = batch_fn(data_key, worker, round)
                 key = own_key(noise_key, worker, round, step)
                 result = round_fn(params, state, batches, rate, key, momentum=momentum)
-                bad = jnp.where((first_bad < 0) & ~result.finite, at, first_bad)
-                return result, RoundMetrics.of(result), bad
+                bad = jnp.where((first_nonfinite < 0) & ~result.finite, at, first_nonfinite)
+                means = [x.mean(0) for x in (result.loss, *jax.tree.leaves(result.metrics))]
+                return result, jax.tree.unflatten(structure, means), bad
 
-            return run_round
+            return run
 
         return round_program
 
@@ -97,7 +101,7 @@ def _keyed(noise_key, worker, round):
 
 
 _ROUND = "orlomo_jax.methods.method:local_momentum_sgd"
-_PYTHON = "orlomo_jax.worker.workload:round_program"
+_EAGER = "orlomo_jax.worker.workload:round_program"
 _COMPILED = "orlomo_jax.simulation.compiled:round_program"
 STEP_KEYS = {
     "one key for all local steps": Mutant(_ROUND, _round(step_key=lambda key, s: key)),
@@ -106,7 +110,7 @@ STEP_KEYS = {
 }  # fmt: skip
 ROUND_KEYS = {
     f"{name}, {engine}": Mutant(where, _noise(key))
-    for engine, where in (("driven from Python", _PYTHON), ("compiled", _COMPILED))
+    for engine, where in (("eager", _EAGER), ("compiled", _COMPILED))
     for name, key in (
         ("one key for all rounds", lambda key, worker, round, n: jax.random.fold_in(key, worker)),
         ("one key for all workers", lambda key, worker, round, n: jax.random.fold_in(key, round)),
@@ -131,5 +135,5 @@ WEIGHT_DECAY = {name: Mutant(_ROUND, _round(decay=decay)) for name, decay in DEC
 INTACT = (
     Mutant(_ROUND, _round()),
     *(Mutant(where, _noise(lambda key, worker, round, n: _keyed(key, worker, round)))
-      for where in (_PYTHON, _COMPILED)),
+      for where in (_EAGER, _COMPILED)),
 )  # fmt: skip
