@@ -42,7 +42,7 @@ def check_worker_pool(pool: WorkerPool, round_timeout: float = 120.0) -> None:
     for name in METHOD_NAMES:
         _check_replay(pool, name, _batches, round_timeout)
     _check_replay(pool, "orlomo", HostBatches.of(_host_batches), round_timeout)
-    losing = _check_replay(_Losing(pool), "orlomo", _batches, round_timeout)
+    losing = _check_replay(_Losing(pool), "prsgdm", _batches, round_timeout)  # needs every worker
     kinds = [event.kind for event in losing.trace.events]
     assert kinds == ["lost", "redispatched"], f"one round must be lost, got the events {kinds}"
     _check_exception(pool, round_timeout)

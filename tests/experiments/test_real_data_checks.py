@@ -28,7 +28,7 @@ def made_up(name="cifar10", *_, **__) -> datasets.Dataset:
 @pytest.fixture
 def images(monkeypatch, tmp_path):
     """A data_dir of its own, since parts are cached by data_dir."""
-    monkeypatch.setattr(runner.data, "load", made_up)
+    monkeypatch.setattr(runner.datasets, "load", made_up)
     return tmp_path
 
 

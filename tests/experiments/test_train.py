@@ -13,7 +13,7 @@ import pytest
 import orlomo_jax
 from experiments import models, records, runner, train
 from experiments.config import ComputeOptions, Run
-from orlomo_jax import ArrivalTrace
+from orlomo_jax import ArrivalTrace, Compiled
 from orlomo_jax.recording import Arrival, Journal
 from orlomo_jax.runtimes import WorkersLostError
 from orlomo_jax.server import AuditError
@@ -222,10 +222,10 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
 
 @pytest.mark.slow
 def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
-    forms = []
+    engines = []
 
     def simulate(*job, **options):
-        forms.append((options.get("worker_axis"), options.get("compute_batch")))
+        engines.append(options["engine"])
         return orlomo_jax.simulate(*job, **options)
 
     monkeypatch.setattr(runner, "simulate", simulate)
@@ -234,6 +234,6 @@ def test_rounds_that_are_computed_together_give_the_same_run(monkeypatch):
         runner.execute(run, compute=compute)[0]
         for compute in (ComputeOptions(), ComputeOptions("vmap", compute_batch=4))
     )
-    assert forms == [("auto", None), ("vmap", 4)]
+    assert engines == ["auto", Compiled("vmap", max_batch=4)]
     assert together["form"] == {"worker_axis": "vmap", "compute_batch": 4, "convolution": "auto"}
     assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)

@@ -129,9 +129,9 @@ class Shared(Faulty):
         ),
         (OtherException, TIMEOUT, "the exception must be the worker's own"),
         pytest.param(
-            Stubborn, SHORT, "one round must be lost, got the events", marks=pytest.mark.slow
+            Stubborn, SHORT, "a run of prsgdm must finish, got WorkersLost", marks=pytest.mark.slow
         ),
-        (Shared, TIMEOUT, "open must refuse to be opened again"),
+        (Shared, TIMEOUT, "`open` of a pool that is open must raise RuntimeError"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
