@@ -160,7 +160,7 @@ class RunRecorder:
     def close(self) -> None:
         """Close the callbacks, after the end or an error."""
         with contextlib.ExitStack() as stack:  # closes all, even if one raises
-            for callback in self.recording.callbacks:
+            for callback in reversed(self.recording.callbacks):
                 stack.callback(callback.close)
 
     def applied_all(self, rounds: Iterable[RoundMetrics], end: int) -> None:
