@@ -56,6 +56,26 @@ def check_nonnegative(name: str, value: Any) -> float:
     return check_number(name, value, lambda x: 0 <= x < math.inf, "finite and ≥ 0")
 
 
+def check_type(name: str, value: Any, wanted: type, how: str) -> None:
+    """Raise TypeError unless ``value`` is None or of a type; ``how`` says how to get one.
+
+    Example:
+        >>> check_type("method", "orlomo", dict, "one of make_method")
+        Traceback (most recent call last):
+        ...
+        TypeError: `method` must be one of make_method, got method='orlomo'
+    """
+    if value is not None and not isinstance(value, wanted):
+        raise TypeError(f"`{name}` must be {how}, got {name}={value!r}")
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise TypeError unless each value is None or can be called."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"`{name}` must be a function, got {name}={function!r}")
+
+
 def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raise ValueError unless the identities of two runs are equal; name the first difference.
 

@@ -46,7 +46,7 @@ def make_method(
     num_local_steps: int,
     *,
     frozen: Any = None,
-    master_params: bool = True,
+    master_params: bool | None = None,
     **hyperparameters: Any,
 ) -> Method:
     """Return a method by name.
@@ -60,7 +60,7 @@ def make_method(
             or like its first levels, or a function that maps params to one.
         master_params: Whether the server keeps 16-bit parameters and model state in float32.
             Workers get them rounded. Without it, rounding often loses 1/K of a report, and AL-SGD
-            makes no progress.
+            makes no progress. None keeps the method's own choice, which is True by default.
         **hyperparameters: The method's own. The paper's four methods take ``momentum`` (β in [0, 1)
             of the server's rule and the workers; not used by AL-SGD), ``learning_rate`` (global,
             for the asynchronous rules; a finite float ≥ 0 or a schedule of the server's step),
@@ -83,9 +83,11 @@ def make_method(
     factory = _FACTORIES[name]
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not takes_any and (unknown := hyperparameters.keys() - parameters.keys()):
-        known = ", ".join(list(parameters)[2:]) or "none"
-        raise TypeError(f"`{name}` takes the hyperparameters {known}; got {sorted(unknown)[0]}")
+    known = list(parameters)[2:]
+    if not takes_any and (unknown := hyperparameters.keys() - set(known)):
+        wanted = ", ".join(known) or "none"
+        raise TypeError(f"`{name}` takes the hyperparameters {wanted}; got {sorted(unknown)[0]}")
     method = factory(num_workers, num_local_steps, **hyperparameters)
-    mask = None if frozen is None else Mask.of(frozen)
-    return method._replace(frozen=mask, master_params=master_params)
+    if frozen is not None:
+        method = method._replace(frozen=Mask.of(frozen))
+    return method if master_params is None else method._replace(master_params=master_params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Health(NamedTuple):
@@ -77,8 +77,8 @@ class Meter:
 
     def __init__(self, num_workers: int) -> None:
         """Start the clock."""
-        self.begin = self._viewed_at = time.monotonic()
-        self._viewed_step: int | None = None
+        self.begin = time.monotonic()
+        self._viewed: dict[Any, tuple[float, int]] = {}  # time and step of each viewer's last view
         self.reports, self.busy = [0] * num_workers, [0.0] * num_workers
         self.delays: Counter[int] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -96,12 +96,14 @@ class Meter:
         line = next(iter(why.strip().splitlines()), "")
         self.failures[worker] = line if len(line) <= 200 else f"{line[:199]}…"
 
-    def view(self, step: int, present: tuple[bool, ...], momentum_norm: float | None) -> Health:
-        """Return the counts so far, and the speed since the last call."""
+    def view(
+        self, step: int, present: tuple[bool, ...], momentum_norm: float | None, viewer: Any = None
+    ) -> Health:
+        """Return the counts so far, and the speed since this viewer's last call."""
         now, total = time.monotonic(), sum(self.reports)
-        before = step - total if self._viewed_step is None else self._viewed_step
-        rate = (step - before) / max(now - self._viewed_at, 1e-9)
-        self._viewed_at, self._viewed_step = now, step
+        viewed_at, before = self._viewed.get(viewer, (self.begin, step - total))
+        rate = (step - before) / max(now - viewed_at, 1e-9)
+        self._viewed[viewer] = now, step
         seconds = now - self.begin
         return Health(
             seconds=seconds,

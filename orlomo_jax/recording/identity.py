@@ -14,6 +14,7 @@ from orlomo_jax.methods.method import Method
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.step import weight_on_host
 from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.workload import Workload
 
 POINTS = np.array([0, *(10**n for n in range(7))], np.int32)
@@ -95,9 +96,10 @@ def of_keys(*keys: Array) -> dict[str, Any]:
 
 def of_work(round_fn: Callable, batch_fn: Callable) -> dict[str, Any]:
     """Return the identity of the workers' computation, and JAX's settings."""
+    batches = batch_fn.make if isinstance(batch_fn, HostBatches) else batch_fn
     return {
         **fingerprint(round_fn, "round_fn"),
-        **fingerprint(batch_fn, "batch_fn"),
+        **fingerprint(batches, "batch_fn"),
         **{name: str(getattr(jax.config, name, None)) for name in JAX_SETTINGS},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -91,6 +92,8 @@ class Recording(NamedTuple):
         every = num_steps
         if evaluate_every is not None:
             every = check_count("evaluate_every", evaluate_every, 1)
+        if not isinstance(callbacks, Sequence):
+            raise TypeError(f"`callbacks` must be a list, got callbacks={callbacks!r}")
         return cls(num_steps, evaluate, every, tuple(map(as_callback, callbacks)))
 
 
@@ -156,8 +159,9 @@ class RunRecorder:
 
     def close(self) -> None:
         """Close the callbacks, after the end or an error."""
-        for callback in self.recording.callbacks:
-            callback.close()
+        with contextlib.ExitStack() as stack:  # closes all, even if one raises
+            for callback in reversed(self.recording.callbacks):
+                stack.callback(callback.close)
 
     def applied_all(self, rounds: Iterable[RoundMetrics], end: int) -> None:
         """Record the reports of a segment until step ``end``, as an engine yields them."""

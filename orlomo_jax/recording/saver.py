@@ -15,21 +15,25 @@ class RunSaver:
     Args:
         checkpoint: The folder.
         recorders: The recorder of each run.
-        identity: Returns the identity of the runs for a run that resumes at a step.
+        identity: What a run that resumes must have in common with these.
+        arrivals: Returns the part of the identity that depends on the step to resume at.
     """
 
     def __init__(
         self,
         checkpoint: Checkpointer,
         recorders: Sequence[RunRecorder],
-        identity: Callable[[int], dict[str, Any]],
+        identity: dict[str, Any],
+        arrivals: Callable[[int], dict[str, Any]] = lambda step: {},
     ) -> None:
         """Keep the arguments."""
-        self.checkpoint, self._recorders, self._identity = checkpoint, recorders, identity
+        self.checkpoint, self._recorders = checkpoint, recorders
+        self._identity, self._arrivals = identity, arrivals
 
     def restore(self, saved: Saved) -> dict[str, Any]:
         """Continue from a checkpoint, if it is of these runs; return its notes."""
-        saved.check(self._identity(saved.step), any_version=self.checkpoint.any_version)
+        identity = self._identity | self._arrivals(saved.step)
+        saved.check(identity, any_version=self.checkpoint.any_version)
         with saved.reading():
             parts = zip(self._recorders, saved.arrays["runs"], saved.metadata["runs"], strict=True)
             for recorder, arrays, notes in parts:
@@ -48,4 +52,5 @@ class RunSaver:
         step = self._recorders[0].step
         arrays, of_runs = zip(*(recorder.snapshot() for recorder in self._recorders), strict=True)
         notes["runs"] = list(of_runs)
-        self.checkpoint.save_run(step, {"runs": list(arrays)}, notes, self._identity(step))
+        identity = self._identity | self._arrivals(step)
+        self.checkpoint.save_run(step, {"runs": list(arrays)}, notes, identity)

@@ -38,13 +38,20 @@ class Membership:
         Raises:
             ValueError: If a worker is not in [0, K), or all are absent.
         """
-        self._last = num_workers - 1
         for worker in self.absent:
-            self._check("absent", worker)
+            check_count("absent", worker, 0, num_workers - 1)
         if len(self.absent) == num_workers:
             raise ValueError(f"`absent` must leave a worker, got absent={sorted(self.absent)}")
-        for joins, worker in self._pending():
-            self._changes.put((joins, self._check("worker", worker)))
+        pending = self._pending()
+        for change in pending:
+            self._changes.put(change)
+        for _, worker in pending:
+            check_count("worker", worker, 0, num_workers - 1)
+        self._last = num_workers - 1
+
+    def unbind(self) -> None:
+        """Forget the run's K, at its end."""
+        self._last = None
 
     def join(self, worker: int) -> None:
         """Let a worker join; no effect if it takes part already."""

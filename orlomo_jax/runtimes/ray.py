@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from orlomo_jax import trees
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
@@ -143,7 +144,8 @@ class RayWorkers:
             start = RoundInput(*to_numpy(task.start))
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
             self._version = (version, self._ray.put(start), size)
-            self._dtypes = [leaf.dtype for leaf in jax.tree.leaves(start.params)]
+            leaves = jax.tree.leaves(start.params)
+            self._dtypes = [trees.widest(leaf.dtype, np.float32) for leaf in leaves]
         _, start, size = self._version
         self._pending[self._actors[worker].run.remote(round, start)] = task.id
         return size
@@ -190,7 +192,7 @@ class RayWorkers:
             self._free.release()
 
     def _widen(self, update: LocalUpdate) -> LocalUpdate:
-        """Return the update in the parameters' dtypes."""
+        """Return the update in the dtypes of reports: float32 or wider."""
         if self._narrow is None:
             return update
         leaves, structure = jax.tree.flatten(update)

@@ -82,12 +82,12 @@ class RunLog:
                 continue
             if now >= self._health_at.setdefault(place, now + every):
                 self._health_at[place] = now + every
-                callback.on_health(self.health(present))
+                callback.on_health(self.health(present, place))
 
-    def health(self, present: set[int]) -> Health:
+    def health(self, present: set[int], viewer: int | None = None) -> Health:
         """Return the run's health, given the workers that take part."""
         server = self.recorder.source.server
         momentum = start_momentum(server.view().rule_state)
         norm = None if momentum is None else float(_norm(momentum))
         there = tuple(worker in present for worker in range(server.num_workers))
-        return self.meter.view(server.step, there, norm)
+        return self.meter.view(server.step, there, norm, viewer)

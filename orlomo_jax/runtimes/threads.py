@@ -86,9 +86,13 @@ class ThreadWorkers:
         self._settings = jax_settings.capture()
         devices = _default_devices() if self._devices is None else self._devices
         self._used = [devices[worker % len(devices)] for worker in range(num_workers)]
-        self._workloads = {
-            device: _on_device(workload, device) for device in dict.fromkeys(self._used)
-        }
+        try:
+            self._workloads = {
+                device: _on_device(workload, device) for device in dict.fromkeys(self._used)
+            }
+        except BaseException:
+            self._free.release()
+            raise
         self._compiling = {device: threading.Lock() for device in self._workloads}
 
     def start(self, worker: int) -> None:

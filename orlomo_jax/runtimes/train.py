@@ -11,7 +11,7 @@ import jax
 import optax
 
 from orlomo_jax import trees
-from orlomo_jax.checks import check_count, check_number
+from orlomo_jax.checks import check_count, check_functions, check_number, check_type
 from orlomo_jax.methods.method import Method, round_of
 from orlomo_jax.recording.callbacks import AnyCallback
 from orlomo_jax.recording.checkpoint import JOURNAL, Checkpointer
@@ -125,6 +125,13 @@ def train(
     Example:
         See :class:`~orlomo_jax.ThreadWorkers`.
     """
+    check_type("method", method, Method, "a Method, as from make_method")
+    check_type("checkpoint", checkpoint, Checkpointer, "a Checkpointer")
+    check_type("membership", membership, Membership, "a Membership")
+    check_functions(loss_fn=loss_fn, batch_fn=batch_fn, evaluate=evaluate, round_fn=round_fn)
+    check_functions(fault_injector=fault_injector)
+    if not hasattr(workers, "submit"):
+        raise TypeError(f"`workers` must be a worker pool, got workers={workers!r}")
     num_steps = check_count("num_steps", num_steps, 1)
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     options = RunOptions(
@@ -148,7 +155,10 @@ def train(
     check_batch_fn(workload.batch_fn, key)
     check_schedules(method, server.schedule, num_steps)
     path = journal if checkpoint is None or journal else checkpoint.directory / JOURNAL
-    with contextlib.nullcontext() if checkpoint is None else checkpoint.alone():
+    with contextlib.ExitStack() as stack:
+        stack.callback(options.membership.unbind)
+        if checkpoint is not None:
+            stack.enter_context(checkpoint.alone())
         result = _train(server, workload, workers, recording, options, checkpoint, path, audit)
     return result._replace(
         params=jax.tree.map(
@@ -186,7 +196,7 @@ def _train(
         recorder = RunRecorder(ServerSource(server), workload, arrival, recording)
         saver = seen = None
         if checkpoint is not None:
-            saver = RunSaver(checkpoint, [recorder], lambda step: identity)
+            saver = RunSaver(checkpoint, [recorder], identity)
         if saved is not None and saver is not None:
             notes = saver.restore(saved)
             with saved.reading():

@@ -77,7 +77,7 @@ def choose(
             )
         engine = named[engine]
     if isinstance(workload.batch_fn, HostBatches):
-        if isinstance(engine, Compiled):
+        if isinstance(engine, Compiled):  # several runs together too
             raise ValueError(
                 '`engine` must be "eager" for HostBatches: a compiled segment cannot call Python. '
                 "Pass a batch_fn that JAX can trace to compile the run"

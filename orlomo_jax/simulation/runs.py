@@ -155,7 +155,7 @@ def _simulate(
     ]
     saver = None
     if checkpoint is not None:
-        saver = RunSaver(checkpoint, recorders, partial(_identity, runs, settings))
+        saver = RunSaver(checkpoint, recorders, _identity(runs, settings), partial(_arrivals, runs))
     if saved is not None and saver is not None:
         saver.restore(saved)
     else:
@@ -205,20 +205,20 @@ def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> E
     return replace(settings, max_batch=batch) if isinstance(batch, int) else settings
 
 
-def _identity(runs: Sequence[_Run], settings: Eager | Compiled, step: int) -> dict[str, Any]:
-    """Return what runs that resume at a step must have in common with these, JSON-able.
-
-    Of their arrivals only those before the step count: later ones may still change.
-    """
-    (server, workload, trace), *others = runs
-    if trace.num_steps < step:
-        raise ValueError(
-            f"`trace` must have the {step} steps that the run to resume has made, got "
-            f"{trace.num_steps}"
-        )
+def _identity(runs: Sequence[_Run], settings: Eager | Compiled) -> dict[str, Any]:
+    """Return what runs that resume must have in common with these, JSON-able."""
+    (server, workload, _), *others = runs
     identity = {"run by": "simulate", "together": len(runs)} | of_run(server, workload)
     for index, run in enumerate(others, 1):
         own = of_rate(run.server) | of_keys(*run.workload.keys)
         identity |= {f"{name} of run {index}": value for name, value in own.items()}
-    identity |= {"engine": type(settings).__name__} | asdict(settings)
-    return identity | {"trace": [run.trace.digest(step) for run in runs]}
+    return identity | {"engine": type(settings).__name__} | asdict(settings)
+
+
+def _arrivals(runs: Sequence[_Run], step: int) -> dict[str, Any]:
+    """Return the identity of the arrivals before a step: later ones may still change."""
+    if (num_steps := runs[0].trace.num_steps) < step:
+        raise ValueError(
+            f"`trace` must have the {step} steps that the run to resume has made, got {num_steps}"
+        )
+    return {"trace": [run.trace.digest(step) for run in runs]}

@@ -8,6 +8,7 @@ from typing import Literal
 import optax
 
 from orlomo_jax import trees
+from orlomo_jax.checks import check_functions, check_type
 from orlomo_jax.methods.method import Method, round_of
 from orlomo_jax.recording.callbacks import AnyCallback
 from orlomo_jax.recording.checkpoint import Checkpointer
@@ -111,6 +112,11 @@ def simulate(
         >>> result.status, bool(abs(result.params[0] - 1) < 0.1)
         ('finished', True)
     """
+    check_type("method", method, Method, "a Method, as from make_method")
+    check_type("compute_times", compute_times, ComputeTimes, "a model such as heterogeneous()")
+    check_type("trace", trace, ArrivalTrace, "an ArrivalTrace")
+    check_type("checkpoint", checkpoint, Checkpointer, "a Checkpointer")
+    check_functions(loss_fn=loss_fn, batch_fn=batch_fn, evaluate=evaluate, round_fn=round_fn)
     round_fn = round_of(method, loss_fn, round_fn)
     if trace is None:
         trace = _sampled(method, num_steps, compute_times, trace_seed)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from orlomo_jax.checks import check_count
 
@@ -90,45 +93,81 @@ def _given(batches: Any, key: Any, worker: Any, round: Any) -> Any:
     return batches
 
 
-class _Stream:
-    """An iterator over a worker's batches, starting with one round."""
-
-    def __init__(self, make: Callable[[int], Iterator[Any]], worker: int, first_round: int) -> None:
-        self._make, self._worker, self._first = make, worker, first_round
-        self._iterator: Iterator[Any] | None = None
-
-    def read(self, round: int) -> Any:
-        if self._iterator is None:
-            self._iterator = iter(self._make(self._first))
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise ValueError(
-                "`make` must yield a batch for every round, got an iterator that ends before "
-                f"worker {self._worker}'s round {round}"
-            ) from None
-
-
 class _Loader:
-    """Reads the batches of one worker ahead, in one thread."""
+    """Reads the batches of one worker ahead."""
 
     def __init__(self, make: Callable[[int], Iterator[Any]], worker: int, prefetch: int) -> None:
-        self._open = partial(_Stream, make, worker)
-        self._prefetch = prefetch
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"orlomo batches {worker}")
-        self._lock = threading.Lock()
-        self._stream = self._open(0)
-        self._futures: dict[int, Future[Any]] = {}  # by round, from the last one returned
-        self._next = 0  # the first round that has not been requested
+        self._make, self._worker, self._prefetch = make, worker, prefetch
+        self._lock, self._reader = threading.Lock(), None
+        self._newest: tuple[int, Any] = (-1, None)
 
     def get(self, round: int) -> Any:
         with self._lock:
-            if round not in self._futures and round != self._next:  # the run resumed or went back
-                self._stream, self._futures, self._next = self._open(round), {}, round
-            for ahead in range(self._next, round + self._prefetch + 1):
-                self._futures[ahead] = self._pool.submit(self._stream.read, ahead)
-                self._next = ahead + 1
-            for old in [other for other in self._futures if other < round]:
-                del self._futures[old]
-            future = self._futures[round]
-        return future.result()
+            if round == self._newest[0]:
+                return self._newest[1]
+            if self._reader is None or self._reader.next_round != round:  # resumed, or a lost round
+                self._stop()
+                self._reader = _Reader(self._make, self._worker, round, self._prefetch)
+            try:
+                self._newest = round, self._reader.read()
+            except BaseException:  # the next call starts anew from its own round
+                self._stop()
+                raise
+            return self._newest[1]
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.stopped.set()
+        self._reader = None
+
+
+class _Reader:
+    """An iterator that a daemon thread reads: a process never waits for it at its end."""
+
+    def __init__(
+        self, make: Callable[[int], Iterator[Any]], worker: int, first_round: int, prefetch: int
+    ) -> None:
+        self.next_round, self.stopped = first_round, threading.Event()
+        self._batches = self._read(make, worker, first_round)
+        self._queue: queue.Queue[tuple[Any, Exception | None]] = queue.Queue(max(prefetch, 1))
+        self._ahead = prefetch > 0
+        if self._ahead:
+            name = f"orlomo batches {worker}"
+            threading.Thread(target=self._fill, name=name, daemon=True).start()
+
+    def read(self) -> Any:
+        batch, error = self._queue.get() if self._ahead else (next(self._batches), None)
+        if error is not None:
+            raise error
+        self.next_round += 1
+        return batch
+
+    @staticmethod
+    def _read(make: Callable[[int], Iterator[Any]], worker: int, first: int) -> Iterator[Any]:
+        iterator = make(first)
+        if not isinstance(iterator, Iterable):
+            raise TypeError(f"`make` must return an iterator, got {iterator!r}")
+        iterator = iter(iterator)
+        for round in itertools.count(first):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                raise ValueError(
+                    "`make` must yield a batch for every round, got an iterator that ends before "
+                    f"worker {worker}'s round {round}"
+                ) from None
+            # A copy: a loader may use its memory again, and a memory map is read here.
+            copy = lambda x: np.array(x) if isinstance(x, np.ndarray) else x  # noqa: E731
+            yield jax.tree.map(copy, batch)
+
+    def _fill(self) -> None:
+        item: tuple[Any, Exception | None] = (None, None)
+        while item[1] is None and not self.stopped.is_set():
+            try:
+                item = next(self._batches), None
+            except Exception as error:  # raised where the batch is asked for
+                item = None, error
+            while not self.stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._queue.put(item, timeout=0.1)
+                    break

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -124,14 +123,11 @@ class Workload(NamedTuple):
 
     def convolves(self, start: RoundInput) -> bool:
         """Return whether a round contains a convolution; trace each round function once."""
-        if self.round_fn not in _convolves:
-            batch_fn, start, *_ = self._arguments(0, 0, start, 0, _NONE)
-            batches = jax.eval_shape(batch_fn, self.data_key, np.int32(0), np.int32(0))
-            params, model_state, momentum, rate = start
-            args = (params, model_state, batches, rate, self.noise_key)
-            run = partial(self.round_fn, momentum=momentum)
-            _convolves[self.round_fn] = convolves(run, *args)
-        return _convolves[self.round_fn]
+        batch_fn, start, *_ = self._arguments(0, 0, start, 0, _NONE)
+        batches = jax.eval_shape(batch_fn, self.data_key, np.int32(0), np.int32(0))
+        args = jax.eval_shape(lambda *args: args, start, batches, self.noise_key)
+        leaves, structure = jax.tree.flatten(args)
+        return _convolves(self.round_fn, structure, tuple(leaves))
 
     @property
     def _program(self) -> jax.stages.Wrapped:
@@ -145,7 +141,11 @@ class Workload(NamedTuple):
         return (batch_fn, start, self.data_key, self.noise_key, *counts, first_nonfinite)
 
 
-_convolves: WeakKeyDictionary[Callable, bool] = WeakKeyDictionary()
+@lru_cache(maxsize=32)
+def _convolves(round_fn: Callable, structure: Any, leaves: tuple[Any, ...]) -> bool:
+    (params, model_state, momentum, rate), batches, key = jax.tree.unflatten(structure, leaves)
+    run = partial(round_fn, momentum=momentum)
+    return convolves(run, params, model_state, batches, rate, key)
 
 
 @lru_cache(maxsize=32)

@@ -201,7 +201,7 @@ class ServerOneLate(ParameterServer):
         task = super().dispatch(worker)
         if self.step > 1 and task.id.dispatched_at == self.step:
             task = task._replace(id=task.id._replace(dispatched_at=self.step - 1))
-            self.tasks[worker] = task
+            self.tasks[worker], self.table.held[worker] = task, task.id
         return task
 
 
