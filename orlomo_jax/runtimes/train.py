@@ -157,6 +157,7 @@ def train(
     path = journal if checkpoint is None or journal else checkpoint.directory / JOURNAL
     with contextlib.ExitStack() as stack:
         stack.callback(options.membership.unbind)
+        stack.callback(workload.close)
         if checkpoint is not None:
             stack.enter_context(checkpoint.alone())
         result = _train(server, workload, workers, recording, options, checkpoint, path, audit)

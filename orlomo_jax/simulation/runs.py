@@ -100,7 +100,8 @@ def simulate_together(
     batch_fn = as_batch_fn(batch_fn)  # one for all: Partials are compared by identity
     runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
     check_batch_fn(runs[0].workload.batch_fn, starts[0].key)
-    with nullcontext() if checkpoint is None else checkpoint.alone():
+    alone = nullcontext() if checkpoint is None else checkpoint.alone()
+    with closing(runs[0].workload), alone:
         return _simulate(runs, engine, recording, checkpoint, stop)
 
 

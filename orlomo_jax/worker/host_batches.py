@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,7 @@ class HostBatches:
         self.make, self.prefetch = make, check_count("prefetch", prefetch)
         self._lock = threading.Lock()
         self._loaders: dict[int, _Loader] = {}
+        weakref.finalize(self, _close, self._loaders)
 
     @classmethod
     def of(cls, function: Callable[[int, int], Any], prefetch: int = 2) -> HostBatches:
@@ -71,6 +73,11 @@ class HostBatches:
             loader = self._loaders[worker]
         return loader.get(round)
 
+    def close(self) -> None:
+        """End the threads that read ahead; a later call starts them anew."""
+        with self._lock:
+            _close(self._loaders)
+
     def argument(self, worker: int, round: int) -> jax.tree_util.Partial:
         """Return a batch function that returns this round's batches."""
         return jax.tree_util.Partial(_given, self(int(worker), int(round)))
@@ -87,6 +94,11 @@ class _Counted:
         while True:
             yield self.function(worker, round)
             round += 1
+
+
+def _close(loaders: dict[int, _Loader]) -> None:
+    while loaders:
+        loaders.popitem()[1].close()
 
 
 def _given(batches: Any, key: Any, worker: Any, round: Any) -> Any:
@@ -114,6 +126,10 @@ class _Loader:
                 self._stop()
                 raise
             return self._newest[1]
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
 
     def _stop(self) -> None:
         if self._reader is not None:

@@ -121,6 +121,11 @@ class Workload(NamedTuple):
         result, metrics, _ = jax.eval_shape(self._program, *self._arguments(0, 0, start, 0, _NONE))
         return result, metrics
 
+    def close(self) -> None:
+        """End the threads that read batches on the host."""
+        if isinstance(self.batch_fn, HostBatches):
+            self.batch_fn.close()
+
     def convolves(self, start: RoundInput) -> bool:
         """Return whether a round contains a convolution; trace each round function once."""
         batch_fn, start, *_ = self._arguments(0, 0, start, 0, _NONE)

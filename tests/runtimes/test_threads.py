@@ -48,7 +48,7 @@ def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
     assert begun.wait(10)
     workers.stop(0)
     workers.close()
-    assert not [thread for thread in threading.enumerate() if "orlomo" in thread.name]
+    assert not [thread for thread in threading.enumerate() if "orlomo worker" in thread.name]
 
 
 def test_reports_come_from_every_device():

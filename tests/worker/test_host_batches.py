@@ -213,3 +213,18 @@ def test_iterators_stay_at_home():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         HostBatches(*arguments)
+
+
+def test_the_threads_that_read_ahead_end_with_the_run():
+    def readers():
+        return [x for x in threading.enumerate() if x.name.startswith("orlomo batches")]
+
+    before = set(readers())
+    batches = HostBatches.of(lambda worker, round: np.ones((S, 4, 3), np.float32))
+    batches(0, 0)
+    assert set(readers()) - before, "one reads ahead"
+    batches.close()
+    for reader in set(readers()) - before:
+        reader.join(5)
+    assert not set(readers()) - before
+    assert batches(0, 1).shape == (S, 4, 3), "and starts anew"
