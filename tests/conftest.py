@@ -31,3 +31,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if collection_path.name != "test_gpu_programs.py" or importlib.util.find_spec("jax_plugins"):
         return None
     return True
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the pages of docs/ and the check of worker pools with the slow tests."""
+    for item in items:
+        if item.nodeid.startswith(("docs/", "orlomo_jax/testing.py")):
+            item.add_marker(pytest.mark.slow)

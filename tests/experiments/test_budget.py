@@ -129,6 +129,7 @@ class TestCarryOut:
         assert not list((tasks.CACHE / "checkpoints").iterdir())
 
     @pytest.mark.slow
+    @pytest.mark.slow
     def test_runs_together_are_runs_alone_to_rounding(self):
         rows = Task(Way("vmap", 3)).carry_out(RUNS)
         for run, row in zip(RUNS, rows, strict=True):

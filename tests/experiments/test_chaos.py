@@ -44,6 +44,7 @@ def test_poison_is_of_every_kind(tmp_path):
     assert set(seen) == set(chaos.POISONS)
 
 
+@pytest.mark.slow
 def test_a_driver_that_fails_by_itself_is_reported(tmp_path):
     (tmp_path / "arrivals.jsonl").write_text("garbage\n")
     with pytest.raises(

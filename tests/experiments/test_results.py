@@ -10,6 +10,7 @@ from experiments.paper.search import recorded
 from experiments.records import RESULTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.jsonl")))
 def test_the_report_is_rebuilt_from_the_rows(name, tmp_path):
     plt.switch_backend("agg")

@@ -35,6 +35,7 @@ def test_the_default_size_exhausts_enough_orders():
     assert sum(k**t for k, t in Size().exhaustive) >= 50_000
 
 
+@pytest.mark.slow
 def test_check_takes_a_users_rule():
     size = replace(SMALL, examples=2)
     outcomes = proofs_check.check(
@@ -105,6 +106,7 @@ def test_plots(tmp_path):
     assert (tmp_path / "deep" / "remark.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_map_names_code_checks_and_what_they_caught(monkeypatch):
     wanted = {"float32 coefficients [server-step]", "Lemma 1 with weight 1 [induction]"}
     some = {k: v for k, v in controls().items() if k in wanted}

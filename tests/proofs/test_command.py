@@ -106,6 +106,7 @@ def test_counterexamples_are_utf_8_whatever_the_terminal(tmp_path, monkeypatch):
     assert main(["--replay", "-"]) == 1
 
 
+@pytest.mark.slow
 def test_map_prints_to_a_terminal_that_is_not_utf_8(monkeypatch):
     monkeypatch.setattr("proofs_check.coverage.controls", dict)
     written = narrow(monkeypatch, "stdout")

@@ -139,6 +139,7 @@ def test_a_longer_trace_goes_on(tmp_path, engine):
     helpers.assert_trees_equal(result.params, unbroken.params)
 
 
+@pytest.mark.slow
 def test_as_many_rounds_stay_together_in_a_longer_trace(tmp_path):
     order = [0, 1, 2] * 4 + [0] * 12
     engine = Compiled(rounds="vmap")

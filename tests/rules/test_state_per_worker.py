@@ -148,6 +148,7 @@ def assert_replays(result):
     np.testing.assert_array_equal(result.history.loss, again.history.loss)
 
 
+@pytest.mark.slow
 def test_threads_train_as_the_simulator():
     assert_replays(real(ThreadWorkers(slowdowns=[1, 1, 2])))
 
@@ -169,6 +170,7 @@ def test_a_killed_simulation_resumes_bit_for_bit(engine, tmp_path):
     np.testing.assert_array_equal(resumed.history.loss, unbroken.history.loss)
 
 
+@pytest.mark.slow
 def test_a_killed_real_run_resumes_bit_for_bit(tmp_path):
     with pytest.raises(Killed):
         real(checkpoint=Checkpointer(tmp_path, every=4), callbacks=[killed_at(15)])

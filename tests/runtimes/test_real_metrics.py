@@ -28,6 +28,7 @@ def assert_like_the_simulators(result, records):
         helpers.assert_trees_equal(ours.metrics, jax.device_get(theirs.metrics))
 
 
+@pytest.mark.slow
 def test_they_are_the_simulators():
     records = []
     result = train(*JOB, ThreadWorkers(), num_steps=T, callbacks=[records.append], **arguments())

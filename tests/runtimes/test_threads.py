@@ -17,6 +17,7 @@ from tests.support.real_runs import T, arguments, assert_replays, run
 from tests.support.toy import PARAMS, STATE, K, S, batch_fn, loss_fn, method_of
 
 
+@pytest.mark.slow
 def test_an_interpreter_with_busy_threads_exits_cleanly():
     code = """
 import jax, jax.numpy as jnp

@@ -80,6 +80,7 @@ def test_results_are_those_of_single_runs(name):
     assert not np.allclose(results[0].params["a"], results[1].params["a"])
 
 
+@pytest.mark.slow
 def test_one_that_diverges_leaves_the_others_alone():
     starts = [start("orlomo", 0), start("orlomo", 1, rate=1e30), start("orlomo", 2)]
     first, bad, third = together("orlomo", starts)
@@ -118,6 +119,7 @@ def test_one_run_stops_and_resumes_too(tmp_path):
     helpers.assert_trees_equal(trees(result), trees(together("orlomo", starts)[0]))
 
 
+@pytest.mark.slow
 def test_another_group_does_not_resume(tmp_path):
     starts = [start("orlomo", seed) for seed in range(2)]
     together("orlomo", starts, checkpoint=Checkpointer(tmp_path, 100), stop=lambda: True)

@@ -86,6 +86,7 @@ def test_batches_are_those_of_a_traced_function(tmp_path):
     np.testing.assert_allclose(mine.history.loss, traced.history.loss, rtol=1e-4)
 
 
+@pytest.mark.slow
 @makers
 def test_a_killed_run_resumes_with_the_same_batches(maker, tmp_path):
     make = maker(tmp_path)
