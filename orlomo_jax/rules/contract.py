@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,48 @@ def check_scalar(name: str, value: Any) -> None:
 
 def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
     """Return the report's index i as int32[]; raise unless 0 ≤ i ≤ t, if both are concrete."""
-    index = dispatched_at
+    what = "the step of the parameters sent to the worker"
+    return _check_index("dispatched_at", dispatched_at, "step", step, what)
+
+
+def check_dispatched_version(dispatched_version: Any, version: Array) -> Array:
+    """Return how many updates the rule had made when the task was sent, int32[].
+
+    Raises:
+        TypeError: If it is not an integer scalar.
+        ValueError: If it is concrete and not in [0, version].
+    """
+    what = "the number of updates that the rule had made when it was sent the task"
+    return _check_index("dispatched_version", dispatched_version, "version", version, what)
+
+
+def check_worker(worker: Any, num_workers: int) -> Array:
+    """Return the worker's index as int32[]; raise unless it is in [0, K), if it is concrete."""
+    what = "the index of the worker that reports"
+    return _check_index("worker", worker, "num_workers − 1", num_workers - 1, what)
+
+
+def check_dispatched_params(dispatched_params: Any, like: Params, *, rule: str) -> Params:
+    """Return the parameters that the worker was sent; raise ValueError if they are missing."""
+    if dispatched_params is None:
+        raise ValueError(
+            f"`{rule}` needs the parameters that the worker was sent, got dispatched_params=None"
+        )
+    trees.check_like("dispatched_params", dispatched_params, like)
+    return dispatched_params
+
+
+def check_sent_rate(local_learning_rate: Any, *, rule: str) -> Array:
+    """Return γ of the task, float[]; raise ValueError if it is missing."""
+    if local_learning_rate is None:
+        raise ValueError(f"`{rule}` needs γ of the worker's task, got local_learning_rate=None")
+    check_scalar("local_learning_rate", local_learning_rate)
+    return jnp.asarray(local_learning_rate, float)
+
+
+def _check_index(name: str, value: Any, bound: str, last: Any, what: str) -> Array:
+    """Return an integer scalar as int32[]; raise unless 0 ≤ value ≤ last, if both are concrete."""
+    index = value
     if not isinstance(index, jax.Array):
         try:
             index = operator.index(index)
@@ -106,14 +148,64 @@ def check_dispatched_at(dispatched_at: Any, step: Array) -> Array:
     elif jnp.issubdtype(index.dtype, jnp.integer) and not isinstance(index, jax_core.Tracer):
         index = int(index) if index.shape == () else index
     if isinstance(index, int):
-        last = np.iinfo(np.int32).max if isinstance(step, jax_core.Tracer) else int(step)
+        last = np.iinfo(np.int32).max if isinstance(last, jax_core.Tracer) else int(last)
         if not 0 <= index <= last:
-            raise ValueError(
-                f"`dispatched_at` must be in [0, step={last}], got dispatched_at={index}"
-            )
+            raise ValueError(f"`{name}` must be in [0, {bound}={last}], got {name}={index}")
     elif index.shape != () or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(
-            "`dispatched_at` must be an integer scalar, the step of the parameters sent to the "
-            f"worker; got dispatched_at={dispatched_at!r}"
-        )
+        raise TypeError(f"`{name}` must be an integer scalar, {what}; got {name}={value!r}")
     return jnp.asarray(index, jnp.int32)
+
+
+def version_of(rule_state: Any, default: Any) -> Any:
+    """Return the first field ``version`` in a rule's state, also in a chain, else ``default``.
+
+    It counts the updates of the parameters that the rule has made. A rule that updates them at
+    every report does not need the field.
+    """
+    return _first_field(rule_state, "version", default)
+
+
+def accepted_of(rule_state: Any) -> Any:
+    """Return the first field ``accepted`` in a rule's state, also in a chain, else True.
+
+    It says whether the rule has accepted the newest report.
+    """
+    return _first_field(rule_state, "accepted", True)
+
+
+def _first_field(rule_state: Any, name: str, default: Any) -> Any:
+    found = [state for state in _states_with(rule_state, name) if _has_field(state, name)]
+    return getattr(found[0], name) if found else default
+
+
+def _states_with(rule_state: Any, name: str) -> list[Any]:
+    return jax.tree.leaves(rule_state, is_leaf=lambda x: _has_field(x, name))
+
+
+def _has_field(state: Any, name: str) -> bool:
+    """Return whether a state is a NamedTuple with a field that holds an array."""
+    is_state = isinstance(state, tuple) and name in getattr(state, "_fields", ())
+    return (
+        is_state and not isinstance(state, LocalUpdate) and hasattr(getattr(state, name), "dtype")
+    )
+
+
+def keep_unaccepted(accepted: Any, new: Any, old: Any) -> Any:
+    """Return a rule's new state; if it did not accept the report, only its own part is new.
+
+    The rule itself leaves everything but its ``step`` and ``accepted`` unchanged then. The states
+    of the transformations that are chained with it do not change.
+
+    Args:
+        accepted: bool[].
+        new: The state after ``update``.
+        old: The state before.
+    """
+    if accepted is True:
+        return new
+    is_own = partial(_has_field, name="accepted")
+
+    def leaf(new, old):
+        return new if is_own(new) else jnp.where(accepted, new, old)
+
+    return jax.tree.map(leaf, new, old, is_leaf=is_own)
