@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,29 @@ def check_count(name: str, value: Any, low: int = 0, high: int | None = None) ->
         wanted = f"≥ {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"`{name}` must be {wanted}, got {name}={count}")
     return count
+
+
+def check_local_steps(value: Any, num_workers: int | None = None) -> int | tuple[int, ...]:
+    """Return S as an int, or as a tuple with one for each worker if they are given so.
+
+    Args:
+        value: An integer ≥ 1, or a sequence of them.
+        num_workers: The wanted length of a sequence; None for any.
+
+    Example:
+        >>> check_local_steps([4, 2], 2), check_local_steps(3, 2)
+        ((4, 2), 3)
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return check_count("num_local_steps", value, 1)
+    if num_workers is not None and len(value) != num_workers:
+        raise ValueError(
+            f"`num_local_steps` must have a number for each of {num_workers} workers, "
+            f"got {len(value)}: num_local_steps={value!r}"
+        )
+    if not len(value):
+        raise ValueError("`num_local_steps` must have a number for each worker, got none")
+    return tuple(check_count(f"num_local_steps[{k}]", steps, 1) for k, steps in enumerate(value))
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:

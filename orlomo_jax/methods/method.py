@@ -10,9 +10,12 @@ import optax
 
 from orlomo_jax import trees
 from orlomo_jax.methods.fingerprint import fingerprint
+from orlomo_jax.rules.rule_program import reads_sent_params, zero_updates
+from orlomo_jax.traces.policies import Policy
 from orlomo_jax.trees import Array
-from orlomo_jax.worker.frozen import Mask, zero_updates
-from orlomo_jax.worker.local_round import RoundResult, local_momentum_sgd
+from orlomo_jax.worker.frozen import Mask
+from orlomo_jax.worker.local_round import local_momentum_sgd, local_round
+from orlomo_jax.worker.step_loop import RoundResult
 
 
 class Method(NamedTuple):
@@ -22,7 +25,8 @@ class Method(NamedTuple):
         name: A short name, for records and messages.
         rule: The server rule, possibly in a chain of transformations.
         num_workers: K ≥ 1.
-        num_local_steps: S ≥ 1, the local steps of a round (H in the DiLoCo papers).
+        num_local_steps: S ≥ 1, the local steps of a round (H in the DiLoCo papers): one int for all
+            workers, or a tuple with one for each.
         worker_momentum: β of the workers' local rounds; None is plain SGD, without a momentum in
             the reports.
         synchronous: Whether all workers wait for each other after a round.
@@ -30,17 +34,38 @@ class Method(NamedTuple):
             function of (step, delay); None if the method does not train model state.
         frozen: The parameters that neither workers nor server change; None for none.
         master_params: Whether the server keeps 16-bit parameters and model state in float32.
+        local_optimizer: The workers' optax transformation, see :func:`~orlomo_jax.local_round`;
+            None is SGD, with ``worker_momentum``.
+        keep_local_state: Whether each worker keeps its optimizer's state between rounds.
+        policy: When the server holds back tasks, restarts workers or drops reports; None is never.
+        dispatch: ``dispatch(rule_state, params) -> params``, what workers are sent if it is not w.
     """
 
     name: str
     rule: optax.GradientTransformationExtraArgs
     num_workers: int
-    num_local_steps: int
+    num_local_steps: int | tuple[int, ...]
     worker_momentum: float | None = None
     synchronous: bool = False
     model_state_weight: Callable[[Array, Array], Array] | None = None
     frozen: Mask | None = None
     master_params: bool = True
+    local_optimizer: optax.GradientTransformation | None = None
+    keep_local_state: bool = True
+    policy: Policy | None = None
+    dispatch: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def steps_of_worker(self) -> tuple[int, ...]:
+        """S of each worker.
+
+        Example:
+            >>> from orlomo_jax import make_method
+            >>> make_method("al_sgd", 2, num_local_steps=4).steps_of_worker
+            (4, 4)
+        """
+        steps = self.num_local_steps
+        return steps if isinstance(steps, tuple) else (steps,) * self.num_workers
 
     @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:
@@ -60,15 +85,25 @@ class Method(NamedTuple):
         return self._replace(rule=rule)
 
     def local_round(self, loss_fn: Callable, **options: Any) -> Callable[..., RoundResult]:
-        """Return :func:`~orlomo_jax.local_momentum_sgd` with this method's S and local momentum.
+        """Return the local round with this method's S and local optimizer or local momentum.
 
         Args:
-            loss_fn: As in ``local_momentum_sgd``.
-            **options: ``weight_decay``, ``gradient_transform``, ``unroll``, ``frozen``; by default,
-                the parameters that this method never changes are frozen.
+            loss_fn: As in :func:`~orlomo_jax.local_round`.
+            **options: The other arguments of ``local_round`` or, without ``local_optimizer``, of
+                ``local_momentum_sgd``. By default, the parameters that this method never changes
+                are frozen.
         """
         options = {"frozen": Unmoved(self)} | options
-        return local_momentum_sgd(loss_fn, self.num_local_steps, self.worker_momentum, **options)
+        if self.local_optimizer is None:
+            return local_momentum_sgd(
+                loss_fn, self.num_local_steps, self.worker_momentum, **options
+            )
+        options = {"keep_state": self.keep_local_state} | options
+        return local_round(loss_fn, self.num_local_steps, self.local_optimizer, **options)
+
+    def reads_sent_params(self, params: trees.Params) -> bool:
+        """Return whether the rule reads the parameters that a report's worker was sent."""
+        return reads_sent_params(self.rule, params, momentum=self.worker_momentum is not None)
 
 
 class Unmoved(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from orlomo_jax import trees
 from orlomo_jax.recording.health import Health
 from orlomo_jax.traces.trace import ArrivalTrace
-from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.trees import Array, ArrayLike, PyTree
 
 
 class StepRecord(NamedTuple):
@@ -24,6 +24,7 @@ class StepRecord(NamedTuple):
             device: ``float(record.loss)`` waits for it, so do that rarely.
         metrics: The metrics of ``loss_fn``, means over the local steps; on the same device.
         evaluation: The result of ``evaluate`` after this step, or None.
+        accepted: Whether the rule accepted the report, bool[]; on the same device.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepRecord(NamedTuple):
     loss: Array | float
     metrics: PyTree
     evaluation: dict[str, float] | None
+    accepted: ArrayLike = True
 
 
 class Evaluation(NamedTuple):
@@ -55,6 +57,8 @@ class History(NamedTuple):
         metrics: The metrics of ``loss_fn``, means over the local steps; every leaf has a leading
             axis of n.
         evaluations: In order of step.
+        accepted: bool[n], whether the rule accepted the report. A rule such as Ringmaster ignores
+            reports that are too old; such a step changes nothing.
     """
 
     step: np.ndarray
@@ -64,6 +68,7 @@ class History(NamedTuple):
     loss: np.ndarray
     metrics: PyTree
     evaluations: tuple[Evaluation, ...]
+    accepted: np.ndarray
 
 
 class TrainingResult(NamedTuple):

@@ -33,7 +33,7 @@ JAX_SETTINGS = (
 
 def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
     """Return the identity of one run: method, rates, trees, keys, round and batches."""
-    round_fn, batch_fn, *keys = workload
+    round_fn, batch_fn = workload.round_fn, workload.batch_fn
     state, sent = server.view(), iter(server.sent_dtypes)
     return {
         **of_method(server.method),
@@ -43,7 +43,7 @@ def of_run(server: ParameterServer, workload: Workload) -> dict[str, Any]:
         "params": of_tree(state.params, sent),
         "model_state": of_tree(state.model_state, sent),
         "rule_state": of_tree(state.rule_state),
-        **of_keys(*keys),
+        **of_keys(*workload.keys),
         **of_work(round_fn, batch_fn),
     }
 

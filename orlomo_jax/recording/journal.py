@@ -28,6 +28,9 @@ class Arrival(NamedTuple):
         time: Seconds since the run began.
         loss: The mean loss of its local steps.
         metrics: The metrics of ``loss_fn``, means over the local steps: leaves as nested lists.
+        version: How many updates the rule had made when the task was sent; None if that is
+            ``dispatched_at``.
+        accepted: Whether the rule accepted the report.
     """
 
     worker: int
@@ -36,6 +39,8 @@ class Arrival(NamedTuple):
     time: float
     loss: float
     metrics: Sequence[Any] = ()
+    version: int | None = None
+    accepted: bool = True
 
     @property
     def id(self) -> TaskId:
@@ -121,8 +126,9 @@ class Journal:
         """Log an applied report."""
         loss = float(arrival.loss) if math.isfinite(arrival.loss) else None
         row = arrival._asdict() | {"loss": loss}
-        if not arrival.metrics:
-            del row["metrics"]
+        for name, default in Arrival._field_defaults.items():
+            if row[name] == default or (name == "metrics" and not arrival.metrics):
+                del row[name]
         self._note(row)
 
     def happened(self, kind: str, worker: int, time: float, why: str = "") -> None:

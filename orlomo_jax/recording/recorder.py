@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,9 +13,10 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.recording.callbacks import AnyCallback, as_callback
 from orlomo_jax.recording.health import Health
 from orlomo_jax.recording.history import Evaluation, History, StepRecord, TrainingResult
+from orlomo_jax.recording.state_source import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.reports import RejectedReportError, Report
-from orlomo_jax.server.state import ServerState
+from orlomo_jax.server.snapshots import nonempty_leaves, unflatten_like
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.trees import all_finite
@@ -24,52 +25,6 @@ from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 SEGMENT = 256
 """The largest number of steps between two checks for divergence."""
-
-
-class StateSource(Protocol):
-    """The source from which a recorder reads a run's state.
-
-    Attributes:
-        first_nonfinite: The step of the first non-finite round, −1 for none.
-    """
-
-    first_nonfinite: Any
-
-    @property
-    def server(self) -> ParameterServer:
-        """The run's server."""
-        ...
-
-    def view(self) -> ServerState:
-        """Return the state, valid until the next step."""
-        ...
-
-    def model(self) -> tuple[Any, Any]:
-        """Return params and model state, which later steps do not change."""
-        ...
-
-    def sync_to_server(self) -> None:
-        """Give the server the state."""
-
-
-class ServerSource:
-    """The state of a server without a compiled engine."""
-
-    def __init__(self, server: ParameterServer) -> None:
-        """Keep the server."""
-        self.server: ParameterServer = server
-        self.first_nonfinite: Any = -1
-
-    def view(self) -> ServerState:
-        """Return the state, valid until the next step."""
-        return self.server.view()
-
-    def model(self) -> tuple[Any, Any]:
-        """Return params and model state, which later steps do not change."""
-        return self.server.params, self.server.model_state
-
-    def sync_to_server(self) -> None:
-        """Do nothing: the server has the state."""
 
 
 class Recording(NamedTuple):
@@ -128,6 +83,7 @@ class RunRecorder:
         self.step, self.first_nonfinite, self.stopped = 0, -1, False
         self.evaluations: list[Evaluation] = []
         self._arrival, self.like = arrival, _metric_shapes(source.server, workload)
+        self._workload = workload
         self._rows: list[Sequence[np.ndarray]] = []  # leaves of the metrics, by step
         self._pending: list[RoundMetrics] = []  # still on the device
 
@@ -194,7 +150,9 @@ class RunRecorder:
             self.evaluations.append(Evaluation(self.step, time, evaluation))
         if recording.callbacks:
             at = self._arrival(self.step - 1)
-            record = StepRecord(self.step, *at, *metrics, evaluation)
+            record = StepRecord(
+                self.step, *at, metrics.loss, metrics.metrics, evaluation, metrics.accepted
+            )
             ends = [_ends_run(callback, record) for callback in recording.callbacks]
             self.stopped |= any(ends)
 
@@ -216,7 +174,13 @@ class RunRecorder:
         arrays, table = self.source.server.snapshot()
         notes = {"server": table, "evaluations": self.evaluations}
         notes["first_nonfinite"] = self.first_nonfinite
-        return {"server": arrays, "metrics": self._columns()}, notes
+        fresh = self.source.server.table.fresh
+        states = {
+            str(worker): jax.device_get(nonempty_leaves(state))
+            for worker, state in self.source.local_states.items()
+            if not fresh[worker]
+        }
+        return {"server": arrays, "metrics": self._columns(), "local_states": states}, notes
 
     def restore(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
         """Continue from a :meth:`snapshot` of this step."""
@@ -227,6 +191,12 @@ class RunRecorder:
             raise ValueError(f"the history must have {step} steps, got {len(self._rows)}")
         self.source.server.restore(arrays["server"], notes["server"])
         self.step = check_count("step", self.source.server.step, step, step)
+        if self._workload.keeps_state:
+            like = self._workload.init_state(self.source.server.to_send())
+            self.source.local_states = {
+                int(worker): unflatten_like("local_states", like, leaves)
+                for worker, leaves in (arrays["local_states"] or {}).items()
+            }
         if self.first_nonfinite >= 0:
             self.source.first_nonfinite = self.first_nonfinite
 
@@ -274,7 +244,16 @@ class RunRecorder:
         metrics = jax.tree.unflatten(jax.tree.structure(self.like), columns)
         step = np.arange(1, length + 1, dtype=np.int32)
         evaluations = tuple(self.evaluations)
-        return History(step, times, workers, delays, metrics.loss, metrics.metrics, evaluations)
+        return History(
+            step,
+            times,
+            workers,
+            delays,
+            metrics.loss,
+            metrics.metrics,
+            evaluations,
+            metrics.accepted,
+        )
 
 
 def _ends_run(callback: Any, record: StepRecord) -> bool:

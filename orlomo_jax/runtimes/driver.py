@@ -5,40 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.recording.journal import Arrival
 from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.recording.saver import RunSaver
-from orlomo_jax.runtimes.failures import Failure, Failures
+from orlomo_jax.runtimes.failures import Failure, Failures, WorkersLostError
 from orlomo_jax.runtimes.journal_replay import JournalReplay
-from orlomo_jax.runtimes.membership import Membership
-from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
+from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
+from orlomo_jax.runtimes.run_options import RunOptions
 from orlomo_jax.server.audit import Audit
 from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
+from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
 """Seconds between two checks of timeouts and membership."""
 
 _log = logging.getLogger("orlomo_jax")
-
-
-class WorkersLostError(RuntimeError):
-    """Raised if no worker is left, or a synchronous method lost one. Progress has been saved."""
-
-
-class RunOptions(NamedTuple):
-    """The arguments of :func:`~orlomo_jax.train` that its loop needs, checked."""
-
-    membership: Membership
-    round_timeout: float
-    start_timeout: float
-    max_failures: int
-    fault_injector: Callable[[Report], Iterable[Report]] | None
 
 
 class Driver:
@@ -62,7 +48,10 @@ class Driver:
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.starting: set[int] = set()  # workers without an answer since they were started
         self.untried: set[int] = set()  # workers from the beginning, without a report so far
-        self.replay = JournalReplay(self.server, workload, self.journal)
+        states = recorder.source.local_states
+        self.replay = JournalReplay(self.server, workload, self.journal, states)
+        self.cancelled: set[TaskId] = set()  # tasks whose outcome is ignored
+        self.running = False  # whether the workers have the kept states
         self.present = self.replay.present
 
     def train(self) -> None:
@@ -89,10 +78,26 @@ class Driver:
             self._save()
 
     def _save(self) -> None:
-        """Sync the journal to disk, then write a checkpoint."""
+        """Sync the journal to disk, then write a checkpoint, unless a worker's state is lost."""
         assert self.saver is not None
         self.journal.sync()
+        if self.running and self.workload.keeps_state:
+            try:
+                self.recorder.source.local_states = self._local_states()
+            except Exception as error:  # the journal has everything since the last checkpoint
+                _log.warning("no checkpoint at step %s: %s", self.server.step, error)
+                return
         self.saver.save(events=len(self.journal.events) - self.replay.unseen)
+
+    def _local_states(self) -> dict[int, Any]:
+        """Return the state of each worker's optimizer after its newest applied report."""
+        table, states = self.server.table, {}
+        for worker in sorted(self.present):
+            if not table.fresh[worker]:
+                held = table.held.get(worker)
+                newest = table.rounds[worker] if held is None else held.round
+                states[worker] = self.workers.local_state(worker, newest - 1)
+        return states
 
     def _begin(self) -> None:
         """Start all workers except the absent ones, with the tasks that they hold."""
@@ -105,12 +110,15 @@ class Driver:
         for worker in sorted(self.present - wanted):
             self._leave(worker, "absent since the run was resumed")
         for worker in sorted(self.present - self.sent_at.keys()):
-            self._start(worker)
+            task = self.server.held(worker)
+            self._start(worker, task)
             self.untried.add(worker)
-            if (task := self.server.held(worker)) is not None:
+            if task is not None:
                 self._submit(task)
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
+        self.running = True
+        self._follow_policy()
 
     def _poll(self) -> None:
         """Handle the next outcomes, and check the workers from time to time."""
@@ -146,6 +154,9 @@ class Driver:
     def _handle(self, outcome: TaskOutcome) -> None:
         worker = outcome.id.worker
         self.log.received(outcome)
+        if outcome.id in self.cancelled:
+            self.cancelled.discard(outcome.id)
+            return
         task = self.server.held(worker)
         if task is not None and task.id.round == outcome.id.round:
             self.starting.discard(worker)
@@ -167,6 +178,9 @@ class Driver:
         self._abandon_round(worker, Failure(outcome.error, exception=error), restart=True)
 
     def _receive(self, report: Report, outcome: TaskOutcome) -> None:
+        if self._drops(report):
+            return
+        worker_task = self.server.held(outcome.id.worker)
         try:
             waiting = self.server.receive(report)
         except RejectedReportError as error:
@@ -177,12 +191,37 @@ class Driver:
         self.failures.forgive(worker)
         self.sent_at.pop(worker, None)
         # The journal first: a resumed run repeats only what is in it.
-        arrival = self.log.arrived(report, outcome.metrics)
+        arrival = self.log.arrived(report, outcome.metrics, worker_task)
         for other in waiting:
             task = self.server.dispatch(other)
             if self.server.step < self.recorder.recording.num_steps:
                 self._submit(task)
+        self._follow_policy()
         self.record(report, arrival)
+
+    def _drops(self, report: Any) -> bool:
+        """Return whether the policy does not use this report; its worker is then restarted."""
+        policy, task_id = self.server.method.policy, claimed_id(report)
+        if policy is None or task_id is None or self.server.table.why_stale(task_id) is not None:
+            return False
+        drops = policy.drops(self.server.step, task_id.dispatched_at)
+        if drops:
+            self._restart(task_id.worker)
+        return drops
+
+    def _follow_policy(self) -> None:
+        """Restart the workers that compute from parameters that are too old for the policy."""
+        policy = self.server.method.policy
+        if policy is None or self.recorder.step >= self.recorder.recording.num_steps:
+            return
+        held = {worker: i.dispatched_at for worker, i in self.server.table.held.items()}
+        for worker in policy.restarts(self.server.step, held):
+            self._restart(worker)
+
+    def _restart(self, worker: int) -> None:
+        """Cancel a worker's round, and send it the newest parameters."""
+        self.cancelled.add(self.server.release(worker).id)
+        self._dispatch(worker, "restarted")
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
         """Log a rejected report; if it belongs to a worker's current round, abandon that."""
@@ -225,9 +264,10 @@ class Driver:
         self.sent_at.pop(worker, None)
         synchronous = self.server.method.synchronous
         if not synchronous:  # synchronous traces have no event for leaving
-            if self.server.held(worker) is not None:
-                self.server.release(worker)
+            self.server.leave(worker)
             self.log.happened("left", worker, why)
+            for waiting in self.server.due():
+                self._submit(self.server.dispatch(waiting))
             if self.present:
                 return
         if self.saver is not None:
@@ -243,8 +283,14 @@ class Driver:
                 f"{self.recorder.recording.num_steps} and {waits}: {why}{self.failures}"
             ) from (None if last is None else last.exception)
 
-    def _start(self, worker: int) -> None:
-        self.workers.start(worker)
+    def _start(self, worker: int, task: Task | None = None) -> None:
+        """Start a worker; if the run resumes, with the state that its optimizer had."""
+        kept = self.replay.local_states.get(worker)
+        if self.running or kept is None or self.server.table.fresh[worker]:
+            self.workers.start(worker)
+        else:
+            newest = self.server.table.rounds[worker] if task is None else task.id.round
+            self.workers.start(worker, KeptState(newest - 1, kept))
         self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:

@@ -8,6 +8,10 @@ from typing import NamedTuple
 from orlomo_jax.server.reports import Reason
 
 
+class WorkersLostError(RuntimeError):
+    """Raised if no worker is left, or a synchronous method lost one. Progress has been saved."""
+
+
 class Failure(NamedTuple):
     """Why a worker lost its round: in words, as a rejected report's reason, as an exception."""
 

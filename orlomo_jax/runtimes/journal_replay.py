@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from orlomo_jax.recording.journal import Arrival, Journal
 from orlomo_jax.server.parameter_server import ParameterServer
@@ -22,10 +23,19 @@ class JournalReplay:
     Attributes:
         present: The workers that take part.
         unseen: How many of the journal's events are not repeated yet.
+        local_states: The kept states of the workers' optimizers, by worker; those of a checkpoint
+            at first.
     """
 
-    def __init__(self, server: ParameterServer, workload: Workload, journal: Journal) -> None:
+    def __init__(
+        self,
+        server: ParameterServer,
+        workload: Workload,
+        journal: Journal,
+        local_states: dict[int, Any],
+    ) -> None:
         """Repeat nothing yet."""
+        self.local_states = local_states
         self._server, self._workload, self._journal = server, workload, journal
         self.present = set(range(server.num_workers)) - set(journal.identity["absent"])
         self.unseen = 0
@@ -61,7 +71,11 @@ class JournalReplay:
                     f"{journal.path} must go with its checkpoint: at step {server.step} it has "
                     f"{arrival}, but the worker holds {task and task.id}"
                 )
-            result, *_ = self._workload.run(task_id.worker, task_id.round, task.start)
+            worker = task_id.worker
+            kept = None if task.fresh else self.local_states.get(worker)
+            result, *_ = self._workload.run(worker, task_id.round, task.start, kept)
+            if result.local_state is not None:
+                self.local_states[worker] = result.local_state
             report = task.report(result)
             for worker in server.receive(report):
                 server.dispatch(worker)

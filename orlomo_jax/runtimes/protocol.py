@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from orlomo_jax.checks import check_number
 from orlomo_jax.server.reports import Report, Task
@@ -33,22 +33,49 @@ class TaskOutcome(NamedTuple):
     received_bytes: int = 0
 
 
+class KeptState(NamedTuple):
+    """The state of a worker's optimizer after a round, which its next round starts from."""
+
+    round: int
+    state: Any
+
+
 class WorkerPool(Protocol):
     """K workers of some kind; :func:`~orlomo_jax.train` drives them from one thread.
 
-    A pool must run a task with ``workload.run(worker, round, task.start)`` and create the report
-    with ``task.report(result)``, so that a real run can be replayed bit for bit. Test your own pool
-    with :func:`orlomo_jax.testing.check_worker_pool`.
+    A pool must run a task with ``workload.run(worker, round, task.start, local_state)`` and create
+    the report with ``task.report(result)``, so that a real run can be replayed bit for bit. Test
+    your own pool with :func:`orlomo_jax.testing.check_worker_pool`.
+
+    Only if ``workload.keeps_state``, ``local_state`` is ``result.local_state`` of the worker's
+    previous round, or None if ``task.fresh``. A worker keeps the states of its newest two rounds,
+    because the server may not have the newest report yet.
     """
 
     def open(self, workload: Workload, num_workers: int) -> None:
         """Prepare for a run of K workers; raise RuntimeError if another one is under way."""
 
-    def start(self, worker: int) -> None:
-        """Start a worker; if it is running, replace it with a new one."""
+    def start(self, worker: int, kept: KeptState | None = None) -> None:
+        """Start a worker; if it is running, replace it with a new one.
+
+        Args:
+            worker: k.
+            kept: The state that its optimizer continues from, if it is kept and the run resumes.
+        """
 
     def submit(self, task: Task) -> int:
-        """Send a task to a started worker, without waiting; return the bytes sent."""
+        """Send a task to a started worker, without waiting; return the bytes sent.
+
+        If the worker has another task, that was cancelled: its outcome is ignored.
+        """
+        ...
+
+    def local_state(self, worker: int, round: int) -> Any:
+        """Return the kept state after a round, without stopping the worker; used if there is one.
+
+        Raises:
+            Exception: If the worker is lost.
+        """
         ...
 
     def wait(self, timeout: float) -> TaskOutcome | None:

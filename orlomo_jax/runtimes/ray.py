@@ -17,7 +17,7 @@ import numpy as np
 from orlomo_jax import trees
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import jax_settings
-from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
+from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, check_slowdowns
 from orlomo_jax.runtimes.ray_actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.server.reports import Report, Task
@@ -27,6 +27,12 @@ from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0
 """Seconds to wait for an answer of the cluster."""
+
+_STATE_PATIENCE = 120.0
+"""Seconds to wait for the state of a worker's optimizer, which may be large."""
+
+_STATE_GROUP = "state"
+"""The concurrency group in which an actor is asked for its state while it computes."""
 
 
 class RayWorkers:
@@ -120,7 +126,7 @@ class RayWorkers:
         batch_fn, keys = workload.batch_fn, jax.device_get(keys)
         if not isinstance(batch_fn, HostBatches):
             batch_fn = jax.device_get(batch_fn)
-        known = self._ray.put((workload.round_fn, batch_fn, keys, impl))
+        known = self._ray.put((workload.round_fn, batch_fn, keys, impl, workload.local_steps))
         self._known = Known(
             versions=versions(),
             settings=jax_settings.portable(jax_settings.capture()),
@@ -128,14 +134,17 @@ class RayWorkers:
             narrow=self._narrow,
             workload=[known],
         )
-        self._class = self._ray.remote(**self._options)(OrlomoWorker)
+        groups = {"concurrency_groups": {_STATE_GROUP: 1}} if workload.keeps_state else {}
+        self._class = self._ray.remote(**self._options, **groups)(OrlomoWorker)
         self._version = None
         self._pending.clear()
 
-    def start(self, worker: int) -> None:
+    def start(self, worker: int, kept: KeptState | None = None) -> None:
         """Start an actor; kill the worker's previous one."""
         self.stop(worker)
-        self._actors[worker] = self._class.remote(self._known, worker, self.slowdowns[worker])
+        kept = None if kept is None else KeptState(kept.round, to_numpy(kept.state))
+        args = self._known, worker, self.slowdowns[worker], kept
+        self._actors[worker] = self._class.remote(*args)
 
     def submit(self, task: Task) -> int:
         """Send a task; tasks of one version share an object in the store."""
@@ -147,8 +156,18 @@ class RayWorkers:
             leaves = jax.tree.leaves(start.params)
             self._dtypes = [trees.widest(leaf.dtype, np.float32) for leaf in leaves]
         _, start, size = self._version
-        self._pending[self._actors[worker].run.remote(round, start)] = task.id
+        for ref, other in list(self._pending.items()):  # cancelled; a running round ends first
+            if other.worker == worker:
+                del self._pending[ref]
+                with contextlib.suppress(Exception):
+                    self._ray.cancel(ref)
+        self._pending[self._actors[worker].run.remote(round, start, task.fresh)] = task.id
         return size
+
+    def local_state(self, worker: int, round: int) -> Any:
+        """Return the state of the worker's optimizer after a round; its actor keeps computing."""
+        method = self._actors[worker].local_state.options(concurrency_group=_STATE_GROUP)
+        return self._ray.get(method.remote(round), timeout=_STATE_PATIENCE)
 
     def wait(self, timeout: float) -> TaskOutcome | None:
         """Return the next outcome; if several tasks are done, that of the oldest."""

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from orlomo_jax.runtimes import jax_settings
+from orlomo_jax.runtimes.protocol import KeptState
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.worker.host_batches import HostBatches
-from orlomo_jax.worker.local_round import RoundResult
+from orlomo_jax.worker.step_loop import RoundResult
 from orlomo_jax.worker.wire import wire_dtype
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
@@ -85,8 +86,11 @@ class Raised(NamedTuple):
 class OrlomoWorker:
     """The actor of one worker; Ray displays the class name."""
 
-    def __init__(self, known: Known, worker: int, slowdown: float) -> None:
+    def __init__(
+        self, known: Known, worker: int, slowdown: float, kept: KeptState | None = None
+    ) -> None:
         """Prepare; an error is returned as the answer to the first task."""
+        self._local_states: dict[int, Any] = {} if kept is None else dict([kept])
         self._worker, self._slowdown, self._narrow = worker, slowdown, known.narrow
         self._warm = False
         self._error: Exception | None = None
@@ -103,24 +107,33 @@ class OrlomoWorker:
             os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several actors share a GPU
         else:
             jax.config.update("jax_platforms", "cpu")
-        round_fn, batch_fn, keys, impl = import_ray().get(known.workload[0])
+        round_fn, batch_fn, keys, impl, steps = import_ray().get(known.workload[0])
         if not isinstance(batch_fn, HostBatches):
             batch_fn = jax.tree.map(jnp.asarray, batch_fn)
-        keys = [jax.random.wrap_key_data(key, impl=impl) for key in keys]
-        self._workload = Workload(round_fn, batch_fn, *keys)
+        data_key, noise_key = (jax.random.wrap_key_data(key, impl=impl) for key in keys)
+        self._workload = Workload(round_fn, batch_fn, data_key, noise_key, steps)
 
-    def run(self, round: int, start: RoundInput) -> Answer | Raised:
+    def local_state(self, round: int) -> Any:
+        """Return the state of the optimizer after a round; a round may run meanwhile."""
+        return to_numpy(self._local_states[round])
+
+    def run(self, round: int, start: RoundInput, fresh: bool) -> Answer | Raised:
         """Run a task's round; return its result or its exception."""
         try:
             if self._error is not None:
                 raise self._error
-            return self._run(round, start)
+            return self._run(round, start, fresh)
         except Exception as error:
             return Raised.of(error)
 
-    def _run(self, round: int, start: RoundInput) -> Answer:
+    def _run(self, round: int, start: RoundInput, fresh: bool) -> Answer:
         begin = time.perf_counter()
-        result, metrics, _ = to_numpy(self._workload.run(self._worker, round, start))
+        continues = self._workload.keeps_state and not fresh
+        kept = self._local_states[round - 1] if continues else None
+        result, metrics, _ = self._workload.run(self._worker, round, start, kept)
+        if result.local_state is not None:  # it stays on the device of this worker
+            self._local_states = {round - 1: kept, round: result.local_state}
+        result, metrics = to_numpy((result._replace(local_state=None), metrics))
         if self._narrow is not None:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
             result = result._replace(update=jax.tree.map(cast, result.update))

@@ -6,14 +6,16 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from orlomo_jax.recording.health import Health, Meter
 from orlomo_jax.recording.journal import Arrival, Journal
 from orlomo_jax.recording.recorder import RunRecorder
+from orlomo_jax.rules import contract
 from orlomo_jax.runtimes import metric_rows
 from orlomo_jax.runtimes.protocol import TaskOutcome
-from orlomo_jax.server.reports import RejectedReportError, Report, claimed_id
+from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.server.state import start_momentum
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.worker.workload import RoundMetrics
@@ -45,13 +47,27 @@ class RunLog:
         self.meter.busy[outcome.id.worker] += outcome.seconds
         self.meter.received_bytes += outcome.received_bytes
 
-    def arrived(self, report: Report, round_metrics: RoundMetrics | None) -> Arrival:
-        """Log an applied report; call it before the report has any consequence."""
+    def arrived(
+        self, report: Report, round_metrics: RoundMetrics | None, task: Task | None = None
+    ) -> Arrival:
+        """Log an applied report; call it before the report has any consequence.
+
+        Args:
+            report: The report.
+            round_metrics: Its round's metrics, if they are known.
+            task: Its task.
+        """
         loss, others = float("nan"), None
         if round_metrics is not None:
             loss, others = float(round_metrics.loss), round_metrics.metrics
         task_id = TaskId(*map(int, report.id))
-        arrival = Arrival(*task_id, self.seconds(), loss, metric_rows.as_row(others))
+        state = self.recorder.source.server.view()
+        may_decline = contract.accepted_of(state.rule_state) is not True
+        accepted = bool(state.accepted) if may_decline else True  # reading it waits for the device
+        counts = contract.version_of(state.rule_state, None) is not None
+        version = int(task.start.version) if counts and task is not None else None
+        row = metric_rows.as_row(others)
+        arrival = Arrival(*task_id, self.seconds(), loss, row, version, accepted)
         self.journal.arrived(arrival)
         return arrival
 
@@ -61,7 +77,7 @@ class RunLog:
         self.meter.applied(arrival.worker, delay)
         stacked = metric_rows.stacked([arrival.metrics], self.recorder.like.metrics)
         of_round = jax.tree.map(lambda x: x[0], stacked)
-        self.recorder.applied(RoundMetrics(arrival.loss, of_round))
+        self.recorder.applied(RoundMetrics(arrival.loss, of_round, np.bool_(arrival.accepted)))
 
     def rejected(self, report: Any, error: RejectedReportError) -> None:
         """Count and log a rejected report."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from orlomo_jax.runtimes import jax_settings
-from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
+from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, check_slowdowns
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.server.reports import Task
 from orlomo_jax.worker.host_batches import HostBatches
@@ -95,7 +95,7 @@ class ThreadWorkers:
             raise
         self._compiling = {device: threading.Lock() for device in self._workloads}
 
-    def start(self, worker: int) -> None:
+    def start(self, worker: int, kept: KeptState | None = None) -> None:
         """Start a thread; if the previous one hangs, it keeps running, and its report is stale."""
         self.stop(worker)
         device = self._used[worker]
@@ -107,7 +107,12 @@ class ThreadWorkers:
             self.slowdowns[worker],
             self._settings,
             self._outcomes,
+            None if kept is None else kept._replace(state=jax.device_put(kept.state, device)),
         )
+
+    def local_state(self, worker: int, round: int) -> Any:
+        """Return the state of the worker's optimizer after a round."""
+        return self._threads[worker].local_states[round]
 
     def submit(self, task: Task) -> int:
         """Give the worker's thread a task; return 0, because no bytes are sent."""
@@ -154,7 +159,9 @@ class _Thread:
         slowdown: float,
         settings: dict[str, Any],
         outcomes: queue.SimpleQueue[TaskOutcome],
+        kept: KeptState | None,
     ) -> None:
+        self.local_states: dict[int, Any] = {} if kept is None else dict([kept])
         self.worker, self._workload, self._device = worker, workload, device
         self._compiling, self._prepared = compiling, False
         self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
@@ -179,7 +186,7 @@ class _Thread:
 
     def _serve(self) -> None:
         slowdown = 1.0  # for the first round, which compiles
-        while (task := self.inbox.get()) is not None and not self._ending.is_set():
+        while (task := self._newest_task()) is not None and not self._ending.is_set():
             begin = time.perf_counter()
             try:
                 outcome = self._carry_out(task)
@@ -190,6 +197,13 @@ class _Thread:
             self._ending.wait((slowdown - 1) * seconds)
             self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
             slowdown = self._slowdown
+
+    def _newest_task(self) -> Task | None:
+        """Wait for a task; of several, return the newest: the others were cancelled."""
+        task = self.inbox.get()
+        while task is not None and not self.inbox.empty():
+            task = self.inbox.get()
+        return task
 
     def _carry_out(self, task: Task) -> TaskOutcome:
         worker, round, _ = task.id
@@ -204,19 +218,25 @@ class _Thread:
             with self._compiling:  # otherwise each thread of a device would compile the program
                 self._workload.compile(worker, round, start)
             self._prepared = True
-        result, metrics, _ = self._workload.run(worker, round, start)
+        kept = None
+        if self._workload.keeps_state and not task.fresh:
+            kept = self.local_states[round - 1]
+        result, metrics, _ = self._workload.run(worker, round, start, kept)
         jax.block_until_ready(result)  # otherwise reports would arrive in the order of dispatch
         finite, metrics = to_numpy((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
+        if result.local_state is not None:  # after the newest two rounds
+            self.local_states = {round - 1: kept, round: result.local_state}
         return TaskOutcome(task.id, report, RoundMetrics(*metrics))
 
 
 def _on_device(workload: Workload, device: Any) -> Workload:
     """Return the workload with its arrays on a device."""
-    round_fn, batch_fn, *keys = workload
+    batch_fn = workload.batch_fn
     if not isinstance(batch_fn, HostBatches):
         batch_fn = jax.device_put(batch_fn, device)
-    return Workload(round_fn, batch_fn, *jax.device_put(keys, device))
+    data_key, noise_key = jax.device_put(workload.keys, device)
+    return workload._replace(batch_fn=batch_fn, data_key=data_key, noise_key=noise_key)
 
 
 def _default_devices() -> Sequence[Any]:

@@ -18,12 +18,14 @@ from orlomo_jax.recording.checkpoint import JOURNAL, Checkpointer
 from orlomo_jax.recording.history import TrainingResult
 from orlomo_jax.recording.identity import of_run
 from orlomo_jax.recording.journal import Journal
-from orlomo_jax.recording.recorder import Recording, RunRecorder, ServerSource
+from orlomo_jax.recording.recorder import Recording, RunRecorder
 from orlomo_jax.recording.saver import RunSaver
-from orlomo_jax.runtimes.driver import Driver, RunOptions
+from orlomo_jax.recording.state_source import ServerSource
+from orlomo_jax.runtimes.driver import Driver
 from orlomo_jax.runtimes.membership import Membership
 from orlomo_jax.runtimes.protocol import WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
+from orlomo_jax.runtimes.run_options import RunOptions
 from orlomo_jax.server.audit import Audit, check_auditable
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays, explicit_mesh, with_auto_axes
@@ -151,8 +153,9 @@ def train(
     server = ParameterServer(
         method, _bound(params), model_state, local_learning_rate=local_learning_rate
     )
-    workload = Workload.of(round_of(method, loss_fn, round_fn), batch_fn, key)
-    check_batch_fn(workload.batch_fn, key)
+    run_round = round_of(method, loss_fn, round_fn)
+    workload = Workload.of(run_round, batch_fn, key, method.num_local_steps)
+    check_batch_fn(workload.batch_fn, key, workload.steps_of(0))
     check_schedules(method, server.schedule, num_steps)
     path = journal if checkpoint is None or journal else checkpoint.directory / JOURNAL
     with contextlib.ExitStack() as stack:

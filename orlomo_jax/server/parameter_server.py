@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import jax
@@ -22,19 +20,9 @@ from orlomo_jax.server.snapshots import Export, read_snapshot, take_snapshot
 from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.server.step import check_model_state_weight, server_step, weight_on_host
 from orlomo_jax.server.task_table import TaskId, TaskTable
+from orlomo_jax.server.transactions import transaction
 from orlomo_jax.trees import PyTree, as_partial
 from orlomo_jax.worker.workload import RoundInput
-
-
-def _transaction(method: Callable[..., Any]) -> Any:
-    """Run the method under the server's lock."""
-
-    @wraps(method)
-    def alone(self, *args, **kwargs):
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return alone
 
 
 class ParameterServer:
@@ -104,11 +92,12 @@ class ParameterServer:
         self.method, self.num_workers = method, method.num_workers
         self._lock = threading.RLock()
         self.tasks: dict[int, Task] = {}
-        self.table = TaskTable(method.name, self.num_workers, method.synchronous)
+        self.table = TaskTable.of(method)
         params, model_state = as_jax_arrays((params, model_state))
         params, model_state = commit_like((params, model_state), params)
         with_momentum = method.worker_momentum is not None
         self._schema = ReportSchema(params, model_state, momentum=with_momentum)
+        self._reads_sent_params = method.reads_sent_params(params)
         self.sent_dtypes = leaf_dtypes((params, model_state))
         if method.master_params:  # in 16 bits, rounding can lose 1/K of a report
             params, model_state = trees.widened((params, model_state))
@@ -119,7 +108,7 @@ class ParameterServer:
             commit_like(rule_state, params),  # as in later steps, so that one step compiles
             model_state,
             model_state if method.synchronous else None,
-            commit_like(jnp.asarray(first, float), params),
+            *commit_like((jnp.asarray(first, float), jnp.int32(0), jnp.asarray(True)), params),
         )
         self._share_all()
 
@@ -129,25 +118,25 @@ class ParameterServer:
         return self.table.step
 
     @property
-    @_transaction
+    @transaction
     def params(self) -> trees.Params:
         """w_t. Reading it keeps the arrays alive through the next step."""
         return self._hand_out()
 
     @property
-    @_transaction
+    @transaction
     def model_state(self) -> PyTree:
         """The merged model state; in a synchronous round, that of the round's start."""
         return self.view().model_state
 
     @property
-    @_transaction
+    @transaction
     def state(self) -> ServerState:
         """The whole state. Reading it keeps the arrays alive through the next step."""
         self._rule_state_shared = True
         return self.view()._replace(params=self._hand_out())
 
-    @_transaction
+    @transaction
     def view(self) -> ServerState:
         """Return the state without keeping it alive; it is valid until the next report.
 
@@ -162,12 +151,12 @@ class ParameterServer:
         """Raise TypeError or ValueError unless a report's trees are like the server's."""
         self._schema.check(report)
 
-    @_transaction
+    @transaction
     def held(self, worker: int) -> Task | None:
         """Return the outstanding task of ``worker``, or None."""
         return self.tasks.get(self.table.check_worker(worker))
 
-    @_transaction
+    @transaction
     def dispatch(self, worker: int) -> Task:
         """Return a new task for ``worker``, with the newest parameters.
 
@@ -176,11 +165,12 @@ class ParameterServer:
                 synchronous round.
         """
         self.view()  # raises before anything changes
-        task = Task(self.table.dispatch(worker), self.to_send())
-        self.tasks[task.id.worker] = task
+        task_id = self.table.dispatch(worker)
+        task = Task(task_id, self.to_send(), self.table.fresh_task(task_id.worker))
+        self.tasks[task_id.worker] = task
         return task
 
-    @_transaction
+    @transaction
     def release(self, worker: int) -> Task:
         """Remove and return the task of ``worker``, so that it can be dispatched to again.
 
@@ -191,7 +181,17 @@ class ParameterServer:
         """
         return self.tasks.pop(self.table.release(worker).worker)
 
-    @_transaction
+    @transaction
+    def leave(self, worker: int) -> None:
+        """Remove the task of ``worker``, if it holds one; it does not wait for another either."""
+        self.table.leave(worker)
+        self.tasks.pop(worker, None)
+
+    def due(self) -> tuple[int, ...]:
+        """Return the waiting workers that need a task now, under a barrier or a bound on delays."""
+        return self.table.due()
+
+    @transaction
     def receive(self, report: Report) -> tuple[int, ...]:
         """Apply a report: one server step.
 
@@ -205,6 +205,10 @@ class ParameterServer:
                 of the model state is not in [0, 1]. The server is unchanged then.
         """
         self.check_report(report)
+        worker = int(report.id.worker)
+        start = self.tasks[worker].start
+        if not self._reads_sent_params:
+            start = start._replace(params=None)
         state, shared = self.view(), self._handed_out is not None
         step_fn = server_step(self.method, not shared, not self._rule_state_shared)
         task_id: Any = TaskId(*map(np.int32, report.id))  # pyright: ignore[reportArgumentType]
@@ -218,17 +222,17 @@ class ParameterServer:
                 put_like(report.update, state.params),
                 put_like(report.model_state, state.model_state),
             ),
+            start._replace(model_state=None, momentum=None),
             np.int32(self.step),
             self.schedule,
         )
         if shared:
             self._buffers.retire(state.params)
         self._handed_out, self._rule_state_shared, self._rounded = None, False, None
-        worker = int(report.id.worker)
         del self.tasks[worker]
         return self.table.receive(worker)
 
-    @_transaction
+    @transaction
     def export(self) -> Export:
         """Hand over everything, until :meth:`import_` returns it.
 
@@ -238,25 +242,25 @@ class ParameterServer:
         self._state, self._handed_out, self.tasks = None, None, {}
         return exported
 
-    @_transaction
+    @transaction
     def import_(self, exported: Export) -> None:
         """Take over everything from an engine."""
         self.table, self._state, self.tasks = exported
         self._share_all()
 
-    @_transaction
+    @transaction
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return everything as arrays by name, and as JSON-able bookkeeping."""
         return take_snapshot(Export(self.table, self.view(), self.tasks))
 
-    @_transaction
+    @transaction
     def restore(self, arrays: dict[str, Any], rows: dict[str, Any]) -> None:
         """Take a :meth:`snapshot` of a server made with the same arguments.
 
         Raises:
             ValueError: If the number of workers or a tree differs; the server is unchanged then.
         """
-        table = TaskTable(self.method.name, self.num_workers, self.method.synchronous)
+        table = TaskTable.of(self.method)
         state = self.view()
         self.import_(read_snapshot(state, self._newest(state), table, arrays, rows))
 
@@ -267,20 +271,21 @@ class ParameterServer:
         self._handed_out, self._rule_state_shared = params, False
         self._rounded: RoundInput | None = None
 
-    @_transaction
+    @transaction
     def to_send(self) -> RoundInput:
-        """Return the inputs of a task that is dispatched now; 16-bit leaves are rounded copies."""
+        """Return the inputs of a task that is dispatched now; copies if they are not w itself."""
         state = self.view()
         if self.method.synchronous:
             self._rule_state_shared = True  # the workers start from its momentum
-        if leaf_dtypes((state.params, state.model_state)) == self.sent_dtypes:
+        is_rounded = leaf_dtypes((state.params, state.model_state)) != self.sent_dtypes
+        if self.method.dispatch is None and not is_rounded:
             return self._newest(state._replace(params=self._hand_out()))
         if self._rounded is None:
             self._rounded = self._newest(state)
         return self._rounded
 
     def _newest(self, state: ServerState) -> RoundInput:
-        return state.sent(self.sent_dtypes, with_momentum=self.method.synchronous)
+        return state.sent(self.method, self.sent_dtypes)
 
     def _hand_out(self) -> trees.Params:
         if self._handed_out is None:

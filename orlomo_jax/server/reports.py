@@ -14,7 +14,7 @@ from orlomo_jax.checks import check_count
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.server.task_table import TaskId, TaskTable
 from orlomo_jax.trees import ArrayLike, PyTree, all_finite
-from orlomo_jax.worker.local_round import RoundResult
+from orlomo_jax.worker.step_loop import RoundResult
 from orlomo_jax.worker.workload import RoundInput
 
 Reason: TypeAlias = Literal["stale", "malformed", "not finite"]
@@ -45,10 +45,12 @@ class Task(NamedTuple):
     Attributes:
         id: Worker, round, and the step of the parameters (their model version).
         start: The round's inputs.
+        fresh: Whether the worker's optimizer starts with a new state, even if it keeps states.
     """
 
     id: TaskId
     start: RoundInput
+    fresh: bool = True
 
     def report(self, result: RoundResult) -> Report:
         """Return the report of this task's round."""

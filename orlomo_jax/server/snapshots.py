@@ -54,7 +54,10 @@ def read_snapshot(
         int(index): RoundInput(*_unflatten(start, version))
         for index, version in (arrays["versions"] or {}).items()
     }
-    tasks = {w: Task(task_id, versions[task_id.dispatched_at]) for w, task_id in table.held.items()}
+    tasks = {
+        worker: Task(task_id, versions[task_id.dispatched_at], table.fresh_task(worker))
+        for worker, task_id in table.held.items()
+    }
     return Export(table, ServerState(*_unflatten(like, arrays["state"])), tasks)
 
 

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from orlomo_jax import trees
+from orlomo_jax.methods.method import Method
 from orlomo_jax.rules import LocalOrMoDAState, OrLoMoState, PRSGDmState, contract
-from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.trees import Array, ArrayLike, PyTree
 from orlomo_jax.worker.workload import RoundInput
 
 _WITH_MOMENTUM = (OrLoMoState, LocalOrMoDAState, PRSGDmState)
@@ -26,6 +28,9 @@ class ServerState(NamedTuple):
         pending_model_state: The model state merged so far in a synchronous round; None if the
             method is asynchronous.
         local_learning_rate: γ of the next task, float[].
+        version: How many updates the rule has made, int32[]: the field ``version`` of its state, or
+            t (for a synchronous method, the number of complete rounds).
+        accepted: Whether the rule accepted the newest report, bool[].
     """
 
     params: trees.Params
@@ -33,17 +38,30 @@ class ServerState(NamedTuple):
     model_state: PyTree
     pending_model_state: PyTree
     local_learning_rate: Array
+    version: ArrayLike = np.int32(0)
+    accepted: ArrayLike = np.True_
 
-    def sent(self, dtypes: tuple[Any, ...], *, with_momentum: bool) -> RoundInput:
+    def sent(self, method: Method, dtypes: tuple[Any, ...]) -> RoundInput:
         """Return the inputs of a task that is dispatched now.
 
         Args:
+            method: Its workers start from the rule's momentum if it is synchronous; its
+                ``dispatch`` says what is sent if it is not w.
             dtypes: The workers' dtypes of params and model state; see :func:`leaf_dtypes`.
-            with_momentum: Whether workers start from the rule's momentum.
         """
-        momentum = start_momentum(self.rule_state) if with_momentum else None
-        params, model_state = rounded((self.params, self.model_state), dtypes)
-        return RoundInput(params, model_state, momentum, self.local_learning_rate)
+        momentum = None
+        if method.synchronous and method.worker_momentum is not None:
+            momentum = start_momentum(self.rule_state)
+        params = self.params
+        if method.dispatch is not None:
+            params = _look_ahead(method.dispatch, self.rule_state, params)
+        params, model_state = rounded((params, self.model_state), dtypes)
+        return RoundInput(params, model_state, momentum, self.local_learning_rate, self.version)
+
+
+@partial(jax.jit, static_argnums=0)
+def _look_ahead(dispatch: Any, rule_state: Any, params: Any) -> Any:
+    return dispatch(rule_state, params)
 
 
 def leaf_dtypes(tree: Any) -> tuple[Any, ...]:

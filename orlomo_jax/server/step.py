@@ -15,12 +15,21 @@ from orlomo_jax.methods.method import Method, Unmoved
 from orlomo_jax.rules import contract
 from orlomo_jax.server.reports import RejectedReportError, Report
 from orlomo_jax.server.state import ServerState
+from orlomo_jax.worker.workload import RoundInput
 
 
 def apply_report(
-    method: Method, state: ServerState, report: Report, step: Any, schedule: Callable | None = None
+    method: Method,
+    state: ServerState,
+    report: Report,
+    start: RoundInput,
+    step: Any,
+    schedule: Callable | None = None,
 ) -> ServerState:
     """Return the server's state after a report: update, apply, merge, barrier and next γ.
+
+    If the rule does not accept the report, parameters, model state and the states of chained
+    transformations stay.
 
     The eager and the compiled engine trace this function. :class:`~orlomo_jax.ParameterServer`
     checks the report and says how the model state is merged.
@@ -29,37 +38,58 @@ def apply_report(
         method: The method of the run.
         state: The state at ``step``.
         report: A worker's report.
+        start: What the worker was sent; ``params`` may be None if the rule does not read them.
         step: t, int32[].
         schedule: γ as a function of the step, or None if γ is constant.
     """
     worker, _, dispatched_at = report.id
     update: Any = report.update
+    steps = method.num_local_steps
     updates, rule_state = method.rule.update(
-        update, state.rule_state, state.params, dispatched_at=dispatched_at, worker=worker
+        update,
+        state.rule_state,
+        state.params,
+        dispatched_at=dispatched_at,
+        dispatched_version=start.version,
+        worker=worker,
+        num_local_steps=jnp.asarray(steps)[worker] if isinstance(steps, tuple) else steps,
+        local_learning_rate=start.local_learning_rate,
+        dispatched_params=start.params,
     )
-    params = optax.apply_updates(state.params, updates)
+    accepted = contract.accepted_of(rule_state)
+    rule_state = contract.keep_unaccepted(accepted, rule_state, state.rule_state)
+    params = _if_accepted(accepted, optax.apply_updates(state.params, updates), state.params)
     frozen = Unmoved(method)(state.params)
     params = jax.tree.map(lambda keep, x, y: x if keep else y, frozen, state.params, params)
-    merged = state.pending_model_state if method.synchronous else state.model_state
+    before = merged = state.pending_model_state if method.synchronous else state.model_state
     if jax.tree.leaves(merged):
         assert method.model_state_weight is not None
         weight = jnp.asarray(method.model_state_weight(step, step - dispatched_at), float)
         is_last = worker == method.num_workers - 1 if method.synchronous else True
         merge = partial(_merge, weight, is_last)
-        merged = jax.tree.map(merge, merged, report.model_state)
+        merged = _if_accepted(accepted, jax.tree.map(merge, merged, report.model_state), before)
+    reports = (step + 1) // method.num_workers if method.synchronous else step + 1
+    version = jnp.asarray(contract.version_of(rule_state, reports), jnp.int32)
+    accepted = jnp.asarray(accepted)
     rate = state.local_learning_rate
     if schedule is not None:
         rate = jnp.asarray(schedule(step + 1), float)
         contract.check_scalar("local_learning_rate", rate)
     if not method.synchronous:
-        return ServerState(params, rule_state, merged, None, rate)
+        return ServerState(params, rule_state, merged, None, rate, version, accepted)
     ends = (step + 1) % method.num_workers == 0  # until then tasks get the round's values
     model_state, rate = jax.tree.map(
         lambda new, old: jnp.where(ends, new, old),
         (merged, rate),
         (state.model_state, state.local_learning_rate),
     )
-    return ServerState(params, rule_state, model_state, merged, rate)
+    return ServerState(params, rule_state, model_state, merged, rate, version, accepted)
+
+
+def _if_accepted(accepted: Any, new: Any, old: Any) -> Any:
+    if accepted is True:
+        return new
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old)
 
 
 def _merge(weight: Any, is_last: Any, s: Any, end: Any) -> Any:
@@ -72,15 +102,15 @@ def _merge(weight: Any, is_last: Any, s: Any, end: Any) -> Any:
 def server_step(method: Method, donate_params: bool, donate_rule_state: bool) -> Callable:
     """Return :func:`apply_report` as one compiled program.
 
-    In ``step_fn(scratch, params, rule_state, rest, report, step, schedule)``, ``scratch`` is a list
-    of arrays shaped like leaves of params, whose memory is reused; ``rest`` is the state without
-    params and rule state.
+    In ``step_fn(scratch, params, rule_state, rest, report, start, step, schedule)``, ``scratch`` is
+    a list of arrays shaped like leaves of params, whose memory is reused; ``rest`` is the state
+    without params and rule state.
     """
 
-    def step_fn(scratch, params, rule_state, rest, report, step, schedule):
+    def step_fn(scratch, params, rule_state, rest, report, start, step, schedule):
         del scratch
         state = rest._replace(params=params, rule_state=rule_state)
-        return apply_report(method, state, report, step, schedule)
+        return apply_report(method, state, report, start, step, schedule)
 
     may = {"params": donate_params, "rule_state": donate_rule_state}
     donated = ["scratch", *(name for name, is_free in may.items() if is_free)]

@@ -20,8 +20,18 @@ from orlomo_jax.server.state import ServerState
 from orlomo_jax.server.step import apply_report, check_model_state_weight, weight_on_host
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
+from orlomo_jax.simulation.stacking import (
+    by_round,
+    cast_like,
+    put,
+    read,
+    repeat,
+    take,
+    write_to,
+)
 from orlomo_jax.traces.trace import ArrivalTrace
-from orlomo_jax.trees import Array
+from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.worker.step_loop import init_state
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload, round_program
 
 Rounds: TypeAlias = Literal["loop", "map", "vmap"]
@@ -39,12 +49,15 @@ class Carry(NamedTuple):
             axis of slots.
         first_nonfinite: The step of the first non-finite round, −1 for none.
         metrics: The metrics of this segment's rounds; every leaf has a leading axis of LENGTH.
+        local_states: The kept states of the workers' optimizers, or None; every leaf has a leading
+            axis K.
     """
 
     state: ServerState
     slots: RoundInput
     first_nonfinite: Array
     metrics: RoundMetrics
+    local_states: PyTree
 
 
 class CompiledEngine:
@@ -60,6 +73,8 @@ class CompiledEngine:
 
     Attributes:
         slots: The number of versions of w that can be stored.
+        local_states: By worker, the state of its optimizer that its next round starts from; while
+            segments run, they are in the carry.
     """
 
     def __init__(
@@ -72,8 +87,15 @@ class CompiledEngine:
     ) -> None:
         """Keep the arguments; the first segment takes the state from the server."""
         self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
-        run_round = round_program(workload.round_fn)
-        self.program = segment_program(server.method, run_round, rounds, batch, server.sent_dtypes)
+        self.program = segment_program(
+            server.method,
+            workload.round_fn,
+            workload.local_steps,
+            rounds,
+            batch,
+            server.sent_dtypes,
+        )
+        self.local_states: dict[int, PyTree] = {}
         self.slots = count_slots(trace)
         self._merges = bool(jax.tree.leaves(server.model_state))
         self._carry: Carry | None = None
@@ -90,7 +112,7 @@ class CompiledEngine:
         if self._carry is None:
             self._carry = self.load()
         first = self.server.step
-        _, batch_fn, *keys = self.workload
+        batch_fn, keys = self.workload.batch_fn, self.workload.keys
         carry: Carry = self.program(
             batch_fn, self.server.schedule, self._carry, *self.plan(stop), *keys
         )
@@ -123,15 +145,27 @@ class CompiledEngine:
     def load(self) -> Carry:
         """Take the state from the server."""
         table, state, tasks = self.server.export()
-        self._planner = SlotPlanner(table, self._trace, self._batch, self.slots)
+        steps = self.workload.local_steps
+        self._planner = SlotPlanner(table, self._trace, self._batch, self.slots, steps)
         versions = {task.id.dispatched_at: task.start for task in tasks.values()}
         tasks.clear()
         state = jax.tree.map(jnp.copy, as_jax_arrays(state))
-        slots = _repeat(self._newest(state), self.slots)
+        slots = repeat(self._newest(state), self.slots)
         for version, slot in self._planner.versions.items():
-            slots = _write(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))
+            slots = write_to(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))
         metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self._metrics)
-        return Carry(state, slots, jnp.int32(self.first_nonfinite), metrics)
+        bad = jnp.int32(self.first_nonfinite)
+        return Carry(state, slots, bad, metrics, self._stacked_local_states(slots))
+
+    def _stacked_local_states(self, slots: RoundInput) -> PyTree:
+        """Return the workers' local states in one tree; those of new workers are not read."""
+        if not self.workload.keeps_state:
+            return None
+        new = self.workload.init_state(read(slots, np.int32(0)))
+        stacked = repeat(new, self.server.num_workers)
+        for worker, state in self.local_states.items():
+            stacked = write_to(stacked, state, np.int32(worker))
+        return stacked
 
     def unload(self, carry: Carry) -> None:
         """Give the server the state in a carry."""
@@ -141,13 +175,17 @@ class CompiledEngine:
         for worker, task_id in table.held.items():
             slot = self._planner.slot(worker)
             if slot is not None and slot not in versions:
-                versions[slot] = _read(carry.slots, np.int32(slot))
-            tasks[worker] = Task(task_id, versions[slot])
+                versions[slot] = read(carry.slots, np.int32(slot))
+            tasks[worker] = Task(task_id, versions[slot], table.fresh_task(worker))
         self.server.import_(Export(table, carry.state, tasks))
+        self.local_states = {
+            worker: read(carry.local_states, np.int32(worker))
+            for worker in range(table.num_workers)
+            if carry.local_states is not None and not table.fresh[worker]
+        }
 
     def _newest(self, state: ServerState) -> RoundInput:
-        synchronous = self.server.method.synchronous
-        return state.sent(self.server.sent_dtypes, with_momentum=synchronous)
+        return state.sent(self.server.method, self.server.sent_dtypes)
 
     def _check_model_state_weights(self, first: int, dispatched_at: np.ndarray) -> None:
         count = len(dispatched_at)
@@ -160,85 +198,87 @@ class CompiledEngine:
 
 @lru_cache(maxsize=32)
 def segment_program(
-    method: Method, run_round: Callable, rounds: Rounds, batch: int, dtypes: tuple[Any, ...]
+    method: Method,
+    round_fn: Callable,
+    local_steps: tuple[int, ...] | None,
+    rounds: Rounds,
+    batch: int,
+    dtypes: tuple[Any, ...],
 ) -> Callable:
     """Return one compiled program for segments of any length.
 
     A step writes the newest parameters before it reads those of its task. In this order XLA updates
     the slots in place; in the other order it would copy all of them in every step.
+
+    If S differs between workers, the program has one branch for each S, and a group of rounds runs
+    one of them. So a round costs its own steps.
     """
     over_rows = {"loop": None, "map": jax.lax.map, "vmap": lambda f, rows: jax.vmap(f)(rows)}
     together = over_rows[rounds]
+    lengths = sorted(set(local_steps or (None,)))  # pyright: ignore[reportArgumentType]
+    branches = [round_program(round_fn, steps) for steps in lengths]
+    branch_of_worker = [lengths.index(steps) for steps in local_steps or ()]
 
     @partial(jax.jit, donate_argnames="carry")
     def run(batch_fn, schedule, carry, table, first, groups, data_key, noise_key):
         segment: Any = Segment(*jnp.asarray(table))  # NumPy arrays if JAX does not compile
 
-        def compute(slots, row):
-            start = jax.tree.map(lambda x: _at(x, segment.reads[row]), slots)
-            counts = segment.workers[row], segment.rounds[row], first + row, jnp.int32(-1)
-            return run_round(batch_fn, start, data_key, noise_key, *counts)
+        def compute(run_round, carry, row):
+            worker = segment.workers[row]
+            start = take(carry.slots, segment.reads[row])
+            kept = None
+            if carry.local_states is not None:
+                new, old = init_state(round_fn, start.params), take(carry.local_states, worker)
+                kept = jax.tree.map(partial(jnp.where, segment.fresh[row]), new, old)
+            counts = worker, segment.rounds[row], first + row, jnp.int32(-1)
+            result, *others = run_round(batch_fn, start, kept, data_key, noise_key, *counts)
+            return result._replace(loss=None, metrics=None), *others
+
+        def compute_group(carry, start):
+            """Compute the rounds of a group, in the branch of their S."""
+
+            def of(run_round):
+                one = partial(compute, run_round)
+                if together is None:
+                    return one
+                return lambda carry, start: together(partial(one, carry), start + jnp.arange(batch))
+
+            functions = list(map(of, branches))
+            if len(functions) == 1:
+                return functions[0](carry, start)
+            branch = jnp.asarray(branch_of_worker)[segment.workers[start]]
+            return jax.lax.switch(branch, functions, carry, start)
 
         def write(carry, row):
-            newest = carry.state.sent(dtypes, with_momentum=method.synchronous)
-            return carry._replace(slots=_put(carry.slots, newest, segment.writes[row]))
+            newest = carry.state.sent(method, dtypes)
+            return carry._replace(slots=put(carry.slots, newest, segment.writes[row]))
 
         def apply(carry, row, answer):
             result, metrics, bad = answer
             task_id = TaskId(segment.workers[row], segment.rounds[row], segment.dispatched_at[row])
             report = Report(task_id, result.update, result.model_state)
-            state = apply_report(method, carry.state, report, first + row, schedule)
+            start = take(carry.slots, segment.reads[row])
+            state = apply_report(method, carry.state, report, start, first + row, schedule)
+            metrics = metrics._replace(accepted=state.accepted)
             bad = jnp.where(carry.first_nonfinite < 0, bad, carry.first_nonfinite)
-            new = Carry(state, carry.slots, bad, _put(carry.metrics, metrics, row))
-            return jax.tree.map(_as, new, carry)
+            kept = carry.local_states
+            if kept is not None:
+                kept = put(kept, result.local_state, task_id.worker)
+            new = Carry(state, carry.slots, bad, put(carry.metrics, metrics, row), kept)
+            return jax.tree.map(cast_like, new, carry)
 
         def group(index, carry):
             start = segment.starts[index]
             carry = write(carry, start)
+            answers = compute_group(carry, start)
             if together is None:
-                return apply(carry, start, compute(carry.slots, start))
-            answers = together(partial(compute, carry.slots), start + jnp.arange(batch))
+                return apply(carry, start, answers)
 
             def step(row, carry):
-                answer = jax.tree.map(lambda x: _at(x, row), answers)
-                return apply(write(carry, start + row), start + row, answer)
+                return apply(write(carry, start + row), start + row, take(answers, row))
 
             return jax.lax.fori_loop(0, segment.sizes[index], step, carry)
 
         return jax.lax.fori_loop(0, groups, group, carry)
 
     return run
-
-
-def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
-    """Return the metrics of the first ``count`` rounds, on the host."""
-    losses, others = jax.tree.map(lambda x: np.array(x)[:count], metrics)
-    leaves, structure = jax.tree.flatten(others)
-    if not leaves:
-        return [RoundMetrics(loss, others) for loss in losses]
-    rows = (jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True))
-    return [RoundMetrics(*pair) for pair in zip(losses, rows, strict=True)]
-
-
-def _as(x: Array, old: Array) -> Array:
-    return x if x.dtype == old.dtype else x.astype(old.dtype)
-
-
-def _at(x: Array, index: Any) -> Array:
-    return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-
-
-def _put(many: Any, one: Any, index: Any) -> Any:
-    """Return stacked trees with one tree written to an index."""
-    return jax.tree.map(
-        lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), many, one
-    )
-
-
-_read = jax.jit(lambda slots, slot: jax.tree.map(lambda x: _at(x, slot), slots))
-_write = jax.jit(_put, donate_argnums=0)
-
-
-@partial(jax.jit, static_argnums=1)
-def _repeat(start: RoundInput, count: int) -> RoundInput:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)

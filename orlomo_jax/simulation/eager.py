@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from orlomo_jax.recording.recorder import ServerSource
+from orlomo_jax.recording.state_source import ServerSource
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.traces.events import Events
 from orlomo_jax.traces.trace import ArrivalTrace
@@ -29,11 +29,14 @@ class EagerEngine(ServerSource):
             task = self.server.held(int(self._trace.workers[step]))
             assert task is not None  # the trace's validation says so
             worker, round, _ = task.id
+            kept = None if task.fresh else self.local_states.get(worker)
             result, metrics, self.first_nonfinite = self._workload.run(
-                worker, round, task.start, step, self.first_nonfinite
+                worker, round, task.start, kept, step, self.first_nonfinite
             )
+            if result.local_state is not None:
+                self.local_states[worker] = result.local_state
             # The device keeps the first non-finite round; waiting for it would stall every step.
             report, task = task.report(result)._replace(finite=True), None
             for waiting in self.server.receive(report):
                 self.server.dispatch(waiting)
-            yield metrics
+            yield metrics._replace(accepted=self.server.view().accepted)

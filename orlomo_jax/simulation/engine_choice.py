@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from orlomo_jax.checks import check_count
-from orlomo_jax.recording.recorder import StateSource
+from orlomo_jax.recording.state_source import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.simulation.compiled import CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine

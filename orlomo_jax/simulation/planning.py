@@ -15,9 +15,10 @@ class Segment(NamedTuple):
     """The plan of consecutive steps, int32[length] each; entries beyond the segment are padding.
 
     At step t the newest parameters are written to slot ``writes[t]``, and the report is computed
-    from slot ``reads[t]``. All tasks of a group of steps were dispatched before the group, so its
-    rounds can be computed together. ``starts`` contains the first step of each group, counted from
-    the segment's start, and ``sizes`` its number of steps.
+    from slot ``reads[t]``; ``fresh[t]`` is 1 if the worker's optimizer starts anew. All tasks of a
+    group of steps were dispatched before the group and have the same S, so its rounds can be
+    computed together. ``starts`` contains the first step of each group, counted from the segment's
+    start, and ``sizes`` its number of steps.
     """
 
     workers: np.ndarray
@@ -25,6 +26,7 @@ class Segment(NamedTuple):
     dispatched_at: np.ndarray
     reads: np.ndarray
     writes: np.ndarray
+    fresh: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
 
@@ -41,6 +43,7 @@ class SlotPlanner:
         trace: The arrivals.
         batch: The largest number of steps in a group.
         slots: The number of slots, at least :func:`count_slots`.
+        local_steps: S of each worker; None if it is the same.
 
     Attributes:
         versions: The slot of every version that tasks held at the start, except the newest.
@@ -56,9 +59,17 @@ class SlotPlanner:
         ([0, 1, 0], [1, 2, 0])
     """
 
-    def __init__(self, table: TaskTable, trace: ArrivalTrace, batch: int, slots: int) -> None:
+    def __init__(
+        self,
+        table: TaskTable,
+        trace: ArrivalTrace,
+        batch: int,
+        slots: int,
+        local_steps: tuple[int, ...] | None = None,
+    ) -> None:
         """Assign slots to the versions that tasks hold."""
         self.table, self.batch = table, batch
+        self._local_steps = None if local_steps is None else np.array(local_steps)
         self._workers, self._events = trace.workers, Events(trace)
         self._free = list(range(slots))[::-1]
         self._users = [0] * slots
@@ -91,7 +102,17 @@ class SlotPlanner:
     def release(self, worker: int) -> None:
         """Remove the worker's task."""
         self.table.release(worker)
-        self._leave(worker)
+        self._free_slot(worker)
+
+    def leave(self, worker: int) -> None:
+        """Remove the worker's task, if it holds one, and do not let it wait for another."""
+        if self.held(worker) is not None:
+            self._free_slot(worker)
+        self.table.leave(worker)
+
+    def due(self) -> tuple[int, ...]:
+        """Return the waiting workers that need a task now."""
+        return self.table.due()
 
     def advance(self, stop: int, length: int) -> Segment:
         """Plan the steps until ``stop``, at most ``length`` of them."""
@@ -101,17 +122,21 @@ class SlotPlanner:
             self._events.apply(t, self)
             worker = int(self._workers[t])
             write = self._free[-1] if self._newest is None else self._newest
-            rows.append((*table.held[worker], self._slots[worker], write))
+            fresh = table.fresh_task(worker)
+            rows.append((*table.held[worker], self._slots[worker], write, fresh))
             written.append(self._written[self._slots[worker]])
-            self._leave(worker)
+            self._free_slot(worker)
             self._newest = None
             for waiting in table.receive(worker):
                 self.dispatch(waiting)
         columns = np.zeros((len(Segment._fields), length), np.int32)
-        columns[:5, : len(rows)] = np.array(rows, np.int32).T
-        starts = group_starts(np.array(written), first, self.batch)
-        columns[5, : len(starts)] = starts
-        columns[6, : len(starts)] = np.diff(starts, append=len(rows))
+        columns[:6, : len(rows)] = np.array(rows, np.int32).T
+        kinds = None
+        if self._local_steps is not None:
+            kinds = self._local_steps[columns[0, : len(rows)]]
+        starts = group_starts(np.array(written), first, self.batch, kinds)
+        columns[6, : len(starts)] = starts
+        columns[7, : len(starts)] = np.diff(starts, append=len(rows))
         return Segment(*columns)
 
     def _hold_newest(self, worker: int) -> None:
@@ -124,7 +149,7 @@ class SlotPlanner:
         self._slots[worker] = slot
         self._users[slot] += 1
 
-    def _leave(self, worker: int) -> None:
+    def _free_slot(self, worker: int) -> None:
         slot = self._slots.pop(worker)
         self._users[slot] -= 1
         if not self._users[slot]:
@@ -133,18 +158,25 @@ class SlotPlanner:
                 self._newest = None
 
 
-def group_starts(ready_at: np.ndarray, first: int, batch: int) -> list[int]:
+def group_starts(
+    ready_at: np.ndarray, first: int, batch: int, kinds: np.ndarray | None = None
+) -> list[int]:
     """Return the first step of each group; groups are as long as possible, up to ``batch`` steps.
 
     Args:
         ready_at: The step from which each report can be computed, int[n].
         first: The step of the first entry.
         batch: ≥ 1.
+        kinds: Steps of different kinds are never in one group, int[n]; None if all are equal.
     """
     starts: list[int] = []
     start = -batch
-    for index, version in enumerate((ready_at - first).tolist()):
-        if version > start or index - start >= batch:
+    changes = np.zeros(len(ready_at), bool)
+    if kinds is not None:
+        changes[1:] = kinds[1:] != kinds[:-1]
+    entries = zip((ready_at - first).tolist(), changes.tolist(), strict=True)
+    for index, (version, changed) in enumerate(entries):
+        if version > start or changed or index - start >= batch:
             start = index
             starts.append(start)
     return starts

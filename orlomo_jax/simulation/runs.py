@@ -99,7 +99,8 @@ def simulate_together(
     engine = Compiled("loop") if len(starts) > 1 else engine
     batch_fn = as_batch_fn(batch_fn)  # one for all: Partials are compared by identity
     runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
-    check_batch_fn(runs[0].workload.batch_fn, starts[0].key)
+    first = runs[0].workload
+    check_batch_fn(first.batch_fn, starts[0].key, first.steps_of(0))
     alone = nullcontext() if checkpoint is None else checkpoint.alone()
     with closing(runs[0].workload), alone:
         return _simulate(runs, engine, recording, checkpoint, stop)
@@ -127,7 +128,7 @@ class _Run(NamedTuple):
         check_key(key)
         server = ParameterServer(method, params, model_state, local_learning_rate=rate)
         check_schedules(method, server.schedule, trace.num_steps)
-        return cls(server, Workload.of(round_fn, batch_fn, key), trace)
+        return cls(server, Workload.of(round_fn, batch_fn, key, method.num_local_steps), trace)
 
     def begin(self) -> None:
         """Dispatch the first tasks."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.state import ServerState
-from orlomo_jax.simulation.compiled import Carry, CompiledEngine, by_round
+from orlomo_jax.simulation.compiled import Carry, CompiledEngine
 from orlomo_jax.simulation.engine_choice import Engine
+from orlomo_jax.simulation.stacking import by_round
 from orlomo_jax.worker.workload import RoundMetrics
 
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
@@ -120,6 +121,15 @@ class Lane:
     @first_nonfinite.setter
     def first_nonfinite(self, step: Any) -> None:
         self._engine.first_nonfinite = int(step)
+
+    @property
+    def local_states(self) -> dict[int, Any]:
+        """The kept states of the run's workers, by worker."""
+        return self._engine.local_states
+
+    @local_states.setter
+    def local_states(self, states: dict[int, Any]) -> None:
+        self._engine.local_states = states
 
     @property
     def _engine(self) -> CompiledEngine:

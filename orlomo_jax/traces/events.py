@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Protocol
 
 from orlomo_jax.traces.trace import ArrivalTrace
@@ -21,6 +22,13 @@ class Dispatches(Protocol):
     def release(self, worker: int) -> object:
         """Remove the worker's task; its report is lost."""
 
+    def leave(self, worker: int) -> None:
+        """Remove the worker's task, if it holds one; it gets no other until it joins."""
+
+    def due(self) -> Iterable[int]:
+        """Return the waiting workers that need a task now."""
+        ...
+
 
 class Events:
     """The events of a trace, by step."""
@@ -38,8 +46,14 @@ class Events:
 
 
 def apply_event(event: TraceEvent, to: Dispatches) -> None:
-    """Dispatch or release the event's worker."""
-    if event.kind in ("redispatched", "joined"):
-        to.dispatch(event.worker)
-    elif to.held(event.worker) is not None:
-        to.release(event.worker)
+    """Dispatch or release the event's worker, and then the workers that waited for it."""
+    kind, worker = event.kind, event.worker
+    if kind == "left":
+        to.leave(worker)
+        for waiting in to.due():
+            to.dispatch(waiting)
+        return
+    if kind in ("lost", "restarted"):
+        to.release(worker)
+    if kind != "lost":
+        to.dispatch(worker)

@@ -20,24 +20,31 @@ _ADVICE = (
 )
 
 
-def check_batch_fn(batch_fn: Callable, key: Array) -> None:
-    """Raise TypeError if two traces of a batch function have different constants."""
+def check_batch_fn(batch_fn: Callable, key: Array, steps: int | None = None) -> None:
+    """Raise TypeError if two traces of a batch function have different constants.
+
+    Args:
+        batch_fn: The batch function.
+        key: A ``jax.random.key``.
+        steps: The fourth argument of ``batch_fn``, if it takes one.
+    """
     if isinstance(batch_fn, HostBatches):
         return
-    first, second = _constants(batch_fn, key), _constants(batch_fn, key)
+    first, second = _constants(batch_fn, key, steps), _constants(batch_fn, key, steps)
     same_number = len(first) == len(second)  # not if the function caches its first results
     if same_number and not all(map(_equal, first, second)):
         raise TypeError(f"{_ADVICE}. Two calls returned different batches")
 
 
-def _constants(batch_fn: Callable, key: Array) -> list[Any]:
+def _constants(batch_fn: Callable, key: Array, steps: int | None) -> list[Any]:
     """Return the constant arrays and numbers in a function's program."""
     function = getattr(batch_fn, "func", batch_fn)  # of a Partial
     args, keywords = getattr(batch_fn, "args", ()), getattr(batch_fn, "keywords", {})
     while isinstance(function, jax.stages.Wrapped):  # jax.jit would cache the first trace
         function = inspect.unwrap(function, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
     try:
-        closed = jax.make_jaxpr(lambda *rest: function(*args, *rest, **keywords))(
+        more = () if steps is None else (steps,)
+        closed = jax.make_jaxpr(lambda *rest: function(*args, *rest, *more, **keywords))(
             key, np.int32(0), np.int32(0)
         )
     except StopIteration as error:

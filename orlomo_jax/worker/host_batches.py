@@ -27,8 +27,8 @@ class HostBatches:
 
     Args:
         make: ``make(worker, first_round)`` returns an iterator over that worker's batches, starting
-            with that round: trees of NumPy arrays with a leading axis S and the same shapes in
-            every round. It is called again when a run resumes or steps back.
+            with that round: trees of NumPy arrays with a leading axis S (the worker's own) and the
+            same shapes in every round. It is called again when a run resumes or steps back.
         prefetch: How many rounds ahead to compute in a background thread, ≥ 0.
 
     Raises:
@@ -101,7 +101,7 @@ def _close(loaders: dict[int, _Loader]) -> None:
         loaders.popitem()[1].close()
 
 
-def _given(batches: Any, key: Any, worker: Any, round: Any) -> Any:
+def _given(batches: Any, *args: Any) -> Any:
     return batches
 
 

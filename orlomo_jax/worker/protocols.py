@@ -22,7 +22,10 @@ class BatchFn(Protocol):
     """The batches of a round, traced by JAX."""
 
     def __call__(self, key: Array, worker: Any, round: Any, /) -> PyTree:
-        """Return a tree with a leading axis S; it may depend only on the arguments."""
+        """Return a tree with a leading axis S; it may depend only on the arguments.
+
+        If S differs between workers, S is a fourth argument, a Python integer.
+        """
         ...
 
 

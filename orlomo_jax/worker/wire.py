@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from orlomo_jax.trees import all_finite
-from orlomo_jax.worker.local_round import RoundResult
+from orlomo_jax.worker.step_loop import RoundResult, init_state, keeps_state
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,15 @@ class CastRound:
 
     round_fn: Callable[..., RoundResult]
     wire_dtype: Any
+
+    def init_state(self, params: Any) -> Any:
+        """Return a new state of the round's optimizer."""
+        return init_state(self.round_fn, params)
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether the round keeps the state of its optimizer."""
+        return keeps_state(self.round_fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> RoundResult:
         """Return the round's result with rounded Δw and Δu."""

@@ -12,6 +12,7 @@ from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
 from orlomo_jax.server.buffer_pool import LARGE, BufferPool
 from orlomo_jax.server.parameter_server import ServerState, TaskId
 from orlomo_jax.server.step import server_step
+from orlomo_jax.worker.workload import RoundInput
 
 SIZE = LARGE // 4
 METHOD = make_method("orlomo", 2, 1)
@@ -159,7 +160,8 @@ def test_scratch_needs_no_other_memory(leaves):
     state = METHOD.rule.init(tree)
     rest = ServerState(None, None, None, None, jnp.float32(0.1))
     report = Report(TaskId(*np.zeros(3, np.int32)), LocalUpdate(tree, tree))
-    args = (tree, tree, state, rest, report, np.int32(3), None)
+    start = RoundInput(None, None, None, jnp.float32(0.1))
+    args = (tree, tree, state, rest, report, start, np.int32(3), None)
     memory = run.lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * 4 * SIZE
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000

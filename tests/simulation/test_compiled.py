@@ -23,6 +23,7 @@ from orlomo_jax.server import RejectedReportError
 from orlomo_jax.simulation import engine_choice as engines
 from orlomo_jax.simulation.compiled import LENGTH, CompiledEngine
 from orlomo_jax.simulation.eager import EagerEngine
+from orlomo_jax.simulation.planning import Segment
 from orlomo_jax.worker import Workload
 from tests.support import helpers, toy
 from tests.support.toy import (
@@ -244,9 +245,9 @@ def compile_segment(name, num_workers, rounds, batch, size=20_000):
         server.dispatch(worker)
     workload = workload_for(method, linear, lambda key, worker, round: jnp.ones((S, 1)))
     engine = CompiledEngine(server, workload, trace, rounds, batch)
-    _, batch_fn, *keys = workload
+    batch_fn, keys = workload.batch_fn, workload.keys
     carry = engine.load()
-    plan = np.zeros((7, LENGTH), np.int32)
+    plan = np.zeros((len(Segment._fields), LENGTH), np.int32)
     args = (batch_fn, None, carry, plan, np.int32(0), np.int32(1), *keys)
     compiled = engine.program.lower(*args).compile()
     return compiled.memory_analysis(), 4 * size, sum(x.nbytes for x in jax.tree.leaves(carry))

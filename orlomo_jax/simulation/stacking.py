@@ -1,0 +1,47 @@
+"""Stacks trees of arrays, and reads and writes one of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orlomo_jax.trees import Array
+from orlomo_jax.worker.workload import RoundMetrics
+
+
+def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
+    """Return the metrics of the first ``count`` rounds, on the host."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.array(x)[:count], metrics))
+    return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
+
+
+def cast_like(x: Array, old: Array) -> Array:
+    """Return an array in the dtype of another."""
+    return x if x.dtype == old.dtype else x.astype(old.dtype)
+
+
+def take(many: Any, index: Any) -> Any:
+    """Return one of stacked trees."""
+    at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+    return jax.tree.map(at, many)
+
+
+def put(many: Any, one: Any, index: Any) -> Any:
+    """Return stacked trees with one tree written to an index."""
+    return jax.tree.map(
+        lambda many, one: jax.lax.dynamic_update_index_in_dim(many, one, index, 0), many, one
+    )
+
+
+read = jax.jit(take)
+write_to = jax.jit(put, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnums=1)
+def repeat(start: Any, count: int) -> Any:
+    """Return ``count`` copies of a tree, stacked."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)
