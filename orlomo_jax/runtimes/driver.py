@@ -100,17 +100,18 @@ class Driver:
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
         wanted = set(range(self.server.num_workers)) - self.options.membership.absent
-        for worker in sorted(wanted - self.present):
-            self._join(worker)
-        for worker in sorted(self.present - wanted):
-            self._leave(worker, "absent since the run was resumed")
-        for worker in sorted(self.present - self.sent_at.keys()):
+        joining, leaving = sorted(wanted - self.present), sorted(self.present - wanted)
+        for worker in sorted(self.present & wanted):
             self._start(worker)
             self.untried.add(worker)
             if (task := self.server.held(worker)) is not None:
                 self._submit(task)
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
+        for worker in joining:  # before any worker leaves, so that one is always present
+            self._join(worker)
+        for worker in leaving:
+            self._leave(worker, "absent since the run was resumed")
 
     def _poll(self) -> None:
         """Handle the next outcomes, and check the workers from time to time."""
@@ -178,10 +179,7 @@ class Driver:
         self.sent_at.pop(worker, None)
         # The journal first: a resumed run repeats only what is in it.
         arrival = self.log.arrived(report, outcome.metrics)
-        for other in waiting:
-            task = self.server.dispatch(other)
-            if self.server.step < self.recorder.recording.num_steps:
-                self._submit(task)
+        self._send(waiting)
         self.record(report, arrival)
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
@@ -211,12 +209,15 @@ class Driver:
         if restart:
             self._start(worker)
         self._dispatch(worker, "redispatched")
+        self._send(self.server.table.due())
 
     def _join(self, worker: int) -> None:
         self.failures.forgive(worker)
         self.present.add(worker)
         self._start(worker)
-        self._dispatch(worker, "joined")
+        self.server.table.join(worker)
+        self.log.happened("joined", worker)
+        self._send(self.server.table.due())
 
     def _leave(self, worker: int, why: str) -> None:
         _log.warning("worker %s leaves: %s", worker, why)
@@ -227,7 +228,9 @@ class Driver:
         if not synchronous:  # synchronous traces have no event for leaving
             if self.server.held(worker) is not None:
                 self.server.release(worker)
+            self.server.table.leave(worker)
             self.log.happened("left", worker, why)
+            self._send(self.server.table.due())
             if self.present:
                 return
         if self.saver is not None:
@@ -251,6 +254,13 @@ class Driver:
         task = self.server.dispatch(worker)
         self.log.happened(kind, worker)
         self._submit(task)
+
+    def _send(self, waiting: Iterable[int]) -> None:
+        """Dispatch workers that waited; after the last step, without sending the tasks."""
+        for worker in waiting:
+            task = self.server.dispatch(worker)
+            if self.server.step < self.recorder.recording.num_steps:
+                self._submit(task)
 
     def _submit(self, task: Task) -> None:
         self.sent_at[task.id.worker] = time.monotonic()

@@ -9,8 +9,27 @@ from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
 
 
+class Table(Protocol):
+    """The part of a task table that events need."""
+
+    def due(self) -> tuple[int, ...]:
+        """Return the waiting workers that need a task now."""
+        ...
+
+    def leave(self, worker: int) -> None:
+        """Record that a worker leaves."""
+
+    def join(self, worker: int) -> None:
+        """Record that an absent worker joins, and waits for a task."""
+
+
 class Dispatches(Protocol):
     """The part of a server or planner that events need."""
+
+    @property
+    def table(self) -> Table:
+        """The task table."""
+        ...
 
     def held(self, worker: int) -> object | None:
         """Return the worker's task, or None."""
@@ -38,8 +57,15 @@ class Events:
 
 
 def apply_event(event: TraceEvent, to: Dispatches) -> None:
-    """Dispatch or release the event's worker."""
-    if event.kind in ("redispatched", "joined"):
-        to.dispatch(event.worker)
-    elif to.held(event.worker) is not None:
-        to.release(event.worker)
+    """Apply an event, and dispatch the workers that wait no longer because of it."""
+    _, kind, worker = event
+    if kind in ("lost", "restarted", "left") and to.held(worker) is not None:
+        to.release(worker)
+    if kind in ("redispatched", "restarted"):
+        to.dispatch(worker)
+    elif kind == "left":
+        to.table.leave(worker)
+    elif kind == "joined":
+        to.table.join(worker)
+    for waiting in to.table.due():
+        to.dispatch(waiting)
