@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from orlomo_jax.recording.interrupts import put_off_interrupts
@@ -105,11 +106,8 @@ class Driver:
         for event in self.journal.events:
             (lost.add if event.kind == "lost" else lost.discard)(event.worker)
         wanted = set(range(self.server.num_workers)) - self.options.membership.absent
-        for worker in sorted(wanted - self.present):
-            self._join(worker)
-        for worker in sorted(self.present - wanted):
-            self._leave(worker, "absent since the run was resumed")
-        for worker in sorted(self.present - self.sent_at.keys()):
+        joining, leaving = sorted(wanted - self.present), sorted(self.present - wanted)
+        for worker in sorted(self.present & wanted):
             task = self.server.held(worker)
             self._start(worker, task)
             self.untried.add(worker)
@@ -118,6 +116,10 @@ class Driver:
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
         self.running = True
+        for worker in joining:  # before any worker leaves, so that one is always present
+            self._join(worker)
+        for worker in leaving:
+            self._leave(worker, "absent since the run was resumed")
         self._follow_policy()
 
     def _poll(self) -> None:
@@ -192,10 +194,7 @@ class Driver:
         self.sent_at.pop(worker, None)
         # The journal first: a resumed run repeats only what is in it.
         arrival = self.log.arrived(report, outcome.metrics, worker_task)
-        for other in waiting:
-            task = self.server.dispatch(other)
-            if self.server.step < self.recorder.recording.num_steps:
-                self._submit(task)
+        self._send(waiting)
         self._follow_policy()
         self.record(report, arrival)
 
@@ -250,12 +249,15 @@ class Driver:
         if restart:
             self._start(worker)
         self._dispatch(worker, "redispatched")
+        self._send(self.server.table.due())
 
     def _join(self, worker: int) -> None:
         self.failures.forgive(worker)
         self.present.add(worker)
         self._start(worker)
-        self._dispatch(worker, "joined")
+        self.server.table.join(worker)
+        self.log.happened("joined", worker)
+        self._send(self.server.table.due())
 
     def _leave(self, worker: int, why: str) -> None:
         _log.warning("worker %s leaves: %s", worker, why)
@@ -264,10 +266,11 @@ class Driver:
         self.sent_at.pop(worker, None)
         synchronous = self.server.method.synchronous
         if not synchronous:  # synchronous traces have no event for leaving
-            self.server.leave(worker)
+            if self.server.held(worker) is not None:
+                self.server.release(worker)
+            self.server.table.leave(worker)
             self.log.happened("left", worker, why)
-            for waiting in self.server.due():
-                self._submit(self.server.dispatch(waiting))
+            self._send(self.server.table.due())
             if self.present:
                 return
         if self.saver is not None:
@@ -297,6 +300,13 @@ class Driver:
         task = self.server.dispatch(worker)
         self.log.happened(kind, worker)
         self._submit(task)
+
+    def _send(self, waiting: Iterable[int]) -> None:
+        """Dispatch workers that waited; after the last step, without sending the tasks."""
+        for worker in waiting:
+            task = self.server.dispatch(worker)
+            if self.server.step < self.recorder.recording.num_steps:
+                self._submit(task)
 
     def _submit(self, task: Task) -> None:
         self.sent_at[task.id.worker] = time.monotonic()

@@ -182,16 +182,6 @@ class ParameterServer:
         return self.tasks.pop(self.table.release(worker).worker)
 
     @transaction
-    def leave(self, worker: int) -> None:
-        """Remove the task of ``worker``, if it holds one; it does not wait for another either."""
-        self.table.leave(worker)
-        self.tasks.pop(worker, None)
-
-    def due(self) -> tuple[int, ...]:
-        """Return the waiting workers that need a task now, under a barrier or a bound on delays."""
-        return self.table.due()
-
-    @transaction
     def receive(self, report: Report) -> tuple[int, ...]:
         """Apply a report: one server step.
 

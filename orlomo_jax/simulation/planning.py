@@ -104,16 +104,6 @@ class SlotPlanner:
         self.table.release(worker)
         self._free_slot(worker)
 
-    def leave(self, worker: int) -> None:
-        """Remove the worker's task, if it holds one, and do not let it wait for another."""
-        if self.held(worker) is not None:
-            self._free_slot(worker)
-        self.table.leave(worker)
-
-    def due(self) -> tuple[int, ...]:
-        """Return the waiting workers that need a task now."""
-        return self.table.due()
-
     def advance(self, stop: int, length: int) -> Segment:
         """Plan the steps until ``stop``, at most ``length`` of them."""
         first, table = self.table.step, self.table

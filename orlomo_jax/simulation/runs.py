@@ -127,6 +127,11 @@ class _Run(NamedTuple):
             )
         check_key(key)
         server = ParameterServer(method, params, model_state, local_learning_rate=rate)
+        if server.table.max_wait != trace.max_wait:
+            raise ValueError(
+                f"`trace` must have max_wait={server.table.max_wait} for {method.name}, got "
+                f"max_wait={trace.max_wait}"
+            )
         check_schedules(method, server.schedule, trace.num_steps)
         return cls(server, Workload.of(round_fn, batch_fn, key, method.num_local_steps), trace)
 

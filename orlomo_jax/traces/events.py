@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Protocol
 
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
 
 
+class Table(Protocol):
+    """The part of a task table that events need."""
+
+    def due(self) -> tuple[int, ...]:
+        """Return the waiting workers that need a task now."""
+        ...
+
+    def leave(self, worker: int) -> None:
+        """Record that a worker leaves."""
+
+    def join(self, worker: int) -> None:
+        """Record that an absent worker joins, and waits for a task."""
+
+
 class Dispatches(Protocol):
     """The part of a server or planner that events need."""
+
+    @property
+    def table(self) -> Table:
+        """The task table."""
+        ...
 
     def held(self, worker: int) -> object | None:
         """Return the worker's task, or None."""
@@ -21,13 +39,6 @@ class Dispatches(Protocol):
 
     def release(self, worker: int) -> object:
         """Remove the worker's task; its report is lost."""
-
-    def leave(self, worker: int) -> None:
-        """Remove the worker's task, if it holds one; it gets no other until it joins."""
-
-    def due(self) -> Iterable[int]:
-        """Return the waiting workers that need a task now."""
-        ...
 
 
 class Events:
@@ -46,14 +57,15 @@ class Events:
 
 
 def apply_event(event: TraceEvent, to: Dispatches) -> None:
-    """Dispatch or release the event's worker, and then the workers that waited for it."""
-    kind, worker = event.kind, event.worker
-    if kind == "left":
-        to.leave(worker)
-        for waiting in to.due():
-            to.dispatch(waiting)
-        return
-    if kind in ("lost", "restarted"):
+    """Apply an event, and dispatch the workers that wait no longer because of it."""
+    _, kind, worker = event
+    if kind in ("lost", "restarted", "left") and to.held(worker) is not None:
         to.release(worker)
-    if kind != "lost":
+    if kind in ("redispatched", "restarted"):
         to.dispatch(worker)
+    elif kind == "left":
+        to.table.leave(worker)
+    elif kind == "joined":
+        to.table.join(worker)
+    for waiting in to.table.due():
+        to.dispatch(waiting)

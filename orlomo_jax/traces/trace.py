@@ -15,6 +15,7 @@ import numpy as np
 
 from orlomo_jax.checks import check_count
 from orlomo_jax.traces.trace_validation import (
+    ArrivalOrder,
     TraceEvent,
     check_arrival_order,
     check_times,
@@ -29,8 +30,8 @@ class ArrivalTrace:
     """The worker, model version and time of each of T arrivals, and the events between them.
 
     After step t the worker that reported is sent w_{t+1}; in a synchronous trace it first waits for
-    all K workers. A synchronous trace cannot contain joins and leaves, because its barrier needs
-    all K workers.
+    all K workers, and with ``max_wait`` it first waits until no delay can exceed the bound. A
+    synchronous trace cannot contain joins and leaves, because its barrier needs all K workers.
 
     ``rounds`` and ``dispatched_at`` follow from the arrivals and events; given values are compared
     with them. Arrays are copied and read-only.
@@ -43,7 +44,9 @@ class ArrivalTrace:
             model version), int32[T].
         times: Virtual seconds of the arrivals, float64[T], finite, ≥ 0 and nondecreasing.
         synchronous: Whether all workers wait for one another; dispatched_at is then K⌊t/K⌋.
-        events: Losses, re-dispatches, joins and leaves, by step.
+        events: Losses, re-dispatches, restarts, joins and leaves, by step.
+        max_wait: The bound on delays that workers wait for, ≥ K − 1; None for no bound. It is the
+            ``max_delay`` of a :class:`~orlomo_jax.traces.StalenessBound`.
 
     Raises:
         TypeError, ValueError: If a field is malformed or contradicts another; the message names
@@ -64,10 +67,11 @@ class ArrivalTrace:
     times: np.ndarray
     synchronous: bool = False
     events: tuple[TraceEvent, ...] = ()
+    max_wait: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field and make read-only copies of the arrays."""
-        order = check_arrival_order(self.workers, self.num_workers, self.synchronous, self.events)
+        order = self._order()
         checked = order._asdict() | {"times": check_times(self.times, len(order.workers))}
         for name in ("rounds", "dispatched_at"):
             order.check(name, getattr(self, name))
@@ -85,6 +89,7 @@ class ArrivalTrace:
         times: Iterable[float] | None = None,
         synchronous: bool = False,
         events: Iterable[tuple[int, str, int]] = (),
+        max_wait: int | None = None,
     ) -> ArrivalTrace:
         """Return the trace in which the workers report in this order.
 
@@ -95,8 +100,10 @@ class ArrivalTrace:
             >>> events = [(1, "lost", 1), (2, "redispatched", 1)]
             >>> ArrivalTrace.from_workers([0, 0, 1], 2, events=events).rounds.tolist()
             [0, 1, 1]
+            >>> ArrivalTrace.from_workers([0, 1, 0, 1], 2, max_wait=1).dispatched_at.tolist()
+            [0, 0, 2, 2]
         """
-        order = check_arrival_order(workers, num_workers, synchronous, events)
+        order = check_arrival_order(workers, num_workers, synchronous, events, max_wait)
         fields: dict[str, Any] = order._asdict() | {"times": times}
         del fields["in_flight"]
         if times is None:
@@ -134,8 +141,12 @@ class ArrivalTrace:
 
         In an asynchronous trace without events, Σ_k (T − ite(T, k)) + Σ_t τ_t = (K − 1)T.
         """
-        order = check_arrival_order(self.workers, self.num_workers, self.synchronous, self.events)
-        return order.in_flight
+        return self._order().in_flight
+
+    def _order(self) -> ArrivalOrder:
+        return check_arrival_order(
+            self.workers, self.num_workers, self.synchronous, self.events, self.max_wait
+        )
 
     def __eq__(self, other: object) -> bool:
         """Return whether all fields are equal, arrays entry by entry."""
@@ -156,7 +167,10 @@ class ArrivalTrace:
                 [event for event in events if event.step < num_steps],
                 sorted(self.late_joiners),
             )
-        content = hashlib.sha256(repr((self.num_workers, self.synchronous, events)).encode())
+        settings: Any = (self.num_workers, self.synchronous, events)
+        if self.max_wait is not None:
+            settings += (self.max_wait,)
+        content = hashlib.sha256(repr(settings).encode())
         for name in ("workers", "rounds", "dispatched_at", "times"):
             content.update(getattr(self, name)[:num_steps].tobytes())
         return content.hexdigest()
@@ -167,6 +181,8 @@ class ArrivalTrace:
         for name in _FIELDS:
             value = getattr(self, name)
             data[name] = value.tolist() if isinstance(value, np.ndarray) else value
+        if self.max_wait is None:  # as in files of earlier releases
+            del data["max_wait"]
         path = Path(path)
         unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
@@ -184,7 +200,8 @@ class ArrivalTrace:
         """Read a trace written by :meth:`save` or by hand.
 
         ``{"format": "orlomo_jax.ArrivalTrace", "num_workers": 2, "workers": [0, 1, 0]}`` is a
-        complete file; ``times``, ``synchronous`` and ``events`` are as in :meth:`from_workers`.
+        complete file; ``times``, ``synchronous``, ``events`` and ``max_wait`` are as in
+        :meth:`from_workers`.
 
         Raises:
             ValueError: If the file is not a trace; the message names the file and the error.
@@ -195,7 +212,9 @@ class ArrivalTrace:
             if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
                 raise ValueError(f'it must be an object with "format": "{_FORMAT}"')
             by_hand = data.keys().isdisjoint(("rounds", "dispatched_at"))
-            required = {"num_workers", "workers"} if by_hand else {"version", *_FIELDS}
+            required = (
+                {"num_workers", "workers"} if by_hand else {"version", *_FIELDS} - {"max_wait"}
+            )
             if missing := required - data.keys():
                 raise ValueError(f"it lacks the fields {sorted(missing)}")
             if unknown := data.keys() - {"version", *_FIELDS}:

@@ -9,18 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orlomo_jax.checks import check_count
+from orlomo_jax.traces.policies import Policy, StalenessBound
 
 
 class TraceEvent(NamedTuple):
-    """A worker event other than an arrival: loss, re-dispatch, join or leave.
+    """A worker event other than an arrival: loss, re-dispatch, restart, join or leave.
 
     Attributes:
         step: Number of reports applied before it. Events of the same step are applied in order.
         kind: "lost": the outstanding report will never be used; the worker is idle.
             "redispatched": the idle worker is sent the current parameters.
+            "restarted": the outstanding report will never be used; the busy worker is sent the
+            current parameters.
             "left": the worker leaves; an outstanding report is lost.
-            "joined": an absent worker is sent the current parameters. A worker is absent after it
-            left, and from the start if this is its first event.
+            "joined": an absent worker is sent the current parameters, with ``max_wait`` after it
+            has waited its turn. A worker is absent after it left, and from the start if this is its
+            first event.
         worker: The worker's index.
     """
 
@@ -29,13 +33,15 @@ class TraceEvent(NamedTuple):
     worker: int
 
 
-# Kind -> (allowed states before, state after). A worker that becomes busy is sent the parameters.
+# Kind -> (allowed states before, state after). A worker that becomes busy is sent the parameters;
+# a waiting one is sent them as soon as barrier and bound allow.
 _TRANSITIONS = {
-    "arrived": ({"busy"}, "busy"),
+    "arrived": ({"busy"}, "waiting"),
     "lost": ({"busy"}, "idle"),
     "redispatched": ({"idle"}, "busy"),
-    "left": ({"busy", "idle"}, "absent"),
-    "joined": ({"absent"}, "busy"),
+    "restarted": ({"busy"}, "busy"),
+    "left": ({"busy", "idle", "waiting"}, "absent"),
+    "joined": ({"absent"}, "waiting"),
 }
 _KINDS = tuple(_TRANSITIONS)[1:]
 
@@ -47,6 +53,7 @@ class ArrivalOrder(NamedTuple):
     workers: np.ndarray
     synchronous: bool
     events: tuple[TraceEvent, ...]
+    max_wait: int | None
     rounds: np.ndarray
     dispatched_at: np.ndarray
     in_flight: np.ndarray
@@ -62,9 +69,9 @@ class ArrivalOrder(NamedTuple):
 
 
 def check_arrival_order(
-    workers: Any, num_workers: Any, synchronous: Any, events: Any
+    workers: Any, num_workers: Any, synchronous: Any, events: Any, max_wait: Any = None
 ) -> ArrivalOrder:
-    """Return the validated order.
+    """Return the validated order; arguments as in :class:`~orlomo_jax.ArrivalTrace`.
 
     Raises:
         TypeError, ValueError: If the order is malformed or impossible; the message names the
@@ -86,13 +93,24 @@ def check_arrival_order(
     events = _events(events, num_workers, len(workers))
     if synchronous and (away := [e for e in events if e.kind in ("left", "joined")]):
         raise ValueError(f"`events` of a synchronous trace must not be joins or leaves: {away[0]}")
+    max_wait = check_max_wait(max_wait, num_workers, synchronous)
     held = (
-        _replay(workers, num_workers, synchronous, events)
-        if events
+        _replay(workers, num_workers, synchronous, events, max_wait)
+        if events or max_wait is not None
         else _count_dispatches(workers, num_workers, synchronous)
     )
     held = (array.astype(np.int32) for array in held)
-    return ArrivalOrder(num_workers, workers, synchronous, events, *held)
+    return ArrivalOrder(num_workers, workers, synchronous, events, max_wait, *held)
+
+
+def check_max_wait(max_wait: Any, num_workers: int, synchronous: bool) -> int | None:
+    """Return ``max_wait`` as an int or None; raise if K workers cannot keep the bound."""
+    if max_wait is None:
+        return None
+    check_count("max_wait", max_wait, num_workers - 1)
+    if synchronous:
+        raise ValueError(f"`max_wait` must be None if synchronous, got max_wait={max_wait}")
+    return int(max_wait)
 
 
 def check_times(times: Any, num_steps: int) -> np.ndarray:
@@ -135,13 +153,15 @@ def _count_dispatches(workers, num_workers, synchronous):
     return rounds, dispatched_at, in_flight
 
 
-def _replay(workers, num_workers, synchronous, events):
+def _replay(workers, num_workers, synchronous, events, max_wait):
     """Return rounds, dispatched_at and in_flight by applying arrivals and events one by one."""
     late = late_joiners(events)
     states = ["absent" if worker in late else "busy" for worker in range(num_workers)]
-    held = [-1 if worker in late else 0 for worker in range(num_workers)]
-    dispatches = [0 if worker in late else 1 for worker in range(num_workers)]
+    held = {worker: 0 for worker in range(num_workers) if worker not in late}
+    dispatches = [int(worker in held) for worker in range(num_workers)]
+    waiting: list[int] = []
     rounds, dispatched_at = np.empty_like(workers), np.empty_like(workers)
+    policy = Policy() if max_wait is None else StalenessBound(max_wait)
     timeline = [(step, 0, i, kind, worker) for i, (step, kind, worker) in enumerate(events)]
     timeline += [(t, 1, t, "arrived", worker) for t, worker in enumerate(workers.tolist())]
     for step, arrives, index, kind, worker in sorted(timeline):
@@ -154,18 +174,26 @@ def _replay(workers, num_workers, synchronous, events):
             )
         if arrives:
             rounds[step], dispatched_at[step] = dispatches[worker] - 1, held[worker]
-        version, sent = step + arrives, [worker] if after == "busy" else []
+        if states[worker] == "waiting":
+            waiting.remove(worker)
+        states[worker] = after
+        held.pop(worker, None)
+        if after == "waiting":
+            waiting.append(worker)
+        version = step + arrives
+        sent = (worker,) if after == "busy" else ()
         if synchronous:
-            if arrives:  # it waits at the barrier until the last worker of the round arrives
-                after, sent = "waiting", []
-                if version % num_workers == 0:
-                    sent = range(num_workers)
+            sent += () if version % num_workers else tuple(waiting)
             version -= version % num_workers
-        states[worker], held[worker] = after, -1
+        else:
+            sent += policy.due(version, held, waiting, num_workers)
         for other in sent:
+            if states[other] == "waiting":
+                waiting.remove(other)
             states[other], held[other] = "busy", version
             dispatches[other] += 1
-    return rounds, dispatched_at, np.array(held)
+    in_flight = np.array([held.get(worker, -1) for worker in range(num_workers)])
+    return rounds, dispatched_at, in_flight
 
 
 def _events(events, num_workers: int, num_steps: int) -> tuple[TraceEvent, ...]:

@@ -38,7 +38,8 @@ from tests.support.toy import (
     schedule,
 )
 
-EVENTS = [(2, "joined", 2), (9, "lost", 1), (11, "redispatched", 1), (60, "left", 0)]
+EVENTS = [(2, "joined", 2), (9, "lost", 1), (11, "redispatched", 1)]
+EVENTS += [(30, "restarted", 0), (30, "restarted", 2), (60, "left", 0)]
 
 
 @lru_cache
@@ -49,7 +50,7 @@ def trace_for(name, num_steps=100):
     for t in range(num_steps):
         for step, kind, worker in EVENTS:
             if step == t:
-                (busy.add if kind in ("joined", "redispatched") else busy.discard)(worker)
+                (busy.discard if kind in ("lost", "left") else busy.add)(worker)
         order.append(int(rng.choice(sorted(busy))))
     return ArrivalTrace.from_workers(order, K, events=EVENTS)
 

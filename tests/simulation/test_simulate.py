@@ -266,6 +266,11 @@ def test_schedule_follows_global_progress():
             ValueError,
             "num_workers=3 for orlomo, got synchronous=False and num_workers=2",
         ),
+        (
+            {"trace": ArrivalTrace.from_workers([0], K, max_wait=9)},
+            ValueError,
+            "`trace` must have max_wait=None for orlomo, got max_wait=9",
+        ),
         ({"num_steps": 9}, ValueError, "pass no num_steps and no compute_times"),
         ({"compute_times": heterogeneous()}, ValueError, "pass no num_steps and no compute_times"),
         ({"trace": None}, ValueError, "`num_steps` must be given, or a trace"),

@@ -1,6 +1,7 @@
 """The trace of arrivals: its files, and what it refuses."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,7 @@ class TestValidation:
         assert trace != ArrivalTrace.from_workers([0, 1], 2, times=[1, 3])
         assert trace != ArrivalTrace.from_workers([0, 1], 2, synchronous=True)
         assert trace != ArrivalTrace.from_workers([0, 1], 2, events=[(2, "lost", 0)])
+        assert trace != ArrivalTrace.from_workers([0, 1], 2, max_wait=9)
         assert trace != "trace"
 
     @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ class TestValidation:
             ([(0, "joined", 0), (1, "joined", 0)], r"events\[1\].*busy then, not absent"),
             ([(1, "lost", 0), (1, "joined", 0)], r"events\[1\].*idle then, not absent"),
             ([(3, "joined", 0)], r"workers\[0\].*absent then, not busy"),
+            ([(1, "lost", 0), (1, "restarted", 0)], r"events\[1\].*idle then, not busy"),
         ],
     )
     def test_impossible_events(self, events, message):
@@ -120,13 +123,15 @@ class TestValidation:
 
 
 class TestFiles:
-    @given(eventful_runs(), st.data())
+    @given(st.one_of(eventful_runs(), eventful_runs(bounded=True)), st.data())
     @settings(max_examples=50, deadline=None)
     def test_round_trip(self, tmp_path_factory, run, data):
-        workers, num_workers, events, *_ = run
+        workers, num_workers, events, *_, max_wait = run
         finite = st.floats(0, 1e300, width=64)
         times = sorted(data.draw(st.tuples(*[finite] * len(workers))))
-        trace = ArrivalTrace.from_workers(workers, num_workers, times=times, events=events)
+        trace = ArrivalTrace.from_workers(
+            workers, num_workers, times=times, events=events, max_wait=max_wait
+        )
         path = tmp_path_factory.mktemp("trace") / "trace.json"
         trace.save(path)
         assert ArrivalTrace.load(path) == trace
@@ -150,6 +155,16 @@ class TestFiles:
         os.umask(umask)
         assert mode == 0o666 & ~umask
 
+    def test_the_bound_is_written_and_belongs_to_the_digest(self, tmp_path):
+        free, bound = (ArrivalTrace.from_workers([0, 1], 2, max_wait=x) for x in (None, 9))
+        bound.save(tmp_path / "trace.json")
+        assert json.loads((tmp_path / "trace.json").read_text())["max_wait"] == 9
+        assert free.digest() != bound.digest()
+        settings = hashlib.sha256(repr((2, False, ())).encode())  # as before there were bounds
+        for name in ("workers", "rounds", "dispatched_at", "times"):
+            settings.update(getattr(free, name).tobytes())
+        assert free.digest() == settings.hexdigest()
+
     def test_synchronous_round_trip(self, tmp_path):
         trace = sample_trace(homogeneous(), 3, 8, 1, 0, synchronous=True)
         trace.save(tmp_path / "trace.json")
@@ -170,7 +185,9 @@ class TestFiles:
         assert os.listdir(tmp_path) == ["trace.json"]
         assert ArrivalTrace.load(path) == old
 
-    @pytest.mark.parametrize("extra", [{}, {"version": 1}, {"times": [1, 2.5, 2.5]}])
+    @pytest.mark.parametrize(
+        "extra", [{}, {"version": 1}, {"times": [1, 2.5, 2.5]}, {"max_wait": 1}]
+    )
     def test_written_by_hand(self, tmp_path, extra):
         path = tmp_path / "hand.json"
         path.write_text(json.dumps(FORMAT | {"num_workers": 2, "workers": [0, 1, 0]} | extra))
@@ -199,6 +216,8 @@ class TestFiles:
             ({"synchronous": 0}, "`synchronous` must be a bool"),
             ({"events": [[1, "lost"]]}, r"events\[0\]"),
             ({"events": None}, "events=None"),
+            ({"max_wait": 0}, "max_wait=0"),
+            ({"max_wait": "1"}, "max_wait='1'"),
             ({"events": [[1, ["lost"], 0]]}, r"events\[0\].kind"),
         ],
     )

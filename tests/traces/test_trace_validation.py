@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
@@ -65,10 +66,10 @@ class TestFromWorkers:
             ArrivalTrace.from_workers([0, 1, 2, 1, 1, 0], 3, synchronous=True)
 
     @UNHURRIED
-    @given(eventful_runs())
+    @given(st.one_of(eventful_runs(), eventful_runs(bounded=True)))
     def test_events_are_replayed(self, run):
-        workers, num_workers, events, held, in_flight = run
-        trace = ArrivalTrace.from_workers(workers, num_workers, events=events)
+        workers, num_workers, events, held, in_flight, max_wait = run
+        trace = ArrivalTrace.from_workers(workers, num_workers, events=events, max_wait=max_wait)
         assert list(zip(trace.dispatched_at.tolist(), trace.rounds.tolist(), strict=True)) == held
         assert trace.in_flight.tolist() == in_flight
 
@@ -79,10 +80,11 @@ class TestFromWorkers:
             (2, "redispatched", 1),
             (3, "left", 0),
             (3, "joined", 0),
+            (4, "restarted", 1),
         ]
         trace = ArrivalTrace.from_workers([0, 2, 1, 0, 1], 3, events=events)
-        assert trace.dispatched_at.tolist() == [0, 0, 2, 3, 3]
-        assert trace.rounds.tolist() == [0, 0, 1, 2, 2]
+        assert trace.dispatched_at.tolist() == [0, 0, 2, 3, 4]
+        assert trace.rounds.tolist() == [0, 0, 1, 2, 3]
         assert trace.in_flight.tolist() == [4, 5, 2]
         assert trace.events == tuple(TraceEvent(*event) for event in events)
 
@@ -92,3 +94,63 @@ class TestFromWorkers:
         assert trace.in_flight.tolist() == [0, 0]
         assert trace.workers.dtype == trace.delays.dtype == np.int32
         assert trace.times.dtype == np.float64
+
+
+class TestMaxWait:
+    @UNHURRIED
+    @given(eventful_runs(bounded=True))
+    def test_no_delay_exceeds_the_bound(self, run):
+        workers, num_workers, events, *_, max_wait = run
+        trace = ArrivalTrace.from_workers(workers, num_workers, events=events, max_wait=max_wait)
+        assert trace.max_delay <= max_wait
+        assert (trace.num_steps - trace.in_flight[trace.in_flight >= 0] <= max_wait).all()
+
+    @UNHURRIED
+    @given(synchronous_orders())
+    def test_the_tightest_bound_is_a_barrier(self, order):
+        workers, num_workers = order
+        barrier = ArrivalTrace.from_workers(workers, num_workers, synchronous=True)
+        bound = ArrivalTrace.from_workers(workers, num_workers, max_wait=num_workers - 1)
+        for name in ("rounds", "dispatched_at", "in_flight"):
+            np.testing.assert_array_equal(getattr(bound, name), getattr(barrier, name))
+
+    @UNHURRIED
+    @given(orders())
+    def test_a_loose_bound_changes_nothing(self, order):
+        workers, num_workers = order
+        free = ArrivalTrace.from_workers(workers, num_workers)
+        bound = ArrivalTrace.from_workers(workers, num_workers, max_wait=len(workers) + num_workers)
+        np.testing.assert_array_equal(bound.dispatched_at, free.dispatched_at)
+        np.testing.assert_array_equal(bound.in_flight, free.in_flight)
+
+    def test_waiting_workers_are_served_in_turn(self):
+        # Worker 0 waits at step 1, worker 1 at step 2; worker 2's report makes room for all.
+        trace = ArrivalTrace.from_workers([0, 1, 2, 1], 3, max_wait=2)
+        assert trace.in_flight.tolist() == [3, -1, 3]
+        with pytest.raises(ValueError, match=r"workers\[1\].*worker 0, which is waiting then"):
+            ArrivalTrace.from_workers([0, 0], 3, max_wait=2)
+
+    @pytest.mark.parametrize("kind", ["lost", "left", "restarted"])
+    def test_an_event_that_ends_the_oldest_task_makes_room(self, kind):
+        order, events = [1, 1], [(2, kind, 0)]
+        assert ArrivalTrace.from_workers(order, 2, max_wait=2).in_flight.tolist() == [0, -1]
+        trace = ArrivalTrace.from_workers(order, 2, events=events, max_wait=2)
+        assert trace.in_flight.tolist() == [2 if kind == "restarted" else -1, 2]
+
+    def test_a_worker_that_left_while_it_waited_waits_again(self):
+        events = [(1, "left", 0), (1, "joined", 0)]
+        trace = ArrivalTrace.from_workers([0, 1, 0], 2, events=events, max_wait=1)
+        assert trace.dispatched_at.tolist() == [0, 0, 2]
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"max_wait": 0}, ValueError, "`max_wait` must be ≥ 1, got max_wait=0"),
+            ({"max_wait": True}, TypeError, "max_wait=True"),
+            ({"max_wait": 1.0}, TypeError, "max_wait=1.0"),
+            ({"max_wait": 5, "synchronous": True}, ValueError, "None if synchronous.*max_wait=5"),
+        ],
+    )
+    def test_out_of_range(self, options, error, message):
+        with pytest.raises(error, match=message):
+            ArrivalTrace.from_workers([0, 1], 2, **options)
