@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import core as jax_core
 
 from orlomo_jax import trees
 from orlomo_jax.checks import check_number
@@ -73,7 +74,7 @@ def fedasync(
         Xie, Koyejo and Gupta, `Asynchronous federated optimization
         <https://arxiv.org/abs/1903.03934>`_, 2019.
     """
-    if isinstance(mixing_rate, int | float):
+    if not (callable(mixing_rate) or isinstance(mixing_rate, jax_core.Tracer)):
         check_number("mixing_rate", mixing_rate, lambda x: 0 <= x <= 1, "in [0, 1]")
     rate = scheduled("mixing_rate", mixing_rate)
     weight = weighted(polynomial() if delay_weight is None else delay_weight)
