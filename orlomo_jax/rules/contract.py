@@ -190,6 +190,27 @@ def _has_field(state: Any, name: str) -> bool:
     )
 
 
+def find_state(rule_state: Any, kind: type) -> Any:
+    """Return the first state of a type in a rule's state, also in a chain or a wrapper.
+
+    Raises:
+        TypeError: If there is none.
+
+    Example:
+        >>> import optax
+        >>> chained = optax.chain(optax.trace(0.5), optax.scale_by_schedule(lambda step: 1.0))
+        >>> int(find_state(chained.init(jnp.ones(2)), optax.ScaleByScheduleState).count)
+        0
+    """
+    leaves = jax.tree.leaves(rule_state, is_leaf=lambda x: isinstance(x, kind))
+    found = [leaf for leaf in leaves if isinstance(leaf, kind)]
+    if not found:
+        raise TypeError(
+            f"the rule's state must contain a {kind.__name__}, got a {type(rule_state).__name__}"
+        )
+    return found[0]
+
+
 def keep_unaccepted(accepted: Any, new: Any, old: Any) -> Any:
     """Return a rule's new state; if it did not accept the report, only its own part is new.
 

@@ -55,11 +55,23 @@ def assert_trees_close(left, right, rtol: float, atol: float = 0.0) -> None:
     )
 
 
+def given(sent, index=0) -> dict:
+    """What a server passes to a rule beside a report, as if it had sent these parameters first."""
+    return {
+        "dispatched_at": index,
+        "dispatched_version": 0,
+        "worker": 0,
+        "num_local_steps": 5,
+        "local_learning_rate": 0.25,
+        "dispatched_params": sent,
+    }
+
+
 def run_rule(rule, params, reports, indices):
     """Apply reports one by one; returns the final params and state."""
-    state = rule.init(params)
+    sent, state = params, rule.init(params)
     for update, index in zip(reports, indices, strict=True):
-        updates, state = rule.update(update, state, params, dispatched_at=index)
+        updates, state = rule.update(update, state, params, **given(sent, index))
         params = jax.tree.map(jnp.add, params, updates)
     return params, state
 
