@@ -67,21 +67,50 @@ def global_learning_rate(
         1.5
     """
     num_workers = contract.check_num_workers(num_workers)
-    if not callable(learning_rate):
-        contract.check_learning_rate("learning_rate", learning_rate)
-    if delay_weight is None:
-        delay_weight = delay_adaptive(num_workers)
-    elif not callable(delay_weight):
+    at_step = scheduled("learning_rate", learning_rate)
+    of_delay = weighted(delay_adaptive(num_workers) if delay_weight is None else delay_weight)
+    return lambda step, delay: at_step(step) * of_delay(delay)
+
+
+def scheduled(name: str, value: float | optax.Schedule) -> Callable[[ArrayLike], Array]:
+    """Return a function of the step to the value of a rate, float[] in float32 or wider.
+
+    Args:
+        name: The argument's name, for the messages.
+        value: A finite float ≥ 0, or a schedule of the server's step.
+
+    Raises:
+        ValueError: If a concrete value is out of range. The returned function raises it if a
+            schedule does not return a scalar.
+        TypeError: If the value is neither a number nor a function.
+    """
+    if not callable(value):
+        contract.check_learning_rate(name, value)
+
+    def at_step(step):
+        now = value(step) if callable(value) else value
+        contract.check_scalar(name, now)
+        return jnp.asarray(now, float)
+
+    return at_step
+
+
+def weighted(delay_weight: DelayWeight) -> Callable[[ArrayLike], Array]:
+    """Return a function of the delay to its weight, float[] in float32 or wider.
+
+    Raises:
+        TypeError: If ``delay_weight`` is not a function. The returned function raises ValueError
+            if it does not return a scalar.
+    """
+    if not callable(delay_weight):
         raise TypeError(
             "`delay_weight` must be a function of the delay or None, "
             f"got delay_weight={delay_weight!r}"
         )
 
-    def rate(step, delay):
-        at_step = learning_rate(step) if callable(learning_rate) else learning_rate
+    def of_delay(delay):
         weight = delay_weight(delay)
-        contract.check_scalar("learning_rate", at_step)
         contract.check_scalar("delay_weight", weight)
-        return jnp.asarray(at_step, float) * jnp.asarray(weight, float)
+        return jnp.asarray(weight, float)
 
-    return rate
+    return of_delay
