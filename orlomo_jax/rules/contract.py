@@ -64,16 +64,26 @@ def check_num_workers(num_workers: Any) -> int:
     return check_count("num_workers", num_workers, 1)
 
 
-def check_momentum(momentum: Any) -> None:
+def check_momentum(momentum: Any, name: str = "momentum") -> None:
     """Raise unless β is traced, or in [0, 1) both as given and in the dtype that is used."""
     if isinstance(momentum, jax_core.Tracer):
         return
-    check_number("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_number(name, momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     if _as_used(momentum) >= 1:
         raise ValueError(
-            f"`momentum` must be below 1 in float32, got momentum={momentum}, which rounds to 1: "
+            f"`{name}` must be below 1 in float32, got {name}={momentum}, which rounds to 1: "
             "enable x64"
         )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless the number is traced, or finite and > 0 as given and in the dtype used."""
+    check_scalar(name, value)
+    if not isinstance(value, jax_core.Tracer):
+        wanted = "finite and > 0"
+        check_number(name, value, lambda x: 0 < x < np.inf, wanted)
+        wanted += " in float32, unless x64 is enabled"
+        check_number(name, _as_used(value), lambda x: 0 < x < np.inf, wanted)
 
 
 def check_learning_rate(name: str, value: Any) -> None:
@@ -88,6 +98,12 @@ def _as_used(value: Any) -> np.ndarray:
     """Return the number in the dtype in which JAX computes coefficients."""
     with np.errstate(over="ignore"):
         return np.asarray(value).astype(jax.dtypes.canonicalize_dtype(float))
+
+
+def check_limit(name: str, value: Any, low: int) -> int:
+    """Return a limit of delays, an integer ≥ ``low``; None is no limit, the largest int32."""
+    largest = int(np.iinfo(np.int32).max)
+    return largest if value is None else check_count(name, value, low, largest)
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ import optax
 
 from orlomo_jax import trees
 from orlomo_jax.rules import contract, ordering
+from orlomo_jax.rules.round_mean import add_to_round
 from orlomo_jax.trees import Array
 
 
@@ -88,12 +89,8 @@ def prsgdm(
         del params, extra_args
         report = contract.check_report(updates, state.momentum, rule="prsgdm", momentum=True)
         contract.check_dispatched_at(dispatched_at, state.step)
-        first = state.step % num_workers == 0
-        last = (state.step + 1) % num_workers == 0
-        keep, share = jax.lax.optimization_barrier(
-            (jnp.where(first, 0.0, 1.0), jnp.where(last, 1 / num_workers, 0.0))
-        )
-        pending = trees.combine([(keep, state.pending), (1.0, tuple(report))], like=state.pending)
+        pending, last = add_to_round(state.step, num_workers, state.pending, tuple(report))
+        share = jax.lax.optimization_barrier(jnp.where(last, 1 / num_workers, 0.0))
         momentum = jax.tree.map(
             lambda mean, u: jnp.where(last, mean, u),
             trees.combine([(share, pending[1])], like=state.momentum),
