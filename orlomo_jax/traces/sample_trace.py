@@ -68,10 +68,9 @@ def sample_trace(
     limits = np.full(num_workers, np.iinfo(np.int64).max)
     for worker, after_rounds in model.silent_after:
         limits[check_count("worker", worker, 0, num_workers - 1)] = after_rounds
-    low, high = 1 - model.variation, 1 + model.variation
 
     def stream(worker: int) -> Callable[[int], np.ndarray]:
-        return functools.partial(np.random.default_rng([seed, worker]).uniform, low, high)
+        return functools.partial(model.draw_factors, np.random.default_rng([seed, worker]))
 
     arguments = stream, seconds, model.communication_time, limits, num_steps
     options: dict[str, Any] = {"synchronous": synchronous}
