@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from orlomo_jax.checks import check_count, check_nonnegative, check_number
 
 _VARIATION = 0.7  # see `homogeneous`
 _POSITIVE = (lambda x: 1e-100 <= x <= 1e100, "in [1e-100, 1e100] seconds")
+_NOISES = ("uniform", "half-normal")
 _AT_LEAST_ONE = (lambda x: 1 <= x < math.inf, "finite and ≥ 1")
 
 
@@ -19,19 +21,22 @@ _AT_LEAST_ONE = (lambda x: 1 <= x < math.inf, "finite and ≥ 1")
 class ComputeTimes:
     """The time of a round: S · mean · U + communication, in virtual seconds.
 
-    U is uniform on [1 − variation, 1 + variation]. It is drawn once per round, because a machine's
-    speed changes slowly compared with one gradient. Create it with :func:`homogeneous`,
-    :func:`heterogeneous`, :func:`one_slow_worker` or :func:`per_worker_times`.
+    U has the mean 1. It is drawn once per round, because a machine's speed changes slowly compared
+    with one gradient. By default it is uniform on [1 − variation, 1 + variation]. Create a model
+    with :func:`homogeneous`, :func:`heterogeneous`, :func:`one_slow_worker` or
+    :func:`per_worker_times`.
 
     Attributes:
         gradient_time: Mean seconds per gradient, > 0: one number for all workers, or a tuple with
             one for each.
-        variation: Half the width of U's range, in [0, 1).
+        variation: Half the width of U's range, in [0, 1); for half-normal noise, its scale.
         slowdown: Factor ≥ 1 on the mean of the slow workers, which are the last ones.
         slow_fraction: Fraction of slow workers; slow_fraction·K rounds halves up.
         slow_workers: Number of slow workers in addition to that fraction.
         communication_time: Seconds ≥ 0 that every round adds.
         silent_after: Pairs (worker, number of its reports, after which it is silent).
+        noise: "uniform", or "half-normal" for U ∝ 1 + variation · |Z| with Z ~ N(0, 1): rounds are
+            sometimes slower, but never faster than a limit.
 
     Raises:
         TypeError, ValueError: If a field is not a number, or out of its range.
@@ -49,6 +54,7 @@ class ComputeTimes:
     slow_workers: int = 0
     communication_time: float = 0.0
     silent_after: tuple[tuple[int, int], ...] = ()
+    noise: Literal["uniform", "half-normal"] = "uniform"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -62,6 +68,8 @@ class ComputeTimes:
         check_number("slow_fraction", self.slow_fraction, lambda x: 0 <= x <= 1, "in [0, 1]")
         check_count("slow_workers", self.slow_workers)
         check_nonnegative("communication_time", self.communication_time)
+        if self.noise not in _NOISES:
+            raise ValueError(f"`noise` must be one of {_NOISES}, got noise={self.noise!r}")
         for pair in self.silent_after:
             if len(pair) != 2:
                 raise ValueError(
@@ -94,6 +102,18 @@ class ComputeTimes:
         check_nonnegative("download_bytes", download_bytes)
         seconds = 2 * latency + (upload_bytes + download_bytes) / bandwidth
         return dataclasses.replace(self, communication_time=seconds)
+
+    @property
+    def half_normal_mean(self) -> float:
+        """The mean of 1 + variation · |Z|, by which half-normal noise is divided."""
+        return 1 + self.variation * math.sqrt(2 / math.pi)
+
+    def draw_factors(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Return the next ``count`` factors U of a stream, float64[count]."""
+        if self.noise == "uniform":
+            return generator.uniform(1 - self.variation, 1 + self.variation, count)
+        noise = np.abs(generator.standard_normal(count))
+        return (1 + self.variation * noise) / self.half_normal_mean
 
     def mean_times(self, num_workers: int) -> np.ndarray:
         """Return every worker's mean seconds per gradient without communication, float64[K]."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_count, check_type
 from orlomo_jax.traces.compute_times import ComputeTimes
+from orlomo_jax.traces.event_loop import EventLoop, RoundClock
+from orlomo_jax.traces.local_steps import check_local_steps
+from orlomo_jax.traces.policies import Policy
 from orlomo_jax.traces.trace import ArrivalTrace
 
 
@@ -17,26 +21,33 @@ def sample_trace(
     model: ComputeTimes,
     num_workers: int,
     num_steps: int,
-    num_local_steps: int,
+    num_local_steps: int | Sequence[int],
     seed: int,
     *,
     synchronous: bool = False,
+    policy: Policy | None = None,
 ) -> ArrivalTrace:
     """Return the arrivals of workers with these compute times; the server itself takes no time.
 
-    Each worker draws from its own stream, seeded by (seed, worker). So a shorter trace is a prefix
-    of a longer one. Reports with the same time arrive in the order of their workers.
+    Each worker draws from its own stream, seeded by (seed, worker), one number per round. So a
+    round takes equally long under every policy, and a shorter trace is a prefix of a longer one.
+    Reports with the same time arrive in the order of their workers.
 
     Args:
         model: The compute times.
         num_workers: K ≥ 1.
         num_steps: T ≥ 0, the number of reports.
-        num_local_steps: S ≥ 1, the gradients per round (H in the DiLoCo papers).
+        num_local_steps: S ≥ 1, the gradients per round (H in the DiLoCo papers): one number for all
+            workers, or one for each.
         seed: Integer ≥ 0.
         synchronous: Whether all workers wait until a round is complete.
+        policy: Makes workers wait or start again, for example
+            :class:`~orlomo_jax.traces.StalenessBound`; not for a synchronous trace. A silent worker
+            counts the reports that arrive, also those that the policy drops.
 
     Returns:
-        A trace without events; a silent worker just stops reporting.
+        A trace whose only events are the policy's restarts before an arrival; a silent worker just
+        stops reporting.
 
     Raises:
         TypeError, ValueError: If an argument is out of range, or the silent workers leave fewer
@@ -47,25 +58,37 @@ def sample_trace(
         >>> model = per_worker_times([1.0, 2.5], variation=0.0)
         >>> sample_trace(model, 2, num_steps=6, num_local_steps=1, seed=0).workers.tolist()
         [0, 0, 1, 0, 0, 0]
+        >>> from orlomo_jax.traces import StalenessBound
+        >>> sample_trace(model, 2, 6, [1, 1], 0, policy=StalenessBound(1)).workers.tolist()
+        [0, 1, 0, 1, 0, 1]
     """
     num_steps, seed = check_count("num_steps", num_steps), check_count("seed", seed)
-    seconds = check_count("num_local_steps", num_local_steps, 1) * model.mean_times(num_workers)
+    means = model.mean_times(num_workers)
+    seconds = np.multiply(check_local_steps(num_local_steps, num_workers), means)
     limits = np.full(num_workers, np.iinfo(np.int64).max)
     for worker, after_rounds in model.silent_after:
         limits[check_count("worker", worker, 0, num_workers - 1)] = after_rounds
-    low, high = 1 - model.variation, 1 + model.variation
 
     def stream(worker: int) -> Callable[[int], np.ndarray]:
-        return functools.partial(np.random.default_rng([seed, worker]).uniform, low, high)
+        return functools.partial(model.draw_factors, np.random.default_rng([seed, worker]))
 
-    arrivals = _barrier_arrivals if synchronous else _free_arrivals
-    workers, times = arrivals(stream, seconds, model.communication_time, limits, num_steps)
+    arguments = stream, seconds, model.communication_time, limits, num_steps
+    options: dict[str, Any] = {"synchronous": synchronous}
+    if policy is None:
+        workers, times = (_barrier_arrivals if synchronous else _free_arrivals)(*arguments)
+    else:
+        check_type("policy", policy, Policy, "a Policy, such as StalenessBound")
+        if synchronous:
+            raise ValueError(f"`policy` must be None if synchronous, got policy={policy!r}")
+        policy.check_num_workers(num_workers)
+        workers, times, events = _policy_arrivals(policy, *arguments)
+        options = {"events": events, "max_wait": policy.max_wait}
     if len(workers) < num_steps:
         raise ValueError(
             f"`num_steps` must be ≤ {len(workers)}, got num_steps={num_steps}: the silent workers "
             "send no more reports"
         )
-    return ArrivalTrace.from_workers(workers, num_workers, times=times, synchronous=synchronous)
+    return ArrivalTrace.from_workers(workers, num_workers, times=times, **options)
 
 
 def _free_arrivals(stream, seconds, communication_time, limits, num_steps):
@@ -113,3 +136,15 @@ def _barrier_arrivals(stream, seconds, communication_time, limits, num_steps):
     workers = np.argsort(times, axis=1, kind="stable")
     times = np.take_along_axis(times, workers, axis=1).ravel()[:num_steps]
     return workers.ravel()[:num_steps][times < math.inf], times[times < math.inf]
+
+
+def _policy_arrivals(policy, stream, seconds, communication_time, limits, num_steps):
+    """Return the workers and times of the first reports under a policy, and the restarts."""
+    clocks = [
+        RoundClock(stream(worker), mean, communication_time)
+        for worker, mean in enumerate(seconds.tolist())
+    ]
+    loop = EventLoop(policy, clocks, limits.tolist())
+    loop.run(num_steps)
+    events = [event for event in loop.events if event.step < num_steps]
+    return loop.workers, loop.times, events

@@ -64,6 +64,7 @@ class TestComputeTimes:
             (lambda: one_slow_worker(math.inf), ValueError, "ratio=inf"),
             (lambda: per_worker_times([1.0, -1.0]), ValueError, r"gradient_times\[1\]=-1.0"),
             (lambda: ComputeTimes(slow_workers=-1), ValueError, "slow_workers=-1"),
+            (lambda: ComputeTimes(noise=cast(Any, "normal")), ValueError, "noise='normal'"),
             (lambda: homogeneous().with_silent_worker(-1), ValueError, "worker=-1"),
             (
                 lambda: homogeneous().with_silent_worker(0, cast(Any, 0.5)),
@@ -84,6 +85,16 @@ class TestComputeTimes:
             build()
 
 
+@pytest.mark.parametrize("noise", ["uniform", "half-normal"])
+def test_noise_has_mean_one(noise):
+    model = ComputeTimes(variation=0.5, noise=noise)
+    factors = model.draw_factors(np.random.default_rng(0), 100_000)
+    assert abs(factors.mean() - 1) < 0.005
+    half_normal_spread = 0.5 * math.sqrt(1 - 2 / math.pi) / model.half_normal_mean
+    spread = 0.5 / math.sqrt(3) if noise == "uniform" else half_normal_spread
+    assert abs(factors.std() / spread - 1) < 0.01
+
+
 MODELS = st.builds(
     ComputeTimes,
     gradient_time=st.floats(1e-3, 1e3),
@@ -92,7 +103,16 @@ MODELS = st.builds(
     slow_fraction=st.floats(0.0, 1.0),
     communication_time=st.sampled_from([0.0, 0.1, 10.0]),
     silent_after=st.sampled_from([(), ((0, 0),), ((0, 3), (1, 1))]),
+    noise=st.sampled_from(["uniform", "half-normal"]),
 )
+
+
+def factor(model, stream):
+    """Return one U, from the definition."""
+    if model.noise == "uniform":
+        return stream.uniform(1 - model.variation, 1 + model.variation)
+    mean = 1 + model.variation * math.sqrt(2 / math.pi)
+    return (1 + model.variation * abs(stream.standard_normal())) / mean
 
 
 def reference_times(model, num_workers, num_rounds, num_local_steps, seed):
@@ -102,7 +122,7 @@ def reference_times(model, num_workers, num_rounds, num_local_steps, seed):
     for worker, mean in enumerate(model.mean_times(num_workers)):
         stream, compute = np.random.default_rng([seed, worker]), 0.0
         for round_ in range(min(num_rounds, silent.get(worker, num_rounds))):
-            compute += stream.uniform(1 - model.variation, 1 + model.variation)
+            compute += factor(model, stream)
             spent = (round_ + 1) * model.communication_time
             reports.append((num_local_steps * mean * compute + spent, worker))
     return sorted(reports)
