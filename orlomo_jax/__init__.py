@@ -22,13 +22,16 @@ from orlomo_jax.server import ParameterServer, Report
 from orlomo_jax.simulation import Compiled, Eager, simulate
 from orlomo_jax.traces import (
     ArrivalTrace,
+    RestartEvery,
+    StalenessBound,
+    dynamic_local_steps,
     heterogeneous,
     homogeneous,
     one_slow_worker,
     per_worker_times,
     sample_trace,
 )
-from orlomo_jax.worker import HostBatches, cast_reports, local_momentum_sgd
+from orlomo_jax.worker import HostBatches, cast_reports, local_momentum_sgd, local_round
 
 __all__ = [
     "ArrivalTrace",
@@ -46,6 +49,8 @@ __all__ = [
     "ProgressBar",
     "RayWorkers",
     "Report",
+    "RestartEvery",
+    "StalenessBound",
     "StepRecord",
     "TensorBoard",
     "ThreadWorkers",
@@ -53,12 +58,14 @@ __all__ = [
     "al_sgd",
     "cast_reports",
     "delay_adaptive",
+    "dynamic_local_steps",
     "from_loss",
     "from_nnx",
     "heterogeneous",
     "homogeneous",
     "local_momentum_sgd",
     "local_ormo_da",
+    "local_round",
     "make_method",
     "one_slow_worker",
     "orlomo",

@@ -1,5 +1,6 @@
 """Methods: everything that server and workers must agree on."""
 
+from orlomo_jax.methods.field import FIELD_METHODS as FIELD_METHODS
 from orlomo_jax.methods.fingerprint import with_fingerprint as with_fingerprint
 from orlomo_jax.methods.method import Method as Method
 from orlomo_jax.methods.paper import METHOD_NAMES as METHOD_NAMES

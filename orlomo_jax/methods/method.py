@@ -14,6 +14,7 @@ from orlomo_jax.rules.rule_program import reads_sent_params, zero_updates
 from orlomo_jax.traces.policies import Policy
 from orlomo_jax.trees import Array
 from orlomo_jax.worker.frozen import Mask
+from orlomo_jax.worker.local_optimizer import check_optimizer
 from orlomo_jax.worker.local_round import local_momentum_sgd, local_round
 from orlomo_jax.worker.step_loop import RoundResult
 
@@ -83,6 +84,42 @@ class Method(NamedTuple):
     def with_rule(self, rule: optax.GradientTransformationExtraArgs) -> Method:
         """Return the method with another rule, for example this rule in an ``optax.chain``."""
         return self._replace(rule=rule)
+
+    def with_local_optimizer(
+        self, optimizer: optax.GradientTransformation, *, keep_state: bool = True
+    ) -> Method:
+        """Return the method with workers that run an optax transformation.
+
+        Raises:
+            ValueError: If the method needs the workers' local momentum, or the transformation
+                descends; see :func:`~orlomo_jax.local_round`.
+            TypeError: If ``optimizer`` is not an optax transformation.
+        """
+        if self.worker_momentum is not None:
+            raise ValueError(
+                f"`local_optimizer` must be None for {self.name}, which merges the momentum of "
+                f"local momentum SGD, got local_optimizer={optimizer!r}; the method "
+                "ordered_outer_momentum takes any local optimizer"
+            )
+        check_optimizer(optimizer)
+        return self._replace(local_optimizer=optimizer, keep_local_state=bool(keep_state))
+
+    def with_policy(self, policy: Policy) -> Method:
+        """Return the method with a policy, which bounds delays or restarts workers.
+
+        Raises:
+            ValueError: If the method is synchronous, or the policy does not work with K workers.
+            TypeError: If ``policy`` is not a policy.
+        """
+        if not isinstance(policy, Policy):
+            raise TypeError(f"`policy` must be a StalenessBound or RestartEvery, got {policy!r}")
+        if self.synchronous:
+            raise ValueError(
+                f"`policy` must be None for {self.name}, which waits for all workers, "
+                f"got policy={policy!r}"
+            )
+        policy.check_num_workers(self.num_workers)
+        return self._replace(policy=policy)
 
     def local_round(self, loss_fn: Callable, **options: Any) -> Callable[..., RoundResult]:
         """Return the local round with this method's S and local optimizer or local momentum.

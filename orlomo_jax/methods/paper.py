@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from orlomo_jax import rules
@@ -12,6 +14,15 @@ from orlomo_jax.rules.delay_adaptive_rate import global_learning_rate
 
 METHOD_NAMES = ("orlomo", "prsgdm", "al_sgd", "local_ormo_da")
 """The paper's four methods."""
+
+
+def running_mean(num_workers: int) -> Callable:
+    """Return the model state's weight that merges the K reports of a round to their average."""
+
+    def weight(step, delay):
+        return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
+
+    return weight
 
 
 def _orlomo(
@@ -51,12 +62,9 @@ def _prsgdm(
             f"got learning_rate={learning_rate!r}, delay_weight={delay_weight!r}"
         )
 
-    def running_mean(step, delay):  # merges the K reports of a round to their average
-        return 1.0 / jnp.asarray(step % num_workers + 1).astype(float)
-
     rule = rules.prsgdm(num_workers, accumulator_dtype=accumulator_dtype)
     method = Method("prsgdm", rule, num_workers, S, momentum, synchronous=True)
-    return method._replace(model_state_weight=running_mean)
+    return method._replace(model_state_weight=running_mean(num_workers))
 
 
 for _name, _factory in zip(METHOD_NAMES, (_orlomo, _prsgdm, _al_sgd, _local_ormo_da), strict=True):

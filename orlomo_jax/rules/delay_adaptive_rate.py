@@ -41,6 +41,31 @@ def delay_adaptive(num_workers: int) -> DelayWeight:
     return weight
 
 
+def one_over_delay(num_workers: int) -> DelayWeight:
+    """Return the weight 1/max(K, τ) of delay-adaptive ASGD (Mishchenko et al., 2022).
+
+    Unlike Eq. (6), it falls from a delay of K.
+
+    Args:
+        num_workers: K ≥ 1.
+
+    Example:
+        >>> weight = one_over_delay(4)
+        >>> [round(float(weight(delay)), 3) for delay in (0, 4, 8)]
+        [0.25, 0.25, 0.125]
+
+    References:
+        Mishchenko et al., `Asynchronous SGD beats minibatch SGD under arbitrary delays
+        <https://arxiv.org/abs/2206.07638>`_, 2022.
+    """
+    num_workers = contract.check_num_workers(num_workers)
+
+    def weight(delay):
+        return 1.0 / jnp.maximum(jnp.asarray(delay), num_workers).astype(float)
+
+    return weight
+
+
 def global_learning_rate(
     num_workers: int,
     learning_rate: float | optax.Schedule = 1.0,

@@ -147,4 +147,5 @@ def _sampled(
         raise ValueError("`num_steps` must be given, or a trace")
     model = heterogeneous() if compute_times is None else compute_times
     K, S = method.num_workers, method.num_local_steps
-    return sample_trace(model, K, num_steps, S, seed, synchronous=method.synchronous)
+    policy = method.policy
+    return sample_trace(model, K, num_steps, S, seed, synchronous=method.synchronous, policy=policy)

@@ -15,6 +15,13 @@ _PROBES = 3
 """Steps of the probe; a schedule may start with a rate of 0."""
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raise unless this is an optax transformation that returns an ascent direction."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"`optimizer` must be an optax transformation, got optimizer={optimizer!r}")
+    check_ascends(optimizer)
+
+
 @lru_cache(maxsize=64)
 def check_ascends(optimizer: optax.GradientTransformation) -> None:
     """Raise ValueError if a transformation returns a descent direction.

@@ -10,7 +10,7 @@ from orlomo_jax.checks import check_local_steps
 from orlomo_jax.memo import shared
 from orlomo_jax.rules import contract
 from orlomo_jax.worker.frozen import Mask
-from orlomo_jax.worker.local_optimizer import check_ascends
+from orlomo_jax.worker.local_optimizer import check_optimizer
 from orlomo_jax.worker.protocols import LossFn
 from orlomo_jax.worker.step_loop import LocalRound
 
@@ -82,9 +82,7 @@ def local_round(
         <https://arxiv.org/abs/2401.09135>`_, 2024 (its notebook makes the state anew).
     """
     num_local_steps = check_local_steps(num_local_steps)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"`optimizer` must be an optax transformation, got optimizer={optimizer!r}")
-    check_ascends(optimizer)
+    check_optimizer(optimizer)
     mask = None if frozen is None else Mask.of(frozen)
     return LocalRound(
         loss_fn, num_local_steps, None, 0.0, None, unroll, mask, optimizer, bool(keep_state)
