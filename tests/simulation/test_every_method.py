@@ -1,0 +1,238 @@
+"""Every method in every kind of run, with kept states, uneven S and lost rounds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from orlomo_jax import (
+    ArrivalTrace,
+    Checkpointer,
+    Compiled,
+    Eager,
+    ParameterServer,
+    RayWorkers,
+    ThreadWorkers,
+    make_method,
+    simulate,
+    train,
+)
+from orlomo_jax.methods import FIELD_METHODS, METHOD_NAMES
+from orlomo_jax.traces.events import Events
+from orlomo_jax.worker import Workload
+from tests.support import helpers
+from tests.support.real_runs import Killed, killed_at
+from tests.support.toy import PARAMS, STATE, loss_fn
+
+K, T = 3, 24
+ADAMW = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+NEEDED = {
+    "ringmaster": {"max_delay": 2, "stops": True},
+    "rennala": {"buffer_size": 2},
+    "ca2fl": {"buffer_size": 2},
+    "fadas": {"buffer_size": 2, "learning_rate": 0.01},
+    "slowmo": {"momentum": 0.5},
+    "fedbuff": {"buffer_size": 2},
+}
+MERGES_LOCAL_MOMENTUM = {"orlomo", "prsgdm"}  # these run momentum SGD
+ALL = [*METHOD_NAMES, *FIELD_METHODS]
+QUICK = {"ordered_outer_momentum", "ringmaster", "heloco", "diloco", "fedasync"}
+METHODS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
+ROUNDING = {"rtol": 2e-3, "atol": 2e-4}
+"""Two programs of the same float32 run; Adam divides by the root of small numbers."""
+
+
+def method_of(name, uneven=True):
+    optimizer = None if name in MERGES_LOCAL_MOMENTUM else ADAMW
+    steps = (2, 1, 3) if uneven else 2
+    return make_method(name, K, steps, local_optimizer=optimizer, **NEEDED.get(name, {}))
+
+
+def batch_fn(key, worker, round, num_steps=2):
+    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
+    return jax.random.normal(key, (num_steps, 4, 3))
+
+
+def trace_of(method):
+    """Arrivals with lost rounds; for Ringmaster with stops, the rounds that it cancels."""
+    if method.synchronous:
+        order = [w for r in range(T // K) for w in np.roll(range(K), r)]
+        events = [(4, "lost", 1), (4, "redispatched", 1), (9, "lost", 1), (10, "redispatched", 1)]
+        return ArrivalTrace.from_workers(order, K, synchronous=True, events=events)
+    order = [0, 1, 1, 0, 2, 1, 0, 1, 2, 0, 1, 1, 0, 2, 1, 1, 0, 1, 2, 0, 1, 2, 1, 0]
+    if method.policy is None:
+        events = [(2, "lost", 2), (3, "redispatched", 2), (8, "restarted", 0), (9, "left", 1)]
+        events += [(9, "joined", 1), (15, "lost", 0), (16, "redispatched", 0)]
+        return ArrivalTrace.from_workers(order, K, events=events)
+    held, events = dict.fromkeys(range(K), 0), []
+    for step, worker in enumerate(order, 1):
+        held[worker] = step
+        for late in method.policy.restarts(step, held):
+            held[late] = step
+            if step < T:
+                events.append((step, "restarted", late))
+    return ArrivalTrace.from_workers(order, K, events=events)
+
+
+def arguments():
+    return {"key": jax.random.key(3), "model_state": STATE, "local_learning_rate": 0.02}
+
+
+def simulated(method, trace, engine, **options):
+    return simulate(
+        method, loss_fn, batch_fn, PARAMS, trace=trace, engine=engine, **arguments(), **options
+    )
+
+
+def by_hand(method, trace):
+    """The same run as a loop of a user, without an engine."""
+    server = ParameterServer(method, PARAMS, STATE, local_learning_rate=0.02)
+    work = Workload.of(
+        method.local_round(loss_fn), batch_fn, jax.random.key(3), method.num_local_steps
+    )
+    events, states = Events(trace), {}
+    for worker in set(range(K)) - trace.late_joiners:
+        server.dispatch(worker)
+    for step, worker in enumerate(trace.workers.tolist()):
+        events.apply(step, server)
+        task = server.tasks[worker]
+        kept = None if task.fresh else states.get(worker)
+        result, *_ = work.run(worker, task.id.round, task.start, kept)
+        states[worker] = result.local_state
+        for waiting in server.receive(task.report(result)):
+            server.dispatch(waiting)
+    return server
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_engine_gives_the_same_run(name):
+    method = method_of(name)
+    trace = trace_of(method)
+    eager = simulated(method, trace, Eager())
+    assert eager.status == "finished"
+    server = by_hand(method, trace)
+    helpers.assert_trees_equal(eager.params, server.params)
+    helpers.assert_trees_equal(eager.rule_state, server.state.rule_state)
+    helpers.assert_trees_equal(eager.model_state, server.model_state)
+    compiled = simulated(method, trace, Compiled("loop"))
+    helpers.assert_trees_close(compiled.params, eager.params, **ROUNDING)
+    helpers.assert_trees_close(compiled.model_state, eager.model_state, **ROUNDING)
+    np.testing.assert_array_equal(compiled.history.accepted, eager.history.accepted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_real_run_repeats_in_the_simulator(name):
+    method = method_of(name)
+    real = train(
+        method,
+        loss_fn,
+        batch_fn,
+        PARAMS,
+        ThreadWorkers(slowdowns=[1.0, 1.0, 3.0]),
+        num_steps=T,
+        **arguments(),
+    )
+    again = simulated(method, real.trace, Eager())
+    helpers.assert_trees_equal(real.params, again.params)
+    np.testing.assert_array_equal(real.history.accepted, again.history.accepted)
+
+
+@pytest.mark.parametrize("rounds", ["map", "vmap"])
+@pytest.mark.parametrize("name", ["ordered_outer_momentum", "diloco"])
+def test_rounds_of_equal_s_are_computed_together(name, rounds):
+    method = method_of(name)
+    trace = trace_of(method)
+    together = simulated(method, trace, Compiled(rounds, 3))
+    one_by_one = simulated(method, trace, Compiled("loop"))
+    helpers.assert_trees_close(together.params, one_by_one.params, **ROUNDING)
+
+
+@pytest.mark.parametrize("engine", [Eager(), Compiled("loop")], ids=["eager", "compiled"])
+def test_a_killed_simulation_resumes_with_its_kept_states(engine, tmp_path):
+    method = method_of("ordered_outer_momentum")
+    trace = trace_of(method)
+    # Both save at the same steps, so that their segments are the same.
+    whole = simulated(method, trace, engine, checkpoint=Checkpointer(tmp_path / "a", every=5))
+    checkpoint = Checkpointer(tmp_path / "b", every=5)
+    with pytest.raises(Killed):
+        simulated(method, trace, engine, checkpoint=checkpoint, callbacks=[killed_at(17)])
+    again = simulated(method, trace, engine, checkpoint=checkpoint)
+    helpers.assert_trees_equal(again.params, whole.params)
+
+
+def test_a_killed_real_run_resumes_with_its_kept_states(tmp_path):
+    method, checkpoint = method_of("ordered_outer_momentum"), Checkpointer(tmp_path, every=5)
+
+    def run(**options):
+        return train(
+            method,
+            loss_fn,
+            batch_fn,
+            PARAMS,
+            ThreadWorkers(),
+            num_steps=T,
+            checkpoint=checkpoint,
+            **arguments(),
+            **options,
+        )
+
+    with pytest.raises(Killed):
+        run(callbacks=[killed_at(13)])
+    result = run()
+    again = simulated(method, result.trace, Eager())
+    helpers.assert_trees_equal(result.params, again.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ordered_outer_momentum", "ringmaster", "diloco"])
+def test_ray_keeps_states_in_its_actors(name, tmp_path):
+    method, checkpoint = method_of(name), Checkpointer(tmp_path, every=5)
+
+    def run(**options):
+        return train(
+            method,
+            loss_fn,
+            batch_fn,
+            PARAMS,
+            RayWorkers(actor_options={"num_cpus": 0.5}),
+            num_steps=T,
+            checkpoint=checkpoint,
+            **arguments(),
+            **options,
+        )
+
+    with pytest.raises(Killed):
+        run(callbacks=[killed_at(13)])
+    result = run()
+    again = simulated(method, result.trace, Eager())
+    helpers.assert_trees_equal(result.params, again.params)
+
+
+def test_a_new_state_after_a_lost_round_matters():
+    """Negative control: without the lost round, the state and so the run are different."""
+    method = method_of("ordered_outer_momentum")
+    order = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    lost = [(6, "lost", 1), (6, "redispatched", 1)]
+    plain, loses = (
+        simulated(method, ArrivalTrace.from_workers(order, K, events=events), Eager())
+        for events in ([], lost)
+    )
+    assert not jnp.array_equal(plain.params["b"], loses.params["b"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_adams_step_count(keep):
+    """It continues across the rounds of a worker only if the state is kept."""
+    method = make_method(
+        "al_sgd", 1, 2, local_optimizer=optax.scale_by_adam(), keep_local_state=keep
+    )
+    round_fn = method.local_round(loss_fn)
+    batches = batch_fn(jax.random.key(0), 0, 0)
+    args = PARAMS, STATE, batches, 0.1, jax.random.key(1)
+    state = round_fn(*args).local_state
+    if not keep:
+        assert state is None
+        return
+    assert int(state.count) == 2
+    assert int(round_fn(*args, local_state=state).local_state.count) == 4
