@@ -75,7 +75,6 @@ def ca2fl(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import ca2fl
         >>> rule = ca2fl(num_workers=2, buffer_size=1)
         >>> state = rule.init(jnp.zeros(1))
         >>> for worker in (0, 1, 0):

@@ -91,7 +91,6 @@ def fadas(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import fadas
         >>> rule = fadas(2, 0.5, b1=0.0, b2=0.0, delay_threshold=1)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0):

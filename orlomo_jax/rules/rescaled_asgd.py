@@ -71,7 +71,6 @@ def rescaled_asgd(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import rescaled_asgd
         >>> rule = rescaled_asgd(num_workers=2)
         >>> state = rule.init(jnp.zeros(1))
         >>> for _ in range(2):
