@@ -51,8 +51,8 @@ def ca2fl(
 
     So h̄ is the mean at the *last* update, not of now. D adds up to the changes of the h_k since
     then, so the new mean is h̄ + D/K: a report reads and writes one row of h only. A worker that
-    reports twice between two updates counts with its newest Δ; the source leaves this case open.
-    The Δ of a worker that has left stays in h̄.
+    reports twice between two updates counts with its newest Δ, as in public implementations; the
+    paper was not consulted for this case. The Δ of a worker that has left stays in h̄.
 
     Needs: ``worker``. The state is K + 2 times as large as the parameters.
 
@@ -75,7 +75,6 @@ def ca2fl(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import ca2fl
         >>> rule = ca2fl(num_workers=2, buffer_size=1)
         >>> state = rule.init(jnp.zeros(1))
         >>> for worker in (0, 1, 0):

@@ -77,13 +77,11 @@ def check_momentum(momentum: Any, name: str = "momentum") -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless the number is traced, or finite and > 0 as given and in the dtype used."""
+    """Raise unless the number is traced, or finite and > 0 in the dtype that is used."""
     check_scalar(name, value)
     if not isinstance(value, jax_core.Tracer):
-        wanted = "finite and > 0"
-        check_number(name, value, lambda x: 0 < x < np.inf, wanted)
-        wanted += " in float32, unless x64 is enabled"
-        check_number(name, _as_used(value), lambda x: 0 < x < np.inf, wanted)
+        wanted = "finite and > 0 (in float32, unless x64 is enabled)"
+        check_number(name, value, lambda x: bool(0 < _as_used(x) < np.inf), wanted)
 
 
 def check_learning_rate(name: str, value: Any) -> None:

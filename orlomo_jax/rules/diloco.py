@@ -53,7 +53,6 @@ def diloco(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import diloco
         >>> rule = diloco(num_workers=1, momentum=0.5, learning_rate=1.0)
         >>> state = rule.init(jnp.zeros(1))
         >>> for _ in range(2):

@@ -59,11 +59,12 @@ def fadas(
     - w ← w − η_t m/(√v̂ + ε),
 
     with η_t = η if τ_max ≤ τ_c, else min(η, 1/τ_max). τ_max is the largest delay of the B
-    reports, counted in versions (updates of the parameters). As 1/τ_max does not contain η, it
-    matters only if η is above it.
+    reports, counted in versions (updates of the parameters). If η ≤ 1/τ_max, an old report changes
+    nothing.
 
-    The formulas, β₁, β₂ and ε are those of secondary sources. There is no bias correction here;
-    some implementations have it, and some divide η by τ_max instead of taking the minimum.
+    The formulas and the defaults of β₁, β₂ and ε are taken from secondary sources; those for B and
+    τ_c differ, so there are none here. The moments are not corrected for their start at 0. Other
+    implementations correct them, or use η/τ_max for an old report.
 
     Needs: ``dispatched_version``.
 
@@ -90,7 +91,6 @@ def fadas(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import fadas
         >>> rule = fadas(2, 0.5, b1=0.0, b2=0.0, delay_threshold=1)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0):
@@ -130,28 +130,30 @@ def fadas(
         pending, last = add_to_round(state.step, buffer_size, state.pending, report.delta)
         delay = state.version - sent
         delay = jnp.where(state.step % buffer_size == 0, delay, jnp.maximum(state.max_delay, delay))
-        eta = rate(state.step)
-        late = jnp.minimum(eta, 1 / jnp.maximum(delay, 1).astype(float))
-        first, second = jnp.asarray(b1, float), jnp.asarray(b2, float)
-        eta, *of_first, keep, take = jax.lax.optimization_barrier(
+        now, beta1, beta2 = rate(state.step), jnp.asarray(b1, float), jnp.asarray(b2, float)
+        late = jnp.minimum(now, 1 / jnp.maximum(delay, 1).astype(float))
+        eta, decay1, share1, decay2, share2 = jax.lax.optimization_barrier(
             (
-                jnp.where(last, jnp.where(delay > threshold, late, eta), 0.0),
-                jnp.where(last, first, 1.0),
-                jnp.where(last, (1 - first) / buffer_size, 0.0),
-                jnp.where(last, second, 1.0),
-                jnp.where(last, (1 - second) / buffer_size**2, 0.0),
+                jnp.where(last, jnp.where(delay > threshold, late, now), 0.0),
+                jnp.where(last, beta1, 1.0),
+                jnp.where(last, (1 - beta1) / buffer_size, 0.0),
+                jnp.where(last, beta2, 1.0),
+                jnp.where(last, (1 - beta2) / buffer_size**2, 0.0),
             )
         )
-        momentum = trees.combine(
-            list(zip(of_first, (state.momentum, pending), strict=True)), like=state.momentum
-        )
+        momentum = trees.combine([(decay1, state.momentum), (share1, pending)], like=state.momentum)
         squares = jax.tree.map(lambda x: (x * x.conj()).real, pending)
         moment = trees.combine(
-            [(keep, state.second_moment), (take, squares)], like=state.second_moment
+            [(decay2, state.second_moment), (share2, squares)], like=state.second_moment
         )
         top = jax.tree.map(jnp.maximum, state.max_second_moment, moment)
-        direction = jax.tree.map(_divided, momentum, top, jax.tree.map(lambda _: eps, top))
-        new_updates = trees.combine([(-eta, direction)], like=report.delta)
+
+        def direction(m, v):
+            dtype = trees.wide_dtype(m, v)
+            return m.astype(dtype) / (jnp.sqrt(v) + jnp.asarray(eps, v.dtype)).astype(dtype)
+
+        descent = jax.tree.map(direction, momentum, top)
+        new_updates = trees.combine([(-eta, descent)], like=report.delta)
         return new_updates, FADASState(
             step=ordering.increment(state.step),
             version=next_version(state.version, last),
@@ -163,9 +165,3 @@ def fadas(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _divided(momentum, top, eps):
-    """Return m/(√v̂ + ε), in float32 or wider."""
-    dtype = trees.wide_dtype(momentum, top)
-    return momentum.astype(dtype) / (jnp.sqrt(top) + jnp.asarray(eps, top.dtype)).astype(dtype)

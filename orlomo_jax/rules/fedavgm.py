@@ -52,7 +52,6 @@ def fedavgm(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import fedavgm
         >>> rule = fedavgm(num_workers=1, momentum=0.5)
         >>> state = rule.init(jnp.zeros(1))
         >>> for _ in range(2):

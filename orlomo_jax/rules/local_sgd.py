@@ -59,7 +59,6 @@ def local_sgd(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import local_sgd
         >>> rule = local_sgd(num_workers=2)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0):

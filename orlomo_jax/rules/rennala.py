@@ -70,7 +70,6 @@ def rennala(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import rennala
         >>> rule = rennala(buffer_size=2)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0, 5.0):  # three workers that were sent the same parameters

@@ -13,10 +13,10 @@ from orlomo_jax.rules.delay_adaptive_rate import DelayWeight
 def rescaled(num_workers: int) -> DelayWeight:
     """Return the weight (τ + 1)/K² of a delay τ, which gives every worker an equal total weight.
 
-    The delays + 1 of a worker's reports add up to the number of all reports, so each worker's
-    weights add up to 1/K² for each report received, however often it reports. At fixed times t_k
-    of a round, mean(τ + 1) = t_k Σ_j 1/t_j: the mean weight is proportional to t_k, as in the
-    paper. The paper uses t_k itself; this library knows only delays. Eq. (6) does the opposite:
+    If no task is lost, the τ + 1 of a worker's reports add up to the number of all reports. So each
+    worker's weights add up to 1/K² for each report received, however often it reports. At fixed
+    times t_k of a round, mean(τ + 1) = t_k Σ_j 1/t_j: the mean weight is proportional to t_k, as in
+    the paper. The paper uses t_k itself; this library knows only delays. Eq. (6) does the opposite:
     it weighs a slow worker's reports less. A weight is above 1 if τ + 1 > K².
 
     Args:
@@ -71,7 +71,6 @@ def rescaled_asgd(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import rescaled_asgd
         >>> rule = rescaled_asgd(num_workers=2)
         >>> state = rule.init(jnp.zeros(1))
         >>> for _ in range(2):

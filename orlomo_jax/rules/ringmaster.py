@@ -63,7 +63,6 @@ def ringmaster(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import ringmaster
         >>> rule = ringmaster(max_delay=1)
         >>> state = rule.init(jnp.zeros(1))
         >>> for _ in range(2):  # two workers that were sent the same parameters

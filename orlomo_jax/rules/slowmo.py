@@ -57,7 +57,6 @@ def slowmo(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import slowmo
         >>> rule = slowmo(num_workers=1, momentum=0.5)
         >>> state = rule.init(jnp.zeros(1))
         >>> for gamma in (0.5, 0.25):  # Δ = γ · gradient

@@ -103,7 +103,7 @@ def run(case, rule, params=None, updates=None):
     params = helpers.tree() if params is None else params
     state = rule.init(params)
     for step, update in enumerate(reports() if updates is None else updates):
-        changes, state = rule.update(update, state, params, **sent(case, step))
+        changes, state = rule.update(update, state, params, **sent(case, step, params))
         params = jax.tree.map(jnp.add, params, changes)
     return params, state
 
@@ -225,6 +225,16 @@ def keeps_each_leafs_dtype(case):
     assert {leaf: x.dtype for leaf, x in updates.items()} == dtypes
     if (momentum := optax.tree.get(state, "momentum")) is not None:
         assert {leaf: x.dtype for leaf, x in momentum.items()} == dtypes
+
+
+@contract
+def works_with_strict_dtype_promotion(case):
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}
+    update, rule = LocalUpdate(params, params), case.make(K)
+    expected, _ = run(case, rule, params, [update] * STEPS)
+    with jax.numpy_dtype_promotion("strict"):
+        strict, _ = run(case, rule, params, [update] * STEPS)
+    helpers.assert_trees_equal(strict, expected)
 
 
 @contract

@@ -1,0 +1,464 @@
+"""The buffered and the synchronous rules against exact arithmetic, known optimizers, each other."""
+
+import heapq
+from fractions import Fraction
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orlomo_jax import LocalUpdate, al_sgd, delay_adaptive, rules
+from proofs_check import exact_rules_buffers as exact
+from tests.support import helpers
+
+STEPS = 160
+MU, B1, B2, EPS = 0.75, 0.5, 0.875, 2.0**-10
+ONE = lambda delay: 1.0  # noqa: E731
+ETA = lambda step: (1 + step % 4) / 4  # noqa: E731
+
+
+def ca2fl(num_workers, buffer_size):
+    ours = partial(rules.ca2fl, num_workers, buffer_size, ETA)
+    return ours, partial(exact.CA2FL, buffer_size, num_workers), num_workers
+
+
+def fadas(num_workers, buffer_size, threshold):
+    ours = partial(rules.fadas, buffer_size, ETA, B1, B2, EPS, delay_threshold=threshold)
+    numbers = map(Fraction, (B1, B2, EPS))
+    return ours, partial(exact.FADAS, buffer_size, *numbers, threshold), num_workers
+
+
+def of_rounds(ours, theirs, num_workers):
+    theirs = partial(theirs, num_workers, Fraction(MU))
+    return partial(ours, num_workers, MU, ETA), theirs, num_workers
+
+
+RULES = {
+    "ringmaster R=3": (partial(rules.ringmaster, 3, ETA), partial(exact.Ringmaster, 3), 6),
+    "ringmaster R=1": (partial(rules.ringmaster, 1, ETA), partial(exact.Ringmaster, 1), 3),
+    "ringmaster": (partial(rules.ringmaster, None, ETA), partial(exact.Ringmaster, None), 4),
+    "rennala B=3": (partial(rules.rennala, 3, ETA), partial(exact.Rennala, 3), 5),
+    "rennala B=7": (partial(rules.rennala, 7, ETA), partial(exact.Rennala, 7), 3),
+    "rescaled": (partial(rules.rescaled_asgd, 5, ETA), partial(exact.RescaledASGD, 5), 5),
+    "ca2fl B=3": ca2fl(5, 3),
+    "ca2fl B=6": ca2fl(3, 6),
+    "fadas B=2": fadas(6, 2, 2),
+    "fadas B=5": fadas(4, 5, None),
+    "local_sgd K=3": (partial(rules.local_sgd, 3, ETA), partial(exact.LocalSGD, 3), 3),
+    "fedavgm K=2": of_rounds(rules.fedavgm, exact.FedAvgM, 2),
+    "slowmo K=3": of_rounds(rules.slowmo, exact.SlowMo, 3),
+    "diloco K=5": of_rounds(rules.diloco, exact.DiLoCo, 5),
+}
+
+
+def facts_of(reports):
+    """Return what the server gives with some reports, as arrays."""
+    return {
+        "dispatched_at": np.array([report.dispatched_at for report in reports]),
+        "dispatched_version": np.array([report.dispatched_version for report in reports]),
+        "worker": np.array([report.worker for report in reports]),
+        "local_learning_rate": np.array([float(report.gamma) for report in reports]),
+    }
+
+
+def scanned(rule, size=exact.SIZE):
+    """Return a compiled run over (deltas, facts); it returns w and the state after each report."""
+
+    @jax.jit
+    def run(deltas, facts):
+        def step(carry, inputs):
+            params, state = carry
+            delta, given = inputs
+            updates, state = rule.update(LocalUpdate(delta), state, params, **given)
+            params = params + updates
+            return (params, state), (params, state)
+
+        start = jnp.zeros(size)
+        return jax.lax.scan(step, (start, rule.init(start)), (deltas, facts))[1]
+
+    return run
+
+
+@cache
+def run_of(name):
+    return scanned(RULES[name][0]())
+
+
+@cache
+def walk_of(name, seed):
+    _, make, num_workers = RULES[name]
+    return exact.walk(make, num_workers, STEPS, seed)
+
+
+def assert_agrees(name, seed, make=None):
+    """Compare the rule with an exact one after each report of a random order."""
+    reports = walk_of(name, seed)
+    seen = exact.replay((make or RULES[name][1])(), reports)
+    with jax.enable_x64(True):
+        deltas = np.stack([report.delta for report in reports]).astype(float)
+        params, state = run_of(name)(deltas, facts_of(reports))
+    for field in seen[0]:
+        got = params if field == "params" else getattr(state, field, None)
+        wanted = np.array([held[field] for held in seen]).astype(float)
+        if field in exact.COUNTS and got is not None:
+            np.testing.assert_array_equal(got, wanted, err_msg=field)
+        elif field not in exact.COUNTS:
+            error = np.abs(np.asarray(got) - wanted).max()
+            assert error <= 1e-12 * np.abs(wanted).max(), field
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_exact_rational(name):
+    for seed in range(3):
+        assert_agrees(name, seed)
+
+
+class CountsReceived(exact.Ringmaster):
+    def delay(self, report):
+        return self.step - report.dispatched_at
+
+
+class AcceptsStale(exact.Rennala):
+    def accepts(self, report):
+        return True
+
+
+class MeanOfNow(exact.CA2FL):
+    def flush(self, last):
+        self.cached_mean = exact.mean(self.cached)
+        super().flush(last)
+
+
+class Undivided(exact.SlowMo):
+    def gradient(self):
+        return self.mean()
+
+
+class EveryDelay(exact.FADAS):
+    def accepts(self, report):
+        self.largest = max(self.largest, self.version - report.dispatched_version)
+        return True
+
+
+MUTANTS = {
+    "ringmaster R=3": partial(CountsReceived, 3),
+    "ringmaster R=1": partial(exact.Ringmaster, 2),
+    "rennala B=3": partial(AcceptsStale, 3),
+    "ca2fl B=3": partial(MeanOfNow, 3, 5),
+    "ca2fl B=6": partial(exact.LocalSGD, 6),
+    "fadas B=2": partial(EveryDelay, 2, *map(Fraction, (B1, B2, EPS)), 2),
+    "fadas B=5": partial(exact.FADAS, 5, *map(Fraction, (B1, B2, EPS)), 1),
+    "slowmo K=3": partial(Undivided, 3, Fraction(MU)),
+    "diloco K=5": partial(exact.FedAvgM, 5, Fraction(MU)),
+    "fedavgm K=2": partial(exact.DiLoCo, 2, Fraction(MU)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_exact_rational_catches(name):
+    with pytest.raises(AssertionError):
+        assert_agrees(name, 0, MUTANTS[name])
+
+
+SEEDS = given(seed=st.integers(0, 2**16))
+FEW = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def drawn(seed, num_workers, synchronous=False, gamma=None):
+    """Return deltas and facts of a random order in which every report is accepted."""
+    make = partial(exact.LocalSGD, num_workers) if synchronous else partial(exact.Ringmaster, None)
+    reports = exact.walk(make, num_workers, 30, seed)
+    facts = facts_of(reports)
+    if gamma is not None:
+        facts["local_learning_rate"] = np.full(30, gamma)
+    return np.stack([report.delta for report in reports]).astype(np.float32), facts
+
+
+def close(left, right, tolerance=1e-5):
+    return np.allclose(left, right, rtol=0, atol=tolerance * np.abs(right).max())
+
+
+K = 3
+SAME = {
+    "Ringmaster without limit is ASGD": (
+        rules.ringmaster(None, 0.5),
+        al_sgd(K, 0.5, ONE),
+        rules.ringmaster(2, 0.5),
+        False,
+    ),
+    "Rescaled ASGD is AL-SGD with its weight": (
+        rules.rescaled_asgd(K),
+        al_sgd(K, 1.0, lambda delay: (delay + 1) / K**2),
+        al_sgd(K, 1.0, delay_adaptive(K)),
+        False,
+    ),
+    "DiLoCo without momentum is local SGD": (
+        rules.diloco(K, 0.0, 1.0),
+        rules.local_sgd(K),
+        rules.diloco(K, 0.25, 1.0),
+        True,
+    ),
+    "FedAvgM without momentum is local SGD": (
+        rules.fedavgm(K, 0.0),
+        rules.local_sgd(K),
+        rules.fedavgm(K, 0.25),
+        True,
+    ),
+    "SlowMo without momentum is local SGD": (
+        rules.slowmo(K, 0.0),
+        rules.local_sgd(K),
+        rules.slowmo(K, 0.25),
+        True,
+    ),
+    "a buffer of K reports of a round is local SGD": (
+        rules.rennala(K, 0.5),
+        rules.local_sgd(K, 0.5),
+        rules.rennala(K + 1, 0.5),
+        True,
+    ),
+}
+SAME_RUNS = {name: tuple(map(scanned, of[:3])) for name, of in SAME.items()}
+
+
+@pytest.mark.parametrize("name", SAME)
+@FEW
+@SEEDS
+def test_same_rules(name, seed):
+    deltas, facts = drawn(seed, K, synchronous=SAME[name][3])
+    ours, theirs, other = (run(deltas, facts)[0] for run in SAME_RUNS[name])
+    assert close(ours, theirs)
+    assert not close(other, theirs)
+
+
+SLOWMO, FEDAVGM = (scanned(make(K, MU)) for make in (rules.slowmo, rules.fedavgm))
+
+
+@FEW
+@SEEDS
+def test_slowmo_is_fedavgm_while_the_local_rate_is_constant(seed):
+    deltas, facts = drawn(seed, K, synchronous=True, gamma=0.125)
+    assert close(SLOWMO(deltas, facts)[0], FEDAVGM(deltas, facts)[0])
+    deltas, facts = drawn(seed, K, synchronous=True)
+    assert not close(SLOWMO(deltas, facts)[0], FEDAVGM(deltas, facts)[0])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-45])
+def test_slowmo_with_a_local_rate_of_zero(gamma):
+    rule = rules.slowmo(1, 0.5)
+    state = rule.init(jnp.zeros(2))
+    for rate, delta in ((0.5, 1.0), (gamma, 0.0), (0.5, 0.0)):
+        report = LocalUpdate(jnp.full(2, delta))
+        updates, state = rule.update(report, state, local_learning_rate=rate)
+        if rate == gamma:
+            np.testing.assert_array_equal(state.momentum, 1.0)  # μu, and u was Δ/γ = 2
+            np.testing.assert_allclose(updates, 0.0, atol=1e-40)
+    np.testing.assert_array_equal(updates, -0.25)
+
+
+def test_a_weight_of_zero_is_not_ringmaster():
+    """R = 1: worker 1's report is declined; worker 0's next one is as new as can be."""
+    reports = [(0, 0), (0, 0), (1, 1)]  # (dispatched_at, dispatched_version)
+    limit, weight = rules.ringmaster(1), al_sgd(2, 1.0, lambda delay: jnp.where(delay < 1, 1.0, 0))
+    seen = []
+    for rule in (limit, weight):
+        state, changes = rule.init(jnp.zeros(())), []
+        for at, version in reports:
+            facts = {"dispatched_at": at, "dispatched_version": version}
+            updates, state = rule.update(LocalUpdate(jnp.ones(())), state, **facts)
+            changes.append(float(updates))
+        seen.append(changes)
+    assert seen == [[-1, 0, -1], [-1, 0, 0]]
+
+
+@pytest.mark.parametrize("rule", [rules.ringmaster(1), rules.rennala(2)])
+def test_a_declined_report_changes_nothing_but_the_step(rule):
+    state = rule.init(helpers.tree())
+    for _ in range(2):
+        _, state = rule.update(helpers.report(0), state, dispatched_version=int(state.version))
+    assert bool(state.accepted)
+    updates, new = rule.update(helpers.report(1), state, dispatched_version=0)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
+    assert (int(new.step), bool(new.accepted)) == (3, False)
+    helpers.assert_trees_equal(new._replace(step=state.step, accepted=state.accepted), state)
+
+
+CA2FL = scanned(rules.ca2fl(4, 3, 0.5), size=1)
+
+
+@FEW
+@SEEDS
+def test_ca2fl_of_equal_reports_descends_by_their_change(seed):
+    """At every flush, once all have reported before an earlier one."""
+    _, facts = drawn(seed, 4)
+    params, state = CA2FL(np.full((30, 1), 2.0, np.float32), facts)
+    changes = np.diff(np.ravel(params), prepend=0)[2::3]
+    complete = np.ravel(np.all(state.cached == 2, axis=1))[2::3]
+    wanted = np.concatenate([[False], complete[:-1]])
+    np.testing.assert_allclose(changes[wanted], -1.0, rtol=1e-5)
+    assert abs(changes[0]) == pytest.approx(len(set(facts["worker"][:3])) / 3)
+    assert np.all(np.asarray(state.cached_mean)[2::3][complete] == 2)
+
+
+@pytest.mark.parametrize("times", [(2, 3, 4), (1, 1), (1, 5, 7, 2)])
+def test_rescaled_weights_are_equal_per_worker(times):
+    """At fixed times t_k, mean(τ + 1) = t_k Σ_j 1/t_j, over a whole cycle."""
+    cycle = int(np.lcm.reduce(times))
+    queue = [(time, worker) for worker, time in enumerate(times)]
+    sent, delays = [0] * len(times), [[] for _ in times]
+    step = 0
+    while queue[0][0] <= 3 * cycle:
+        now, worker = heapq.heappop(queue)
+        if cycle < now <= 2 * cycle:
+            delays[worker].append(step - sent[worker])
+        step += 1
+        sent[worker] = step
+        heapq.heappush(queue, (now + times[worker], worker))
+    rates = sum(Fraction(1, time) for time in times)
+    assert [Fraction(sum(d) + len(d), len(d)) for d in delays] == [t * rates for t in times]
+
+    def totals(weight):
+        return [float(np.sum(weight(np.array(d)))) for d in delays]
+
+    ours = totals(rules.rescaled(len(times)))
+    np.testing.assert_allclose(ours, cycle * float(rates) / len(times) ** 2, rtol=1e-6)
+    if len(set(times)) > 1:
+        assert np.ptp(totals(delay_adaptive(len(times)))) > 0.1
+
+
+def optax_run(optimizer, gradients):
+    params, out = jnp.zeros(4), []
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return np.stack(out)
+
+
+AMSGRAD = optax.amsgrad(0.25, 0.9, 0.99, bias_correction_mu=False, bias_correction_nu=False)
+SEQUENTIAL = {
+    "ringmaster": (rules.ringmaster(1, 0.25), optax.sgd(0.25)),
+    "rennala": (rules.rennala(1, 0.25), optax.sgd(0.25)),
+    "rescaled_asgd": (rules.rescaled_asgd(1, 0.25), optax.sgd(0.25)),
+    "ca2fl": (rules.ca2fl(1, 1, 0.25), optax.sgd(0.25)),
+    "fadas": (rules.fadas(1, 0.25, delay_threshold=0), AMSGRAD),
+    "local_sgd": (rules.local_sgd(1, 0.25), optax.sgd(0.25)),
+    "fedavgm": (rules.fedavgm(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5)),
+    "slowmo": (rules.slowmo(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5)),
+    "diloco": (rules.diloco(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5, nesterov=True)),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_one_worker_is_a_sequential_optimizer(name):
+    """K = B = S = 1, with γ = 0.125 and Δ = γ·g."""
+    rule, optimizer = SEQUENTIAL[name]
+    gradients = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    steps = np.arange(12)
+    facts = {"dispatched_at": steps, "dispatched_version": steps, "worker": 0 * steps}
+    facts["local_learning_rate"] = np.full(12, 0.125, np.float32)
+    ours = scanned(rule)(gradients * np.float32(0.125), facts)[0]
+    theirs = optax_run(optimizer, gradients * np.float32(0.125))
+    assert close(ours, theirs, 1e-6)
+
+
+def test_fadas_in_complex_numbers_is_amsgrad():
+    """|Δ|² is real, and the step is along the complex momentum."""
+    rule, params = rules.fadas(1, 0.25, delay_threshold=None), jnp.zeros(3, jnp.complex64)
+    gradients = np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)
+    gradients = jnp.asarray(gradients[..., 0] + 1j * gradients[..., 1])
+    state, ours = rule.init(params), params
+    their_state, theirs = AMSGRAD.init(params), params
+    for t, gradient in enumerate(gradients):
+        updates, state = rule.update(LocalUpdate(gradient), state, dispatched_version=t)
+        ours += updates
+        updates, their_state = AMSGRAD.update(gradient, their_state)
+        theirs += updates
+    assert state.second_moment.dtype == jnp.float32
+    assert close(ours, theirs)
+
+
+BAD_HYPERPARAMETERS = [
+    (lambda: rules.ringmaster(0), ValueError, "`max_delay` must be in .1, 2147483647., got max_d"),
+    (lambda: rules.ringmaster(float("inf")), TypeError, "`max_delay` must be an integer.*=inf"),
+    (lambda: rules.ringmaster(2, -1.0), ValueError, "`learning_rate` must be finite and ≥ 0"),
+    (lambda: rules.rennala(0), ValueError, "`buffer_size` must be ≥ 1, got buffer_size=0"),
+    (lambda: rules.rennala(2.0), TypeError, "buffer_size=2.0"),
+    (lambda: rules.rescaled(0), ValueError, "num_workers=0"),
+    (lambda: rules.rescaled_asgd(2, float("nan")), ValueError, "learning_rate=nan"),
+    (lambda: rules.ca2fl(0, 1), ValueError, "num_workers=0"),
+    (lambda: rules.ca2fl(1, True), TypeError, "buffer_size=True"),
+    (lambda: rules.fadas(0, 1.0, delay_threshold=1), ValueError, "buffer_size=0"),
+    (lambda: rules.fadas(1, -1.0, delay_threshold=1), ValueError, "learning_rate=-1.0"),
+    (lambda: rules.fadas(1, 1.0, 1.0, delay_threshold=1), ValueError, r"`b1` must be in \[0, 1\)"),
+    (
+        lambda: rules.fadas(1, 1.0, b2=1 - 1e-12, delay_threshold=1),
+        ValueError,
+        "`b2` must be below",
+    ),
+    (
+        lambda: rules.fadas(1, 1.0, eps=0.0, delay_threshold=1),
+        ValueError,
+        "`eps` must be finite and",
+    ),
+    (
+        lambda: rules.fadas(1, 1.0, eps=1e-60, delay_threshold=1),
+        ValueError,
+        "in float32.*got eps=1e-60",
+    ),
+    (lambda: rules.fadas(1, 1.0, delay_threshold=-1), ValueError, "delay_threshold=-1"),
+    (lambda: rules.fadas(1, 1.0, delay_threshold=1.5), TypeError, "delay_threshold=1.5"),
+    (lambda: rules.local_sgd(0), ValueError, "num_workers=0"),
+    (lambda: rules.fedavgm(1, 1.0), ValueError, r"`momentum` must be in \[0, 1\)"),
+    (lambda: rules.slowmo(1, -0.5), ValueError, "momentum=-0.5"),
+    (lambda: rules.slowmo(1, 0.5, -1.0), ValueError, "`slow_learning_rate` must be finite and ≥ 0"),
+    (lambda: rules.diloco(1, 0.5, np.ones(2)), ValueError, "must be a scalar"),
+    (lambda: rules.diloco(2.5), TypeError, "num_workers=2.5"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_HYPERPARAMETERS)
+def test_bad_hyperparameters(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_bad_reports(name):
+    rule, params = SEQUENTIAL[name][0], jnp.zeros(4)
+    facts = {"dispatched_at": 0, "dispatched_version": 0, "worker": 0, "local_learning_rate": 1.0}
+    state = rule.init(params)
+    with pytest.raises(TypeError, match="maps a LocalUpdate to updates"):
+        rule.update(params, state, params, **facts)
+    with pytest.raises(ValueError, match=r"`LocalUpdate\.delta` must have shape"):
+        rule.update(LocalUpdate(jnp.ones(3)), state, params, **facts)
+    with pytest.raises(ValueError, match=r"`LocalUpdate\.delta` must have the structure"):
+        rule.update(LocalUpdate({"a": params}), state, params, **facts)
+    with pytest.raises(TypeError, match="must have floating leaves"):
+        rule.init(jnp.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "value", "error", "message"),
+    [
+        ("ringmaster", "dispatched_version", None, TypeError, "got dispatched_version=None"),
+        ("ringmaster", "dispatched_version", 1, ValueError, r"must be in \[0, version=0\]"),
+        ("rennala", "dispatched_version", None, TypeError, "got dispatched_version=None"),
+        ("rennala", "dispatched_version", -1, ValueError, "dispatched_version=-1"),
+        ("fadas", "dispatched_version", 0.0, TypeError, "`dispatched_version` must be an integer"),
+        ("rescaled_asgd", "dispatched_at", None, TypeError, "got dispatched_at=None"),
+        ("ca2fl", "worker", None, TypeError, "`worker` must be an integer scalar"),
+        ("ca2fl", "worker", 1, ValueError, "`worker` must be in .* got worker=1"),
+        ("slowmo", "local_learning_rate", None, ValueError, "`slowmo` needs γ"),
+        ("slowmo", "local_learning_rate", np.ones(2), ValueError, "must be a scalar"),
+    ],
+)
+def test_bad_facts(name, fact, value, error, message):
+    rule, params = SEQUENTIAL[name][0], jnp.zeros(4)
+    with pytest.raises(error, match=message):
+        rule.update(LocalUpdate(params), rule.init(params), params, **{fact: value})
