@@ -141,8 +141,8 @@ def _step(delta, m, eta, rho, mu, correction) -> tuple[Array, Array]:
     a, b = _corrected(delta, m, correction)
     a, b = rho * a, rho * b
     decay = mu + (1 - mu) * b
-    kept, divisor = b == 0, jnp.where(b == 0, 1, decay)
-    of_delta, of_new = jnp.where(kept, a, mu * a / divisor), jnp.where(kept, 0, b / divisor)
+    divisor = jnp.where(b == 0, 1, decay)  # decay may be 0 then
+    of_delta, of_new = jnp.where(b == 0, a, mu * a / divisor), b / divisor
     decay, gain, of_delta, of_new = jax.lax.optimization_barrier(
         (decay, (1 - mu) * a, -eta * of_delta, -eta * (of_new + mu))
     )

@@ -185,9 +185,9 @@ def rounds_low_precision_once(name, make):
     wide_params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state, wide_state = rule.init(params), reference.init(wide_params)
     for update, wide_update, index in zip(low, wide, indices(name), strict=True):
-        updates, state = rule.update(update, state, params, **given(params, index))
+        updates, state = rule.update(update, state, params, **given(update.momentum, index))
         expected, wide_state = reference.update(
-            wide_update, wide_state, wide_params, **given(wide_params, index)
+            wide_update, wide_state, wide_params, **given(wide_update.momentum, index)
         )
         rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
         helpers.assert_trees_equal(updates, rounded)
