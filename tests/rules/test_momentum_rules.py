@@ -86,6 +86,10 @@ SERVERS = {
         heloco(K, 0.9, rate, correction=Correction(0.5, 4.0, 0.25, 3.0, 0.5, 1e-4)),
         lambda w: Strong(w, MU, exact_rate, RHO),
     ),
+    "heloco, μ = 0": (
+        heloco(K, 0.0, rate),
+        lambda w: exact.HeLoCo(w, Fraction(), exact_rate, RHO),
+    ),
 }
 
 
@@ -183,7 +187,9 @@ def disagreement(rule, make_exact, seed, dispatch=None):
 
 
 def dispatch_of(name):
-    return LOOK if name.startswith("heloco") else None
+    if "μ = 0" in name:
+        return look_ahead(0.0, rate)
+    return LOOK if "heloco" in name else None
 
 
 @pytest.mark.parametrize("name", SERVERS)
