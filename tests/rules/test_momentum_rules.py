@@ -568,6 +568,7 @@ def test_weights_of_the_delay():
         (lambda: momentum_lookahead(2, -0.1), ValueError, "momentum=-0.1"),
         (lambda: momentum_lookahead(2, 0.9, np.inf), ValueError, "learning_rate=inf"),
         (lambda: heloco(2, correction=Correction(aligned=0)), ValueError, r"`aligned` .* \(0, 1\]"),
+        (lambda: heloco(2, correction=0.2), TypeError, "`correction` must be a Correction or None"),
         (lambda: heloco(2, correction=Correction(max_shrink=2)), ValueError, "max_shrink=2"),
         (lambda: heloco(2, correction=Correction(epsilon=0)), ValueError, "epsilon=0"),
         (lambda: heloco(2, correction=Correction(kappa=-1)), ValueError, "kappa=-1"),
