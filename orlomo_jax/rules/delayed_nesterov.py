@@ -1,4 +1,4 @@
-"""Defines delayed Nesterov momentum (Liu et al. 2024, Algorithm 3)."""
+"""Defines delayed Nesterov momentum (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def delayed_nesterov(
 
     References:
         Liu et al., `Asynchronous local-SGD training for language modeling
-        <https://arxiv.org/abs/2401.09135>`_, 2024, Algorithm 3.
+        <https://arxiv.org/abs/2401.09135>`_, 2024.
     """
     num_workers = contract.check_num_workers(num_workers)
     size = num_workers if buffer_size is None else check_count("buffer_size", buffer_size, 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from orlomo_jax import trees
-from orlomo_jax.checks import check_nonnegative, check_number
+from orlomo_jax.checks import check_nonnegative, check_number, check_type
 from orlomo_jax.rules import contract, ordering
 from orlomo_jax.rules.delay_adaptive_rate import scheduled
 from orlomo_jax.rules.momentum_lookahead import MomentumLookAheadState
@@ -37,16 +37,13 @@ class Correction(NamedTuple):
     epsilon: float = 1e-8
 
 
-DEFAULTS = Correction()
-
-
 def heloco(
     num_workers: int,
     momentum: float | Array = 0.9,
     learning_rate: float | optax.Schedule = 0.7,
     report_weight: float | optax.Schedule | None = None,
     *,
-    correction: Correction = DEFAULTS,
+    correction: Correction | None = None,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Correct the direction of each leaf of a report by the momentum, then step as MLA does.
@@ -78,7 +75,7 @@ def heloco(
             the authors'.
         report_weight: ρ, the weight of a report: a finite float ≥ 0, or a schedule of the step.
             None is 1/√K, which the authors recommend; their code has 1.
-        correction: The constants of the correction.
+        correction: The constants of the correction; None is ``Correction()``, the authors'.
         accumulator_dtype: dtype of the momentum, if wider than the leaf's.
 
     Returns:
@@ -106,6 +103,8 @@ def heloco(
     """
     num_workers = contract.check_num_workers(num_workers)
     contract.check_momentum(momentum)
+    check_type("correction", correction, Correction, "a Correction or None")
+    correction = Correction() if correction is None else correction
     _check(correction)
     rate = scheduled("learning_rate", learning_rate)
     rho = scheduled("report_weight", num_workers**-0.5 if report_weight is None else report_weight)
@@ -141,8 +140,8 @@ def _step(delta, m, eta, rho, mu, correction) -> tuple[Array, Array]:
     a, b = _corrected(delta, m, correction)
     a, b = rho * a, rho * b
     decay = mu + (1 - mu) * b
-    kept, divisor = b == 0, jnp.where(b == 0, 1, decay)
-    of_delta, of_new = jnp.where(kept, a, mu * a / divisor), jnp.where(kept, 0, b / divisor)
+    divisor = jnp.where(b == 0, 1, decay)  # decay may be 0 then
+    of_delta, of_new = jnp.where(b == 0, a, mu * a / divisor), b / divisor
     decay, gain, of_delta, of_new = jax.lax.optimization_barrier(
         (decay, (1 - mu) * a, -eta * of_delta, -eta * (of_new + mu))
     )

@@ -82,7 +82,22 @@ SERVERS = {
         lambda w: exact.MomentumLookAhead(w, MU, exact_rate, RHO),
     ),
     "heloco": (heloco(K, 0.9, rate), lambda w: exact.HeLoCo(w, MU, exact_rate, RHO)),
+    "heloco, strong": (
+        heloco(K, 0.9, rate, correction=Correction(0.5, 4.0, 0.25, 3.0, 0.5, 1e-4)),
+        lambda w: Strong(w, MU, exact_rate, RHO),
+    ),
+    "heloco, μ = 0": (
+        heloco(K, 0.0, rate),
+        lambda w: exact.HeLoCo(w, Fraction(), exact_rate, RHO),
+    ),
 }
+
+
+class Strong(exact.HeLoCo):
+    """Constants with which both caps bind."""
+
+    ALIGNED, SHRINK, MOST = Fraction(1, 2), Fraction(4), Fraction(1, 4)
+    TURN, KAPPA, EPSILON = Fraction(3), Fraction(1, 2), Fraction(1e-4)
 
 
 class Server:
@@ -166,13 +181,15 @@ def disagreement(rule, make_exact, seed, dispatch=None):
                 pairs = [(ours.params[name], theirs[name].w) for name in LEAVES]
             for got, wanted in pairs:
                 wanted = np.array(wanted, float)
-                error = max(error, np.max(np.abs(np.asarray(got) - wanted)))
+                error = np.maximum(error, np.max(np.abs(np.asarray(got) - wanted)))  # keeps NaN
                 largest = max(largest, np.max(np.abs(wanted)))
         return error / largest, theirs
 
 
 def dispatch_of(name):
-    return LOOK if name == "heloco" else None
+    if "μ = 0" in name:
+        return look_ahead(0.0, rate)
+    return LOOK if "heloco" in name else None
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -315,7 +332,7 @@ def path(rule):
             )  # fmt: skip
             return (w + updates, state), w + updates
 
-        start = jnp.ones(SIZE)
+        start = jnp.ones(deltas.shape[1])
         return jax.lax.scan(step, (start, rule.init(start)), (deltas, indices, versions))[1]
 
     return run
@@ -479,6 +496,18 @@ def test_heloco_corrects_the_direction_and_keeps_the_rest(seed, cosine, scale):
         assert new @ m >= delta @ m - tolerance
 
 
+def test_heloco_takes_a_complex_leaf_as_a_real_vector():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 6, SIZE)).astype(np.float32)
+    rule, steps = heloco(K, 0.9, 0.5), np.arange(6, dtype=np.int32)
+    both = path(rule)(np.concatenate([x[0], x[1]], 1), steps, steps)
+    w, state = jnp.ones(SIZE, jnp.complex64) * (1 + 1j), rule.init(jnp.ones(SIZE, jnp.complex64))
+    for delta in x[0] + 1j * x[1]:
+        updates, state = rule.update(LocalUpdate(jnp.asarray(delta)), state)
+        w = w + updates
+    np.testing.assert_allclose(np.concatenate([w.real, w.imag]), both[-1], rtol=1e-5)
+
+
 class TestLookAhead:
     def test_equal_functions_are_equal(self):
         assert look_ahead(0.9, 0.7) == look_ahead() != look_ahead(0.8)
@@ -488,7 +517,7 @@ class TestLookAhead:
     @pytest.mark.parametrize("wrap", ["alone", "chain", "inject"])
     def test_finds_the_rules_state(self, make, wrap):
         rule = {
-            "alone": make(2, 0.5, rate),
+            "alone": make(2, 0.5, rate, accumulator_dtype=jnp.float32),
             "chain": optax.chain(optax.scale(1.0), make(2, 0.5, rate), optax.trace(0.5)),
             "inject": optax.inject_hyperparams(make, static_args="num_workers")(2, 0.5, rate),
         }[wrap]
@@ -539,6 +568,7 @@ def test_weights_of_the_delay():
         (lambda: momentum_lookahead(2, -0.1), ValueError, "momentum=-0.1"),
         (lambda: momentum_lookahead(2, 0.9, np.inf), ValueError, "learning_rate=inf"),
         (lambda: heloco(2, correction=Correction(aligned=0)), ValueError, r"`aligned` .* \(0, 1\]"),
+        (lambda: heloco(2, correction=0.2), TypeError, "`correction` must be a Correction or None"),
         (lambda: heloco(2, correction=Correction(max_shrink=2)), ValueError, "max_shrink=2"),
         (lambda: heloco(2, correction=Correction(epsilon=0)), ValueError, "epsilon=0"),
         (lambda: heloco(2, correction=Correction(kappa=-1)), ValueError, "kappa=-1"),
