@@ -57,7 +57,7 @@ class Journal:
 
     Args:
         identity: The run's identity, JSON-able: ``num_workers``, ``synchronous``, ``absent`` (the
-            workers absent at the start), and any other settings.
+            workers absent at the start), ``max_wait`` (see ArrivalTrace), and any other settings.
         path: The file, created with its first line; a file of the same run is continued. None keeps
             the journal in memory.
 
@@ -153,6 +153,7 @@ class Journal:
             dispatched_at=list(dispatched_at),  # pyright: ignore[reportArgumentType]
             times=list(times),  # pyright: ignore[reportArgumentType]
             synchronous=self.identity["synchronous"],
+            max_wait=self.identity.get("max_wait"),
             events=tuple(self.events),
         )
 

@@ -189,6 +189,8 @@ def _train(
     identity = {"num_workers": method.num_workers, "synchronous": method.synchronous}
     if checkpoint is not None or path is not None:
         identity = {"run by": "train"} | of_run(server, workload)
+    if server.table.max_wait is not None:
+        identity["max_wait"] = server.table.max_wait
     saved = None if checkpoint is None else checkpoint.newest_of(identity)
     journal = Journal(identity | absent, path)
     with contextlib.closing(journal):

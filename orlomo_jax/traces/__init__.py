@@ -11,6 +11,8 @@ from orlomo_jax.traces.compute_times import heterogeneous as heterogeneous
 from orlomo_jax.traces.compute_times import homogeneous as homogeneous
 from orlomo_jax.traces.compute_times import one_slow_worker as one_slow_worker
 from orlomo_jax.traces.compute_times import per_worker_times as per_worker_times
+from orlomo_jax.traces.fit import ComputeTimesFit as ComputeTimesFit
+from orlomo_jax.traces.fit import fit_compute_times as fit_compute_times
 from orlomo_jax.traces.local_steps import dynamic_local_steps as dynamic_local_steps
 from orlomo_jax.traces.policies import Policy as Policy
 from orlomo_jax.traces.policies import RestartEvery as RestartEvery

@@ -1,8 +1,10 @@
-"""The worker's side: local rounds, batches and the workload."""
+"""The worker's side: local rounds, batches, partitions of data and the workload."""
 
 from orlomo_jax.worker.host_batches import HostBatches as HostBatches
 from orlomo_jax.worker.local_round import local_momentum_sgd as local_momentum_sgd
 from orlomo_jax.worker.local_round import local_round as local_round
+from orlomo_jax.worker.partition import by_class_partition as by_class_partition
+from orlomo_jax.worker.partition import dirichlet_partition as dirichlet_partition
 from orlomo_jax.worker.protocols import BatchFn as BatchFn
 from orlomo_jax.worker.protocols import Evaluate as Evaluate
 from orlomo_jax.worker.protocols import LossFn as LossFn
