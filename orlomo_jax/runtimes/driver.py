@@ -84,21 +84,15 @@ class Driver:
         self.journal.sync()
         if self.running and self.workload.keeps_state:
             try:
-                self.recorder.source.local_states = self._local_states()
+                self.recorder.source.local_states = {
+                    worker: self.workers.local_state(worker, round)
+                    for worker in sorted(self.present)
+                    if (round := self.server.table.kept_round(worker)) is not None
+                }
             except Exception as error:  # the journal has everything since the last checkpoint
                 _log.warning("no checkpoint at step %s: %s", self.server.step, error)
                 return
         self.saver.save(events=len(self.journal.events) - self.replay.unseen)
-
-    def _local_states(self) -> dict[int, Any]:
-        """Return the state of each worker's optimizer after its newest applied report."""
-        table, states = self.server.table, {}
-        for worker in sorted(self.present):
-            if not table.fresh[worker]:
-                held = table.held.get(worker)
-                newest = table.rounds[worker] if held is None else held.round
-                states[worker] = self.workers.local_state(worker, newest - 1)
-        return states
 
     def _begin(self) -> None:
         """Start all workers except the absent ones, with the tasks that they hold."""
@@ -109,7 +103,7 @@ class Driver:
         joining, leaving = sorted(wanted - self.present), sorted(self.present - wanted)
         for worker in sorted(self.present & wanted):
             task = self.server.held(worker)
-            self._start(worker, task)
+            self._start(worker)
             self.untried.add(worker)
             if task is not None:
                 self._submit(task)
@@ -286,14 +280,13 @@ class Driver:
                 f"{self.recorder.recording.num_steps} and {waits}: {why}{self.failures}"
             ) from (None if last is None else last.exception)
 
-    def _start(self, worker: int, task: Task | None = None) -> None:
+    def _start(self, worker: int) -> None:
         """Start a worker; if the run resumes, with the state that its optimizer had."""
-        kept = self.replay.local_states.get(worker)
-        if self.running or kept is None or self.server.table.fresh[worker]:
+        kept, round = self.replay.local_states.get(worker), self.server.table.kept_round(worker)
+        if self.running or kept is None or round is None:
             self.workers.start(worker)
         else:
-            newest = self.server.table.rounds[worker] if task is None else task.id.round
-            self.workers.start(worker, KeptState(newest - 1, kept))
+            self.workers.start(worker, KeptState(round, kept))
         self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:

@@ -65,7 +65,7 @@ class RunLog:
         may_decline = contract.accepted_of(state.rule_state) is not True
         accepted = bool(state.accepted) if may_decline else True  # reading it waits for the device
         counts = contract.version_of(state.rule_state, None) is not None
-        version = int(task.start.version) if counts and task is not None else None
+        version = int(np.asarray(task.start.version)) if counts and task is not None else None
         row = metric_rows.as_row(others)
         arrival = Arrival(*task_id, self.seconds(), loss, row, version, accepted)
         self.journal.arrived(arrival)

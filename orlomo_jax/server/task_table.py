@@ -159,6 +159,12 @@ class TaskTable:
         """
         return self.fresh[self._task(worker).worker]
 
+    def kept_round(self, worker: int) -> int | None:
+        """Return the worker's newest reported round, if its optimizer continues from it."""
+        if self.fresh[worker]:
+            return None
+        return self.rounds[worker] - (2 if worker in self.held else 1)
+
     def receive(self, worker: int) -> tuple[int, ...]:
         """Record the report of a busy worker; return the workers that need a task now."""
         del self.held[worker]
