@@ -76,7 +76,6 @@ def delayed_nesterov(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import delayed_nesterov
         >>> rule = delayed_nesterov(num_workers=2, momentum=0.5, learning_rate=1.0)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0):

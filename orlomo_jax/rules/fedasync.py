@@ -62,7 +62,7 @@ def fedasync(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import constant, fedasync
+        >>> from orlomo_jax.rules import constant
         >>> rule, params = fedasync(0.5, constant()), jnp.array([4.0])
         >>> report, sent = LocalUpdate(jnp.array([1.0])), jnp.array([3.0])  # local is 2
         >>> rule.update(

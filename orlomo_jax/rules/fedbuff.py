@@ -66,7 +66,6 @@ def fedbuff(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import fedbuff
         >>> rule = fedbuff(buffer_size=2)
         >>> state = rule.init(jnp.zeros(1))
         >>> for change in (1.0, 3.0):

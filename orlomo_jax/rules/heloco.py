@@ -91,7 +91,6 @@ def heloco(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import heloco
         >>> rule = heloco(num_workers=1, momentum=0.5, learning_rate=1.0)
         >>> state = rule.init(jnp.zeros(1))._replace(momentum=jnp.ones(1))
         >>> rule.update(LocalUpdate(-jnp.ones(1)), state)[1].momentum  # −1/2 + 1/2, less shrunk

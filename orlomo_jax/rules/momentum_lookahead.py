@@ -76,7 +76,6 @@ def momentum_lookahead(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import momentum_lookahead
         >>> rule = momentum_lookahead(num_workers=1, momentum=0.5, learning_rate=1.0)
         >>> updates, state = rule.update(LocalUpdate(jnp.ones(1)), rule.init(jnp.zeros(1)))
         >>> updates, state.momentum
@@ -159,12 +158,10 @@ def look_ahead(momentum: float = 0.9, learning_rate: float | optax.Schedule = 0.
     Example:
         >>> import jax.numpy as jnp
         >>> import optax
-        >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import heloco, look_ahead
-        >>> rule = optax.chain(heloco(1, momentum=0.5, learning_rate=1.0), optax.scale(2.0))
-        >>> _, state = rule.update(LocalUpdate(jnp.ones(1)), rule.init(jnp.zeros(1)))
+        >>> scaling = optax.scale(2.0).init(jnp.zeros(1))
+        >>> state = (MomentumLookAheadState(jnp.int32(3), jnp.ones(1)), scaling)  # of a chain
         >>> look_ahead(momentum=0.5, learning_rate=1.0)(state, jnp.zeros(1))
-        Array([-0.25], dtype=float32)
+        Array([-0.5], dtype=float32)
     """
     contract.check_momentum(momentum)
     scheduled("learning_rate", learning_rate)

@@ -69,7 +69,6 @@ def nesterov(
     Example:
         >>> import jax.numpy as jnp
         >>> from orlomo_jax import LocalUpdate
-        >>> from orlomo_jax.rules import nesterov
         >>> rule = nesterov(num_workers=2, momentum=0.5, learning_rate=1.0)
         >>> updates, state = rule.update(LocalUpdate(jnp.ones(1)), rule.init(jnp.zeros(1)))
         >>> updates, state.momentum
