@@ -20,6 +20,7 @@ from orlomo_jax.runtimes.run_options import RunOptions
 from orlomo_jax.server.audit import Audit
 from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.traces.policies import Policy
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2
@@ -45,10 +46,11 @@ class Driver:
         self.server, self.workers, self.workload = recorder.source.server, workers, workload
         self.recorder, self.log, self.journal = recorder, log, log.journal
         self.saver, self.audit, self.options = saver, audit, options
+        self.policy = self.server.method.policy or Policy()
         self.failures = Failures(options.max_failures)
         self.sent_at: dict[int, float] = {}  # of the outstanding tasks
         self.starting: set[int] = set()  # workers without an answer since they were started
-        self.untried: set[int] = set()  # workers from the beginning, without a report so far
+        self.untried: set[int] = set()  # workers from the beginning, without a report
         states = recorder.source.local_states
         self.replay = JournalReplay(self.server, workload, self.journal, states)
         self.cancelled: set[TaskId] = set()  # tasks whose outcome is ignored
@@ -84,11 +86,9 @@ class Driver:
         self.journal.sync()
         if self.running and self.workload.keeps_state:
             try:
-                self.recorder.source.local_states = {
-                    worker: self.workers.local_state(worker, round)
-                    for worker in sorted(self.present)
-                    if (round := self.server.table.kept_round(worker)) is not None
-                }
+                rounds = self.server.table.kept_rounds().items()
+                states = {worker: self.workers.local_state(worker, r) for worker, r in rounds}
+                self.recorder.source.local_states = states
             except Exception as error:  # the journal has everything since the last checkpoint
                 _log.warning("no checkpoint at step %s: %s", self.server.step, error)
                 return
@@ -152,6 +152,7 @@ class Driver:
         self.log.received(outcome)
         if outcome.id in self.cancelled:
             self.cancelled.discard(outcome.id)
+            self.starting.discard(worker)
             return
         task = self.server.held(worker)
         if task is not None and task.id.round == outcome.id.round:
@@ -176,7 +177,7 @@ class Driver:
     def _receive(self, report: Report, outcome: TaskOutcome) -> None:
         if self._drops(report):
             return
-        worker_task = self.server.held(outcome.id.worker)
+        task = self.server.held(outcome.id.worker)
         try:
             waiting = self.server.receive(report)
         except RejectedReportError as error:
@@ -185,36 +186,29 @@ class Driver:
         worker = int(report.id.worker)
         self.untried.discard(worker)
         self.failures.forgive(worker)
-        self.sent_at.pop(worker, None)
-        # The journal first: a resumed run repeats only what is in it.
-        arrival = self.log.arrived(report, outcome.metrics, worker_task)
+        self.sent_at.pop(worker, None)  # the journal comes first: a resumed run repeats only that
+        arrival = self.log.arrived(report, outcome.metrics, task)
         self._send(waiting)
         self._follow_policy()
         self.record(report, arrival)
 
     def _drops(self, report: Any) -> bool:
         """Return whether the policy does not use this report; its worker is then restarted."""
-        policy, task_id = self.server.method.policy, claimed_id(report)
-        if policy is None or task_id is None or self.server.table.why_stale(task_id) is not None:
+        task_id, table = claimed_id(report), self.server.table
+        if task_id is None or table.why_stale(task_id) is not None:
             return False
-        drops = policy.drops(self.server.step, task_id.dispatched_at)
-        if drops:
-            self._restart(task_id.worker)
+        if drops := self.policy.drops(self.server.step, task_id.dispatched_at):
+            self.server.release(task_id.worker)
+            self._dispatch(task_id.worker, "restarted")
         return drops
 
     def _follow_policy(self) -> None:
-        """Restart the workers that compute from parameters that are too old for the policy."""
-        policy = self.server.method.policy
-        if policy is None or self.recorder.step >= self.recorder.recording.num_steps:
-            return
-        held = {worker: i.dispatched_at for worker, i in self.server.table.held.items()}
-        for worker in policy.restarts(self.server.step, held):
-            self._restart(worker)
-
-    def _restart(self, worker: int) -> None:
-        """Cancel a worker's round, and send it the newest parameters."""
-        self.cancelled.add(self.server.release(worker).id)
-        self._dispatch(worker, "restarted")
+        """Cancel rounds from parameters that the policy calls too old; send the newest ones."""
+        if self.server.step < self.recorder.recording.num_steps:
+            held = {worker: i.dispatched_at for worker, i in self.server.table.held.items()}
+            for worker in self.policy.restarts(self.server.step, held):
+                self.cancelled.add(self.server.release(worker).id)
+                self._dispatch(worker, "restarted")
 
     def _reject(self, report: Any, error: RejectedReportError) -> None:
         """Log a rejected report; if it belongs to a worker's current round, abandon that."""
@@ -282,11 +276,11 @@ class Driver:
 
     def _start(self, worker: int) -> None:
         """Start a worker; if the run resumes, with the state that its optimizer had."""
-        kept, round = self.replay.local_states.get(worker), self.server.table.kept_round(worker)
-        if self.running or kept is None or round is None:
+        kept, rounds = self.replay.local_states.get(worker), self.server.table.kept_rounds()
+        if self.running or kept is None or worker not in rounds:
             self.workers.start(worker)
         else:
-            self.workers.start(worker, KeptState(round, kept))
+            self.workers.start(worker, KeptState(rounds[worker], kept))
         self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:

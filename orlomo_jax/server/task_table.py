@@ -159,11 +159,13 @@ class TaskTable:
         """
         return self.fresh[self._task(worker).worker]
 
-    def kept_round(self, worker: int) -> int | None:
-        """Return the worker's newest reported round, if its optimizer continues from it."""
-        if self.fresh[worker]:
-            return None
-        return self.rounds[worker] - (2 if worker in self.held else 1)
+    def kept_rounds(self) -> dict[int, int]:
+        """Return the newest reported round of each worker with an optimizer that continues."""
+        return {
+            worker: self.rounds[worker] - (2 if worker in self.held else 1)
+            for worker, fresh in enumerate(self.fresh)
+            if not fresh
+        }
 
     def receive(self, worker: int) -> tuple[int, ...]:
         """Record the report of a busy worker; return the workers that need a task now."""

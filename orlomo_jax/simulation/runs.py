@@ -132,6 +132,8 @@ class _Run(NamedTuple):
                 f"`trace` must have max_wait={server.table.max_wait} for {method.name}, got "
                 f"max_wait={trace.max_wait}"
             )
+        if method.policy is not None:
+            method.policy.check_trace(trace.dispatched_at)
         check_schedules(method, server.schedule, trace.num_steps)
         return cls(server, Workload.of(round_fn, batch_fn, key, method.num_local_steps), trace)
 

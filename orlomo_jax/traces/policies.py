@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from orlomo_jax.checks import check_count
 
 _ACTIONS = ("wait", "drop", "restart")
@@ -46,6 +48,19 @@ class Policy:
     def drops(self, step: int, dispatched_at: int) -> bool:
         """Return whether a report that arrives at ``step`` is not used."""
         return False
+
+    def oldest(self, steps: np.ndarray) -> np.ndarray:
+        """Return the oldest model version that a report at each step may have, int[T]."""
+        return np.zeros_like(steps)
+
+    def check_trace(self, dispatched_at: np.ndarray) -> None:
+        """Raise ValueError if a report is older than this policy allows."""
+        steps = np.arange(len(dispatched_at))
+        for step in np.flatnonzero(dispatched_at < self.oldest(steps))[:1]:
+            raise ValueError(
+                f"`trace` must follow the method's policy {self}, got a report with "
+                f"dispatched_at={dispatched_at[step]} at step {step}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +118,10 @@ class StalenessBound(Policy):
                 f"got max_delay={self.max_delay}"
             )
 
+    def oldest(self, steps: np.ndarray) -> np.ndarray:
+        """Return the oldest model version that a report at each step may have, int[T]."""
+        return steps - self.max_delay
+
     def due(
         self, step: int, held: Mapping[int, int], waiting: Sequence[int], num_workers: int
     ) -> tuple[int, ...]:
@@ -151,6 +170,10 @@ class RestartEvery(Policy):
     def __post_init__(self) -> None:
         """Check the field."""
         object.__setattr__(self, "num_reports", check_count("num_reports", self.num_reports, 1))
+
+    def oldest(self, steps: np.ndarray) -> np.ndarray:
+        """Return the oldest model version that a report at each step may have, int[T]."""
+        return steps - steps % self.num_reports
 
     def restarts(self, step: int, held: Mapping[int, int]) -> tuple[int, ...]:
         """Return the busy workers with an older version, if B divides ``step``."""
