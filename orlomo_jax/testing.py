@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from orlomo_jax.methods import METHOD_NAMES, make_method
+from orlomo_jax.recording.checkpoint import Checkpointer
 from orlomo_jax.recording.history import TrainingResult
 from orlomo_jax.runtimes import TaskOutcome, WorkerPool, WorkersLostError, train
 from orlomo_jax.simulation.simulate import simulate
@@ -21,8 +24,9 @@ _K, _S = 2, 2
 def check_worker_pool(pool: WorkerPool, round_timeout: float = 120.0) -> None:
     """Run a small problem on a worker pool, and check the behavior that ``train`` needs.
 
-    - Runs of the paper's four methods, and one with :class:`~orlomo_jax.HostBatches`, end, and the
-      simulator repeats each of them bit for bit.
+    - Runs of the paper's four methods, one with :class:`~orlomo_jax.HostBatches`, and one with
+      workers that keep their optimizer's state and save it, end, and the simulator repeats each of
+      them bit for bit.
     - A worker that replaces a lost one runs the next task.
     - An exception in a first round reaches the caller, and the pool can be used again.
     - A pool that is in a run rejects another one.
@@ -42,6 +46,8 @@ def check_worker_pool(pool: WorkerPool, round_timeout: float = 120.0) -> None:
     for name in METHOD_NAMES:
         _check_replay(pool, name, _batches, round_timeout)
     _check_replay(pool, "orlomo", HostBatches.of(_host_batches), round_timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        _check_replay(pool, "al_sgd", _batches, round_timeout, optax.scale_by_adam(), folder)
     losing = _check_replay(_Losing(pool), "prsgdm", _batches, round_timeout)  # needs every worker
     kinds = [event.kind for event in losing.trace.events]
     assert kinds == ["lost", "redispatched"], f"one round must be lost, got the events {kinds}"
@@ -65,15 +71,17 @@ def _host_batches(worker: int, round: int) -> Any:
     return np.random.default_rng([worker, round]).normal(size=(_S, 4, 3)).astype(np.float32)
 
 
-def _arguments(name: str, batch_fn: Any) -> tuple:
-    method = make_method(name, _K, _S)
+def _arguments(name: str, batch_fn: Any, optimizer: Any = None) -> tuple:
+    method = make_method(name, _K, _S, local_optimizer=optimizer)
     return method, _loss, batch_fn, {"w": jnp.ones((3,))}
 
 
 _OPTIONS = {"local_learning_rate": 0.1, "model_state": (jnp.int32(0), jnp.float32(0))}
 
 
-def _train(pool: Any, args: tuple, round_timeout: float) -> TrainingResult:
+def _train(
+    pool: Any, args: tuple, round_timeout: float, folder: str | None = None
+) -> TrainingResult:
     return train(
         *args,
         workers=pool,
@@ -82,14 +90,22 @@ def _train(pool: Any, args: tuple, round_timeout: float) -> TrainingResult:
         round_timeout=round_timeout,
         start_timeout=0.0,
         max_failures=1,
+        checkpoint=None if folder is None else Checkpointer(folder, every=4),
         **_OPTIONS,
     )
 
 
-def _check_replay(pool: Any, name: str, batch_fn: Any, round_timeout: float) -> TrainingResult:
-    args = _arguments(name, batch_fn)
+def _check_replay(
+    pool: Any,
+    name: str,
+    batch_fn: Any,
+    round_timeout: float,
+    optimizer: Any = None,
+    folder: str | None = None,
+) -> TrainingResult:
+    args = _arguments(name, batch_fn, optimizer)
     try:
-        real = _train(pool, args, round_timeout)
+        real = _train(pool, args, round_timeout, folder)
     except WorkersLostError as error:
         raise AssertionError(f"a run of {name} must finish, got {error!r}") from error
     assert real.status == "finished", f"a run of {name} must finish, got {real.status!r}"
@@ -109,7 +125,7 @@ class _Losing:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        for name in ("open", "start", "submit", "stop", "close"):
+        for name in ("open", "start", "submit", "local_state", "stop", "close"):
             setattr(self, name, getattr(pool, name))
 
     def wait(self, timeout: float) -> TaskOutcome | None:

@@ -54,7 +54,8 @@ def _nesterov(
     rule = rules.nesterov(
         K, momentum, learning_rate, report_weight, accumulator_dtype=accumulator_dtype
     )
-    return Method("nesterov", rule, K, S, model_state_weight=share_of(1.0, 1 / K))
+    share = share_of(1 / K if report_weight is None else report_weight, 1.0)
+    return Method("nesterov", rule, K, S, model_state_weight=share)
 
 
 def _delayed_nesterov(
@@ -72,7 +73,7 @@ def _momentum_lookahead(
 ) -> Method:
     args = K, momentum, learning_rate, report_weight
     rule = rules.momentum_lookahead(*args, accumulator_dtype=accumulator_dtype)
-    share = share_of(1.0, 1 / math.sqrt(K))
+    share = share_of(1 / math.sqrt(K) if report_weight is None else report_weight, 1.0)
     return Method("momentum_lookahead", rule, K, S, model_state_weight=share)
 
 
@@ -81,7 +82,7 @@ def _heloco(
 ) -> Method:
     args = K, momentum, learning_rate, report_weight
     rule = rules.heloco(*args, accumulator_dtype=accumulator_dtype)
-    share = share_of(1.0, 1 / math.sqrt(K))
+    share = share_of(1 / math.sqrt(K) if report_weight is None else report_weight, 1.0)
     dispatch = rules.look_ahead(momentum, learning_rate)
     return Method("heloco", rule, K, S, model_state_weight=share, dispatch=dispatch)
 

@@ -14,13 +14,14 @@ from orlomo_jax.recording.recorder import RunRecorder
 from orlomo_jax.recording.saver import RunSaver
 from orlomo_jax.runtimes.failures import Failure, Failures, WorkersLostError
 from orlomo_jax.runtimes.journal_replay import JournalReplay
-from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, WorkerPool
+from orlomo_jax.runtimes.protocol import TaskOutcome, WorkerPool
 from orlomo_jax.runtimes.run_log import RunLog
 from orlomo_jax.runtimes.run_options import RunOptions
 from orlomo_jax.server.audit import Audit
 from orlomo_jax.server.reports import RejectedReportError, Report, Task, claimed_id
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.policies import Policy
+from orlomo_jax.worker.local_worker import KeptState
 from orlomo_jax.worker.workload import Workload
 
 _POLL = 0.2

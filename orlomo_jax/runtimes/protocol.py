@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from orlomo_jax.checks import check_number
 from orlomo_jax.server.reports import Report, Task
 from orlomo_jax.server.task_table import TaskId
+from orlomo_jax.worker.local_worker import KeptState
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 
@@ -33,23 +34,12 @@ class TaskOutcome(NamedTuple):
     received_bytes: int = 0
 
 
-class KeptState(NamedTuple):
-    """The state of a worker's optimizer after a round, which its next round starts from."""
-
-    round: int
-    state: Any
-
-
 class WorkerPool(Protocol):
     """K workers of some kind; :func:`~orlomo_jax.train` drives them from one thread.
 
-    A pool must run a task with ``workload.run(worker, round, task.start, local_state)`` and create
+    A pool must run a worker's tasks with its :class:`~orlomo_jax.worker.LocalWorker`, and create
     the report with ``task.report(result)``, so that a real run can be replayed bit for bit. Test
     your own pool with :func:`orlomo_jax.testing.check_worker_pool`.
-
-    Only if ``workload.keeps_state``, ``local_state`` is ``result.local_state`` of the worker's
-    previous round, or None if ``task.fresh``. A worker keeps the states of its newest two rounds,
-    because the server may not have the newest report yet.
     """
 
     def open(self, workload: Workload, num_workers: int) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 from orlomo_jax import trees
 from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes import jax_settings
-from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, check_slowdowns
+from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.runtimes.ray_actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.server.reports import Report, Task
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.local_worker import KeptState
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0

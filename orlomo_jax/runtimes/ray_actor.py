@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from orlomo_jax.runtimes import jax_settings
-from orlomo_jax.runtimes.protocol import KeptState
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.local_worker import KeptState, LocalWorker
 from orlomo_jax.worker.step_loop import RoundResult
 from orlomo_jax.worker.wire import wire_dtype
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
@@ -90,16 +90,15 @@ class OrlomoWorker:
         self, known: Known, worker: int, slowdown: float, kept: KeptState | None = None
     ) -> None:
         """Prepare; an error is returned as the answer to the first task."""
-        self._local_states: dict[int, Any] = {} if kept is None else dict([kept])
-        self._worker, self._slowdown, self._narrow = worker, slowdown, known.narrow
+        self._slowdown, self._narrow = slowdown, known.narrow
         self._warm = False
         self._error: Exception | None = None
         try:
-            self._prepare(known)
+            self._prepare(known, worker, kept)
         except Exception as error:
             self._error = error
 
-    def _prepare(self, known: Known) -> None:
+    def _prepare(self, known: Known, worker: int, kept: KeptState | None) -> None:
         check_versions(known.versions)
         jax_settings.adopt(known.settings)
         _keep_freed_memory()
@@ -111,11 +110,12 @@ class OrlomoWorker:
         if not isinstance(batch_fn, HostBatches):
             batch_fn = jax.tree.map(jnp.asarray, batch_fn)
         data_key, noise_key = (jax.random.wrap_key_data(key, impl=impl) for key in keys)
-        self._workload = Workload(round_fn, batch_fn, data_key, noise_key, steps)
+        workload = Workload(round_fn, batch_fn, data_key, noise_key, steps)
+        self._worker = LocalWorker(workload, worker, kept)
 
     def local_state(self, round: int) -> Any:
         """Return the state of the optimizer after a round; a round may run meanwhile."""
-        return to_numpy(self._local_states[round])
+        return to_numpy(self._worker.local_state(round))
 
     def run(self, round: int, start: RoundInput, fresh: bool) -> Answer | Raised:
         """Run a task's round; return its result or its exception."""
@@ -128,12 +128,7 @@ class OrlomoWorker:
 
     def _run(self, round: int, start: RoundInput, fresh: bool) -> Answer:
         begin = time.perf_counter()
-        continues = self._workload.keeps_state and not fresh
-        kept = self._local_states[round - 1] if continues else None
-        result, metrics, _ = self._workload.run(self._worker, round, start, kept)
-        if result.local_state is not None:  # it stays on the device of this worker
-            self._local_states = {round - 1: kept, round: result.local_state}
-        result, metrics = to_numpy((result._replace(local_state=None), metrics))
+        result, metrics = to_numpy(self._worker.run(round, start, fresh=fresh))
         if self._narrow is not None:
             cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
             result = result._replace(update=jax.tree.map(cast, result.update))

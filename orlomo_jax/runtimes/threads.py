@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 from orlomo_jax.runtimes import jax_settings
-from orlomo_jax.runtimes.protocol import KeptState, TaskOutcome, check_slowdowns
+from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.server.reports import Task
 from orlomo_jax.worker.host_batches import HostBatches
+from orlomo_jax.worker.local_worker import KeptState, LocalWorker
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 _PATIENCE = 60.0
@@ -112,7 +113,7 @@ class ThreadWorkers:
 
     def local_state(self, worker: int, round: int) -> Any:
         """Return the state of the worker's optimizer after a round."""
-        return self._threads[worker].local_states[round]
+        return self._threads[worker].local.local_state(round)
 
     def submit(self, task: Task) -> int:
         """Give the worker's thread a task; return 0, because no bytes are sent."""
@@ -161,8 +162,8 @@ class _Thread:
         outcomes: queue.SimpleQueue[TaskOutcome],
         kept: KeptState | None,
     ) -> None:
-        self.local_states: dict[int, Any] = {} if kept is None else dict([kept])
-        self.worker, self._workload, self._device = worker, workload, device
+        self.worker, self._device = worker, device
+        self.local = LocalWorker(workload, worker, kept)
         self._compiling, self._prepared = compiling, False
         self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -216,17 +217,12 @@ class _Thread:
             start = jax.device_put(start, self._device)  # slow for many leaves, also without a move
         if not self._prepared:
             with self._compiling:  # otherwise each thread of a device would compile the program
-                self._workload.compile(worker, round, start)
+                self.local.workload.compile(worker, round, start)
             self._prepared = True
-        kept = None
-        if self._workload.keeps_state and not task.fresh:
-            kept = self.local_states[round - 1]
-        result, metrics, _ = self._workload.run(worker, round, start, kept)
+        result, metrics = self.local.run(round, start, fresh=task.fresh)
         jax.block_until_ready(result)  # otherwise reports would arrive in the order of dispatch
         finite, metrics = to_numpy((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
-        if result.local_state is not None:  # after the newest two rounds
-            self.local_states = {round - 1: kept, round: result.local_state}
         return TaskOutcome(task.id, report, RoundMetrics(*metrics))
 
 

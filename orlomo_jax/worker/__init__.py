@@ -3,6 +3,8 @@
 from orlomo_jax.worker.host_batches import HostBatches as HostBatches
 from orlomo_jax.worker.local_round import local_momentum_sgd as local_momentum_sgd
 from orlomo_jax.worker.local_round import local_round as local_round
+from orlomo_jax.worker.local_worker import KeptState as KeptState
+from orlomo_jax.worker.local_worker import LocalWorker as LocalWorker
 from orlomo_jax.worker.partition import by_class_partition as by_class_partition
 from orlomo_jax.worker.partition import dirichlet_partition as dirichlet_partition
 from orlomo_jax.worker.protocols import BatchFn as BatchFn

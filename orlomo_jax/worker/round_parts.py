@@ -75,6 +75,7 @@ def convolves(function: Callable, *args: Any) -> bool:
     """Return whether a function contains a convolution; its arguments may be abstract.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> convolves(jnp.convolve, jnp.ones(3), jnp.ones(2)), convolves(jnp.dot, 1.0, 1.0)
         (True, False)
     """

@@ -247,8 +247,8 @@ def rounds_low_precision_once(case):
     wide_params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     state, wide_state = rule.init(params), reference.init(wide_params)
     for t, (update, wide_update) in enumerate(zip(low, wide, strict=True)):
-        updates, state = rule.update(update, state, params, **sent(case, t, params))
-        more = sent(case, t, wide_params)
+        updates, state = rule.update(update, state, params, **sent(case, t, update.momentum))
+        more = sent(case, t, wide_update.momentum)
         expected, wide_state = reference.update(wide_update, wide_state, wide_params, **more)
         rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
         helpers.assert_trees_equal(updates, rounded)
