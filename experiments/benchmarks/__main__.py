@@ -23,18 +23,21 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records
-from experiments.benchmarks import gpu, runtimes, scaling, server, simulator, stages, startup
+from experiments.benchmarks import field, gpu, runtimes, scaling, server, simulator, stages, startup
 from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
 from experiments.terminal import accept_any_terminal
 
 GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "server_step": server.step,
+    "rules": field.rules,
     "receive": server.receive,
     "finite": server.finite,
     "masters": server.masters,
     "worker": simulator.worker,
     "simulator": simulator.simulator,
+    "optimizers": field.optimizers,
+    "uneven": field.uneven,
     "axes": simulator.axes,
     "workers": scaling.workers,
     "local_steps": scaling.local_steps,
