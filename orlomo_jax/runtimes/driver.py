@@ -54,7 +54,7 @@ class Driver:
         self.untried: set[int] = set()  # workers from the beginning, without a report
         states = recorder.source.local_states
         self.replay = JournalReplay(self.server, workload, self.journal, states)
-        self.cancelled: set[TaskId] = set()  # tasks whose outcome is ignored
+        self.cancelled: set[TaskId] = set()  # tasks with outcomes that are ignored
         self.running = False  # whether the workers have the kept states
         self.present = self.replay.present
 
@@ -89,10 +89,9 @@ class Driver:
             try:
                 rounds = self.server.table.kept_rounds().items()
                 states = {worker: self.workers.local_state(worker, r) for worker, r in rounds}
-                self.recorder.source.local_states = states
             except Exception as error:  # the journal has everything since the last checkpoint
-                _log.warning("no checkpoint at step %s: %s", self.server.step, error)
-                return
+                return _log.warning("no checkpoint at step %s: %s", self.server.step, error)
+            self.recorder.source.local_states = states
         self.saver.save(events=len(self.journal.events) - self.replay.unseen)
 
     def _begin(self) -> None:
@@ -277,11 +276,11 @@ class Driver:
 
     def _start(self, worker: int) -> None:
         """Start a worker; if the run resumes, with the state that its optimizer had."""
-        kept, rounds = self.replay.local_states.get(worker), self.server.table.kept_rounds()
-        if self.running or kept is None or worker not in rounds:
-            self.workers.start(worker)
+        states, rounds = self.replay.local_states, self.server.table.kept_rounds()
+        if not self.running and worker in states.keys() & rounds.keys():
+            self.workers.start(worker, KeptState(rounds[worker], states[worker]))
         else:
-            self.workers.start(worker, KeptState(rounds[worker], kept))
+            self.workers.start(worker)
         self.starting.add(worker)
 
     def _dispatch(self, worker: int, kind: str) -> None:

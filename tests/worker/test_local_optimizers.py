@@ -26,10 +26,19 @@ PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.25]]), "b": jnp.array([0.1, -0.2]
 BATCHES = jnp.linspace(-1, 1, S * 4 * 2).reshape(S, 4, 2)
 loss_fn = from_loss(lambda params, x: jnp.mean((x @ params["w"] + params["b"] - jnp.sin(x)) ** 2))
 MATRICES = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+AS_MATRICES = lambda params: jax.tree.map(  # noqa: E731
+    lambda x: optax.contrib.MuonDimensionNumbers(), params
+)
 OPTIMIZERS = {
     "adamw": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
     "clipped": optax.chain(optax.clip_by_global_norm(0.01), optax.scale_by_adam()),
-    "muon": optax.contrib.scale_by_muon(),
+    "muon": optax.partition(
+        {
+            2: optax.contrib.scale_by_muon(weight_dimension_numbers=AS_MATRICES),
+            1: optax.scale_by_adam(),
+        },
+        lambda params: jax.tree.map(jnp.ndim, params),
+    ),
     "lion": optax.scale_by_lion(),
     "masked": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, MATRICES)),
     "schedule": optax.chain(
@@ -50,10 +59,7 @@ def plain_steps(optimizer, params, state, rate):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_rounds_are_a_plain_loop(name):
     optimizer = OPTIMIZERS[name]
-    if name == "muon":  # it takes matrices only
-        params = {"w": PARAMS["w"], "b": PARAMS["b"][None]}
-    else:
-        params = PARAMS
+    params = PARAMS
     round_fn, state = local_round(loss_fn, S, optimizer), optimizer.init(params)
     kept = None
     for start in (params, jax.tree.map(lambda x: x + 0.1, params)):
