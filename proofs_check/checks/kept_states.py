@@ -186,7 +186,7 @@ def run_error(subject: Subject, name: str, engine: str, num_steps: int, seed: in
 def kept_states(subject: Subject, size: Size) -> Iterator[Outcome]:
     """Compare simulations with uneven S, kept states and lost rounds with NumPy."""
     found: dict[str, tuple[float, int, str]] = {}
-    num_steps = max(size.long_steps // 4, 128)
+    num_steps = max(size.long_steps // 8, 128)
     with jax.enable_x64(True):
         for name, (*_, round_of, _) in RUNS.items():
             statement = "kept-states" if round_of is adamw_round else "ordered-outer-momentum"

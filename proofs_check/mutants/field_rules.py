@@ -119,7 +119,7 @@ def replaced(name: str, factory: Factory) -> Factory:
     return lambda wanted: factory if wanted == name else field_rule(wanted)
 
 
-def _in_order_of_arrival(name, num_workers, num_local_steps, **options):
+def in_order_of_arrival(name, num_workers, num_local_steps, **options):
     """Return a method; ordered outer momentum gives every report the weight 1 in u."""
     method = make_method(name, num_workers, num_local_steps, **options)
     if name != "ordered_outer_momentum":
@@ -199,7 +199,6 @@ FAULTY: tuple[tuple[str, str, str, Factory], ...] = (
     ("diloco", "η = 0.7 always", "diloco-without-momentum",
      lambda k, mu, eta: rules.diloco(k, mu)),
 )  # fmt: skip
-METHODS = {"momentum in the order of arrival": _in_order_of_arrival}
 KEPT = {
     "Adam's step counter restarted in each round": Mutant(
         "orlomo_jax.worker.step_loop:LocalRound._run", _restarts_counts),
