@@ -89,7 +89,8 @@ def used_by(name: str) -> list[str]:
 def _exercised(statement: str) -> list[str]:
     """Return the library's functions that a statement's checks run, if the source cites none."""
     names = {n for c in CHECKS.values() if statement in c.statements for n in used_by(c.name)}
-    places = [f"{location(getattr(orlomo_jax, n))} {n}, run by its checks" for n in sorted(names)]
+    values = {v.__name__: v for v in vars(Subject()).values() if inspect.isroutine(v)}
+    places = [f"{location(values[n])} {n}, run by its checks" for n in sorted(names & set(values))]
     return places or ["none: the statement is only mathematics"]
 
 

@@ -5,26 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import orlomo_jax
+import orlomo_jax.rules
 from proofs_check.claims import PAPER, Claims
 from proofs_check.optional import MissingPackage, require
-
-
-class Statement(NamedTuple):
-    """A statement of the paper, or one that the library adds.
-
-    Attributes:
-        title: The paper's name for it, if it has one.
-        says: The statement in one line.
-        cited: Regular expression that matches its citations in the library's source, for ``--map``.
-    """
-
-    title: str
-    says: str
-    cited: str
-
+from proofs_check.statements import FIELD_STATEMENTS, Statement
 
 _server = r"Alg(orithm|\.) {0}\b(?!, l(ines?|\.) (1[7-9]|2\d))"
 STATEMENTS: dict[str, Statement] = {
@@ -80,7 +67,12 @@ STATEMENTS: dict[str, Statement] = {
     "remark-5": Statement(
         "Remark 5", "O(√(Lσ²/(ST)) + (KLσ)^{2/3}(S−1)^{1/3}/(ST)^{2/3} + KL/T)", r"Remark 5\b"
     ),
-}
+} | FIELD_STATEMENTS
+
+
+def field_rule(name: str) -> Callable[..., Any]:
+    """Return the factory in :mod:`orlomo_jax.rules` with this name."""
+    return getattr(orlomo_jax.rules, name)
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,7 @@ class Subject:
         worker_momentum: Whether the workers report Δu. If False, Δw replaces Δu in the lemmas.
         al_sgd, local_ormo_da, prsgdm, delay_adaptive, local_momentum_sgd, parameter_server: The
             functions and classes of the same names.
+        field_rule: Maps a name to the factory in ``orlomo_jax.rules``.
         make_method, simulate: The library's main entry points.
         claims: The formulas that the functions are compared with.
     """
@@ -106,6 +99,7 @@ class Subject:
     delay_adaptive: Callable[..., Any] = orlomo_jax.delay_adaptive
     local_momentum_sgd: Callable[..., Any] = orlomo_jax.local_momentum_sgd
     parameter_server: Callable[..., Any] = orlomo_jax.ParameterServer
+    field_rule: Callable[[str], Callable[..., Any]] = field_rule
     make_method: Callable[..., orlomo_jax.Method] = orlomo_jax.make_method
     simulate: Callable[..., orlomo_jax.TrainingResult] = orlomo_jax.simulate
     claims: Claims = PAPER

@@ -13,3 +13,7 @@ from proofs_check.checks import worker_details as worker_details  # isort: skip
 from proofs_check.checks import bounds_measured as bounds_measured  # isort: skip
 from proofs_check.checks import special_cases as special_cases  # isort: skip
 from proofs_check.checks import convergence_rates as convergence_rates  # isort: skip
+from proofs_check.checks import field_rules_exact as field_rules_exact  # isort: skip
+from proofs_check.checks import field_identities as field_identities  # isort: skip
+from proofs_check.checks import kept_states as kept_states  # isort: skip
+from proofs_check.checks import uneven_local_steps as uneven_local_steps  # isort: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from orlomo_jax import al_sgd, local_ormo_da, orlomo, prsgdm
 from proofs_check.claims import PAPER, Claims
-from proofs_check.mutants import bookkeeping, worker_rounds
+from proofs_check.mutants import bookkeeping, field_rules, worker_rounds
 from proofs_check.mutants.bookkeeping import Mutant
 from proofs_check.mutants.faulty_rules import (
     RULES,
@@ -25,7 +25,7 @@ from proofs_check.mutants.faulty_rules import (
     round_with_squared_momentum,
     with_defaults,
 )
-from proofs_check.registry import SMALL, Outcome, Size, Subject, run
+from proofs_check.registry import CHECKS, SMALL, Outcome, Size, Subject, run
 
 
 class Control(NamedTuple):
@@ -146,6 +146,12 @@ OTHERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
      {"local_ormo_da": faulty(Faults(swap=True, past=lambda b, n: past_descent(b, n) - 1))}),
     ("convergence-rate", "Remark 5's γ without K", "remark-5", {"claims": _without_workers}),
     ("stationary-error", "η = ½ for every K", "remark-4", {"rule": rate_without_workers}),
+    ("uneven-local-steps", "a round with β² for β", "identity lemma-3",
+     {"local_momentum_sgd": round_with_squared_momentum}),
+    ("uneven-local-steps", "no past descent", "lemma-2", {"rule": faulty(RULES["no past descent"][0])}),
+    ("uneven-local-steps", "n+1 for n", "lemma-1", {"rule": faulty(RULES["n+1 for n"][0])}),
+    ("kept-states", "momentum in the order of arrival", "ordered-outer-momentum",
+     {"make_method": field_rules.in_order_of_arrival}),
 )  # fmt: skip
 
 MUTANTS = (
@@ -155,6 +161,7 @@ MUTANTS = (
     ("long-simulations", "weight-decay", worker_rounds.WEIGHT_DECAY),
     ("worker-noise", "noise-keys", worker_rounds.STEP_KEYS | worker_rounds.ROUND_KEYS),
     ("worker-weight-decay", "weight-decay", worker_rounds.WEIGHT_DECAY),
+    ("kept-states", "kept-states", field_rules.KEPT),
 )
 
 
@@ -171,6 +178,12 @@ def controls() -> dict[str, Control]:
         claims = _less(lemma, float(Fraction(factor)))
         rows.append((check, name, (lemma.replace("_", "-"),), {"claims": claims}))
     rows += [(check, name, tuple(held.split()), how) for check, name, held, how in OTHERS]
+    for rule, fault, held, factory in field_rules.FAULTY:
+        how = {"field_rule": field_rules.replaced(rule, factory)}
+        for check in ("field-momentum-rules", "field-buffer-rules", "field-identities"):
+            caught = tuple(key for key in held.split() if key in CHECKS[check].statements)
+            if caught:
+                rows.append((check, f"{rule}: {fault}", caught, how))
     found = [Control(Subject(name, **broken), check, held) for check, name, held, broken in rows]
     for check, statement, faults in MUTANTS:
         found += [Control(Subject(n), check, (statement,), fault) for n, fault in faults.items()]

@@ -31,214 +31,29 @@ from orlomo_jax.rules import (
 from proofs_check import exact_rules_momentum as exact
 from tests.support import helpers
 
-K, REPORTS = 4, 60
-LEAVES = {"a": 3, "b": 2}
-START = {name: [0.5 * i - 1.0 for i in range(size)] for name, size in LEAVES.items()}
-
-
-def rate(step):
-    """A schedule that is exact in binary, of integers and of arrays."""
-    return 0.25 + 0.125 * (step % 3)
-
-
-def exact_rate(step):
-    return Fraction(rate(step))
-
-
-MU, C, RHO = Fraction(0.9), Fraction(0.25), Fraction(0.5)
+MU = Fraction(0.9)
+RHO = Fraction(0.5)
 LOOK = look_ahead(0.9, rate)
-SERVERS = {
-    "fedasync": (fedasync(rate), lambda w: exact.FedAsync(w, exact_rate, exact.inverse_root)),
-    "fedasync, hinge": (
-        fedasync(0.5, hinge(3, 2)),
-        lambda w: exact.FedAsync(w, lambda step: Fraction(1, 2), exact.hinge(3, 2)),
-    ),
-    "fedasync, constant": (
-        fedasync(rate, constant()),
-        lambda w: exact.FedAsync(w, exact_rate, lambda delay: Fraction(1)),
-    ),
-    "fedbuff": (
-        fedbuff(3, rate),
-        lambda w: exact.FedBuff(w, 3, exact_rate, exact.inverse_root),
-    ),
-    "fedbuff, hinge": (
-        fedbuff(2, 0.5, hinge(3, 1)),
-        lambda w: exact.FedBuff(w, 2, lambda step: Fraction(1, 2), exact.hinge(3, 1)),
-    ),
-    "nesterov": (
-        nesterov(K, 0.9, rate),
-        lambda w: exact.Nesterov(w, MU, exact_rate, Fraction(1, K)),
-    ),
-    "delayed_nesterov": (
-        delayed_nesterov(K, None, 0.9, rate),
-        lambda w: exact.DelayedNesterov(w, K, MU, exact_rate, Fraction()),
-    ),
-    "delayed_nesterov, c": (
-        delayed_nesterov(K, 3, 0.9, rate, 0.25),
-        lambda w: exact.DelayedNesterov(w, 3, MU, exact_rate, C),
-    ),
-    "momentum_lookahead": (
-        momentum_lookahead(K, 0.9, rate),
-        lambda w: exact.MomentumLookAhead(w, MU, exact_rate, RHO),
-    ),
-    "heloco": (heloco(K, 0.9, rate), lambda w: exact.HeLoCo(w, MU, exact_rate, RHO)),
-    "heloco, strong": (
-        heloco(K, 0.9, rate, correction=Correction(0.5, 4.0, 0.25, 3.0, 0.5, 1e-4)),
-        lambda w: Strong(w, MU, exact_rate, RHO),
-    ),
-    "heloco, μ = 0": (
-        heloco(K, 0.0, rate),
-        lambda w: exact.HeLoCo(w, Fraction(), exact_rate, RHO),
-    ),
-}
 
 
-class Strong(exact.HeLoCo):
-    """Constants with which both caps bind."""
-
-    ALIGNED, SHRINK, MOST = Fraction(1, 2), Fraction(4), Fraction(1, 4)
-    TURN, KAPPA, EPSILON = Fraction(3), Fraction(1, 2), Fraction(1e-4)
-
-
-class Server:
-    """A server with a rule of the library, used like those of ``proofs_check``."""
-
-    def __init__(self, rule, dispatch, step):
-        self.params = {name: jnp.array(leaf, float) for name, leaf in START.items()}
-        self.state, self._dispatch, self._step = rule.init(self.params), dispatch, step
-
-    def dispatch(self):
-        step = self.state.step
-        sent = self._dispatch(self.state, self.params) if self._dispatch else self.params
-        return int(step), int(contract.version_of(self.state, step)), sent
-
-    def receive(self, delta, sent):
-        report = LocalUpdate({name: jnp.array(leaf, float) for name, leaf in delta.items()})
-        self.params, self.state = self._step(self.params, self.state, report, sent)
+def of(name):
+    """Return the rule, its transcription and its dispatch."""
+    row = MOMENTUM[name]
+    return row.made(getattr(rules, row.rule)), row.exact, row.dispatch
 
 
-@lru_cache
-def compiled(rule, dispatch):
-    """A step of the rule, and its dispatch, compiled once."""
-
-    def step(params, state, report, sent):
-        at, version, start = sent
-        updates, state = rule.update(
-            report, state, params,
-            dispatched_at=at, dispatched_version=version, worker=0, dispatched_params=start,
-            num_local_steps=5, local_learning_rate=0.25,
-        )  # fmt: skip
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step), dispatch and jax.jit(dispatch)
-
-
-def life(seed):
-    """Draw what happens to K workers until there are enough reports: sends and reports.
-
-    A lost task is sent again; the last worker joins late; any worker may leave and come back.
-    """
-    draws = random.Random(seed)
-    busy, events = set(range(K - 1)), [("sent", worker, None) for worker in range(K - 1)]
-    reports = 0
-    while reports < REPORTS:
-        worker = draws.randrange(K)
-        if worker not in busy:
-            busy.add(worker)
-        elif len(busy) > 1 and draws.random() < 0.1:
-            busy.remove(worker)
-            continue
-        elif draws.random() < 0.75:  # else the task is lost
-            empty = draws.choice([None, None, None, *LEAVES])
-            delta = {
-                name: [0.0 if name == empty else draws.randint(-64, 64) / 16 for _ in range(size)]
-                for name, size in LEAVES.items()
-            }
-            events.append(("report", worker, delta))
-            reports += 1
-        events.append(("sent", worker, None))
-    return events
-
-
-def disagreement(rule, make_exact, seed, dispatch=None):
-    """The largest error of w, and of what is sent, relative to the largest |w|, over a run."""
-    with jax.enable_x64(True):
-        step, dispatch = compiled(rule, dispatch)
-        ours = Server(rule, dispatch, step)
-        theirs = {name: make_exact([Fraction(x) for x in leaf]) for name, leaf in START.items()}
-        held, error, largest = {}, 0.0, 1.0
-        for kind, worker, delta in life(seed):
-            if kind == "sent":
-                sents = {name: server.dispatch() for name, server in theirs.items()}
-                held[worker] = ours.dispatch(), sents
-                pairs = [(held[worker][0][2][name], sents[name].params) for name in LEAVES]
-                assert {(s.step, s.version) for s in sents.values()} == {held[worker][0][:2]}
-            else:
-                sent, sents = held.pop(worker)
-                ours.receive(delta, sent)
-                for name, server in theirs.items():
-                    server.receive([Fraction(x) for x in delta[name]], sents[name])
-                pairs = [(ours.params[name], theirs[name].w) for name in LEAVES]
-            for got, wanted in pairs:
-                wanted = np.array(wanted, float)
-                error = np.maximum(error, np.max(np.abs(np.asarray(got) - wanted)))  # keeps NaN
-                largest = max(largest, np.max(np.abs(wanted)))
-        return error / largest, theirs
-
-
-def dispatch_of(name):
-    if "μ = 0" in name:
-        return look_ahead(0.0, rate)
-    return LOOK if "heloco" in name else None
-
-
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", MOMENTUM)
 def test_exact_rational(name):
-    rule, make_exact = SERVERS[name]
+    rule, make_exact, dispatch = of(name)
     for seed in range(5):
-        error, _ = disagreement(rule, make_exact, seed, dispatch_of(name))
+        error, _ = disagreement(rule, make_exact, seed, dispatch)
         assert error <= 1e-12
 
 
 def test_the_runs_reach_every_case_of_heloco():
-    rule, make_exact = SERVERS["heloco"]
-    _, servers = disagreement(rule, make_exact, 0, LOOK)
+    _, servers = disagreement(*of("heloco")[:2], 0, LOOK)
     seen = set.union(*(server.seen for server in servers.values()))
     assert seen == {"none", "aligned", "opposed", "turned"}
-
-
-def changed(rule, before=lambda report, *_: report, after=lambda updates, *_: updates):
-    """Return the rule with a report changed before it, or the updates after it."""
-
-    def update(report, state, params=None, **extra):
-        report = before(report, state, params, extra)
-        updates, new = rule.update(report, state, params, **extra)
-        return after(updates, new, params, report), new
-
-    return optax.GradientTransformationExtraArgs(rule.init, update)
-
-
-def against_current(report, state, params, extra):
-    """Take Δ against the current w, not against what was sent."""
-    local = jax.tree.map(jnp.subtract, extra["dispatched_params"], report.delta)
-    return LocalUpdate(jax.tree.map(jnp.subtract, params, local))
-
-
-def counted_twice(updates, state, params, report):
-    """At the N-th report, descend along the mean, too."""
-    last = jnp.where(state.step % K == 0, rate(state.step - 1) / K, 0.0)
-    return jax.tree.map(lambda u, total: u - last * total, updates, state.pending)
-
-
-def steps_as_delays(report, state, params, extra):
-    """Count the delay in reports: give the version that makes it so."""
-    extra["dispatched_version"] = state.version - (state.step - extra["dispatched_at"])
-    return report
-
-
-def counted_again(report, state, params, extra):
-    extra["dispatched_at"] = state.step
-    return report
 
 
 def without_look_ahead(rule_state, params):
@@ -251,14 +66,14 @@ MUTANTS = {
     "not divided by B": ("fedbuff", fedbuff(3, lambda step: 3 * rate(step))),
     "each report twice": (
         "delayed_nesterov",
-        changed(delayed_nesterov(K, None, 0.9, rate), after=counted_twice),
+        changed(delayed_nesterov(K, None, 0.9, rate), after=counted_twice(K, rate)),
     ),
     "η for ε": ("delayed_nesterov", delayed_nesterov(K, None, 0.9, lambda t: K * rate(t))),
     "ε for η": ("delayed_nesterov", delayed_nesterov(K, None, 0.9, lambda t: rate(t) / K)),
     "another N": ("delayed_nesterov", delayed_nesterov(K, K + 1, 0.9, rate)),
     "c = 0": ("delayed_nesterov, c", delayed_nesterov(K, 3, 0.9, rate)),
     "Δ for w − local": ("fedasync", al_sgd(K, rate, polynomial())),
-    "delay 0": ("fedasync", changed(fedasync(rate), before=counted_again)),
+    "delay 0": ("fedasync", changed(fedasync(rate), before=dispatched_now)),
     "no weight": ("fedasync", fedasync(rate, constant())),
     "ρ = 1/√K": ("nesterov", nesterov(K, 0.9, rate, K**-0.5)),
     "sum, not average": ("momentum_lookahead", nesterov(K, 0.9, rate, K**-0.5)),
@@ -278,12 +93,13 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_disagree(mutant):
     name, rule = MUTANTS[mutant]
-    error, _ = disagreement(rule, SERVERS[name][1], 0, dispatch_of(name))
+    _, make_exact, dispatch = of(name)
+    error, _ = disagreement(rule, make_exact, 0, dispatch)
     assert error > 1e-4
 
 
 def test_heloco_sends_the_point_ahead():
-    rule, make_exact = SERVERS["heloco"]
+    rule, make_exact, _ = of("heloco")
     error, _ = disagreement(rule, make_exact, 0, without_look_ahead)
     assert error > 1e-4
 
@@ -435,7 +251,7 @@ def test_n_reports_of_delayed_nesterov_are_one_step_on_their_mean(seed):
     assert not agree(path(TWICE)(deltas, *rest)[K - 1 :: K], wanted)
 
 
-TWICE = changed(delayed_nesterov(K, None, 0.9, 0.5), after=counted_twice)
+TWICE = changed(delayed_nesterov(K, None, 0.9, 0.5), after=counted_twice(K, rate))
 
 
 @examples()
