@@ -53,6 +53,11 @@ class Together:
     def __init__(self, engines: Sequence[CompiledEngine]) -> None:
         """Check that the engines can share a program."""
         first, *others = engines
+        if first.workload.local_steps is not None:  # vmap would compute the branch of every S
+            raise ValueError(
+                "runs together must have one S for all workers, got "
+                f"num_local_steps={first.workload.local_steps}"
+            )
         for engine in others:
             mine, theirs = ((e.program, e.workload.batch_fn) for e in (engine, first))
             if mine != theirs:

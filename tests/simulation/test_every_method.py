@@ -19,6 +19,7 @@ from orlomo_jax import (
     train,
 )
 from orlomo_jax.methods import FIELD_METHODS, METHOD_NAMES
+from orlomo_jax.simulation import RunStart, simulate_together
 from orlomo_jax.traces.events import Events
 from orlomo_jax.worker import Workload
 from tests.support import helpers
@@ -236,3 +237,25 @@ def test_adams_step_count(keep):
         return
     assert int(state.count) == 2
     assert int(round_fn(*args, local_state=state).local_state.count) == 4
+
+
+def test_runs_together_keep_their_states():
+    """Each run has its own order of arrivals, and so its own states."""
+    method = method_of("ordered_outer_momentum", uneven=False)
+    round_fn = method.local_round(loss_fn)
+    orders = [[0, 1, 2] * 4, [0, 0, 1, 2, 1, 2] * 2]
+    starts = [
+        RunStart(PARAMS, ArrivalTrace.from_workers(order, K), jax.random.key(seed), 0.02, STATE)
+        for seed, order in enumerate(orders)
+    ]
+    together = simulate_together(method, round_fn, batch_fn, starts)
+    for start, result in zip(starts, together, strict=True):
+        (alone,) = simulate_together(method, round_fn, batch_fn, [start], engine=Compiled("loop"))
+        helpers.assert_trees_close(result.params, alone.params, **ROUNDING)
+
+
+def test_runs_together_refuse_an_uneven_s():
+    method = method_of("al_sgd")
+    start = RunStart(PARAMS, trace_of(method), jax.random.key(0), 0.02, STATE)
+    with pytest.raises(ValueError, match="must have one S for all workers"):
+        simulate_together(method, method.local_round(loss_fn), batch_fn, [start, start])
