@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from experiments.comparison.tasks import Task, partition_of
 from orlomo_jax import ArrivalTrace, delay_adaptive, simulate
 from orlomo_jax.rules import rescaled
 
-EVALUATIONS = 12
+EVALUATIONS = 10
 """Points of a curve."""
 Row = dict[str, Any]
 
@@ -31,7 +32,6 @@ class Setting:
 
     task: str
     cluster: str
-    compute_times: str
     workers: int
     local_steps: str
     partition: str
@@ -39,17 +39,18 @@ class Setting:
     batch_size: int
     num_gradients: int
     method: str
-    hyperparameters: str
     learning_rate: float
     eta_factor: float
     seed: int
     purpose: str
+    digest: str
+    """Of the compute times and the method's hyperparameters, so that a change runs again."""
 
     @property
     def cell(self) -> Setting:
         """The settings that the methods are compared under."""
-        blank = {"method": "", "hyperparameters": "", "local_steps": ""}
-        return replace(self, learning_rate=0.0, eta_factor=0.0, seed=0, purpose="", **blank)
+        blank = {"method": "", "local_steps": "", "purpose": "", "digest": ""}
+        return replace(self, learning_rate=0.0, eta_factor=0.0, seed=0, **blank)
 
 
 class Point(NamedTuple):
@@ -71,13 +72,13 @@ def job(
     task: Task, cluster: Cluster, method: str, point: Point, shared: dict[str, Any], **own: Any
 ) -> Job:
     """Return the run of a method at a point of the grid."""
-    times = asdict(cluster.compute_times)
+    chosen = hyperparameters(method, cluster.num_workers, point.eta_factor)
+    content = json.dumps([asdict(cluster.compute_times), chosen])
     setting = Setting(
         cluster=cluster.name,
-        compute_times=json.dumps({k: v for k, v in times.items() if v not in ((), 0, 0.0)}),
         workers=cluster.num_workers,
         method=method,
-        hyperparameters=json.dumps(hyperparameters(method, cluster.num_workers, point.eta_factor)),
+        digest=hashlib.sha256(content.encode()).hexdigest()[:8],
         **point._asdict(),
         **shared,
         **own,
@@ -134,7 +135,6 @@ def carry_out(job: Job) -> Row:
         "updates": updates,
         "curve": {
             "gradients": [int(done[e.step - 1]) for e in evaluations],
-            "updates": [round(e.step * updates / trace.num_steps) for e in evaluations],
             "time": [short(e.time) for e in evaluations],
             "loss": [short(e.metrics["loss"]) for e in evaluations],
         },
