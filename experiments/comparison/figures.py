@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
+from PIL import Image
 
 from experiments.comparison.runs import Row
 
@@ -35,9 +38,11 @@ def draw_all(found: Sequence[Cell], rows: Sequence[Row], out: Path) -> list[str]
 
 
 def _save(figure: Any, path: Path, dpi: int = 70) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    """Save a PNG of few colours, so that it is small; the same figure gives the same bytes."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)
+    Image.open(whole).convert("RGB").quantize(48).save(path, optimize=True)
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def _curves(found: Sequence[Cell], path: Path) -> None:
     """Draw the mean loss per gradient, per update of w and per virtual second."""
     kinds = (("gradients", "gradients"), ("updates", "updates of w"), ("time", "virtual seconds"))
     figure, axes = plt.subplots(
-        len(found), 3, figsize=(13, 3.1 * len(found)), squeeze=False, layout="constrained"
+        len(found), 3, figsize=(12, 2.5 * len(found)), squeeze=False, layout="constrained"
     )
     colours = _colours([*ALWAYS, *(e.method for cell in found for e in cell.entries[:TOP])])
     for line, cell in zip(axes, found, strict=True):
@@ -148,25 +153,32 @@ def _sensitivity(rows: Sequence[Row], path: Path) -> None:
     for axis, (method, lines) in zip(axes.flat, losses.items(), strict=False):
         for (factor, *place), rates in sorted(lines.items()):
             dash = DASHES[places.index(tuple(place)) % len(DASHES)]
-            means = [np.mean(x) if None not in x else np.nan for x in rates.values()]
-            x, y = zip(*sorted(zip(rates, np.minimum(means, top), strict=True)), strict=True)
+            x = sorted(rates)
+            means = [np.nan if None in rates[rate] else np.mean(rates[rate]) for rate in x]
+            y = np.minimum(np.array(means, float), top)
             axis.plot(x, y, dash, color=shades[factors.index(factor)], lw=1, marker=".", ms=3)
         axis.set_title(method, fontsize=8)
         axis.set(xscale="log", yscale="log")
+        rates = sorted({row["setting"]["learning_rate"] for row in rows})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=7)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.supxlabel("γ")
     figure.supylabel(f"final loss (cut at {top:.2g}; gaps diverged)")
-    lines = [plt.Line2D([], [], color=shade) for shade in shades]
+    lines = [Line2D([], [], color=shade) for shade in shades]
     names = [f"η factor {factor:g}" for factor in factors]
-    lines += [plt.Line2D([], [], color="black", linestyle=DASHES[i % 4]) for i in range(len(places))]
-    names += [" S = ".join(place) for place in places]
-    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8)
+    for index, place in enumerate(places):
+        lines.append(Line2D([], [], color="black", linestyle=DASHES[index % len(DASHES)]))
+        names.append(", S = ".join(place))
+    title = "The final loss against γ"
+    figure.legend(lines, names, title=title, loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path, 60)
 
 
 def _has_shares(cell: Cell) -> bool:
+    """Return whether the workers differ in speed and data."""
     rows = [row for entry in cell.entries for row in entry.rows]
-    return cell.setting.partition != "iid" and any("accuracy" in _of(row) for row in rows)
+    differ = (_of(row) != _of(row, "fastest") and "accuracy" in _of(row) for row in rows)
+    return cell.setting.partition != "iid" and any(differ)
 
 
 def _of(row: Row, worker: str = "slowest") -> Row:

@@ -166,7 +166,7 @@ def _unequal(
         mine = trace.workers == worker
         out[name] = {"reports": short(float(mine.mean()))}
         for rule, weigh in (("eq6", delay_adaptive), ("rescaled", rescaled)):
-            weights = np.asarray(weigh(cluster.num_workers)(trace.delays))
+            weights = np.asarray(weigh(cluster.num_workers)(jnp.asarray(trace.delays)))
             out[name][rule] = short(float(weights[mine].sum() / weights.sum()))
         counts = np.bincount(labels[parts[worker]], minlength=int(labels.max()) + 1)
         of_class = [last.get(f"accuracy_of_class_{c}", math.nan) for c in range(len(counts))]

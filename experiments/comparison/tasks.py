@@ -64,9 +64,8 @@ def check_start(name: str, task: Task, num_workers: int, partition: str) -> None
     params, model_state, key = task.start(0)
     batches = task.batches(num_workers, 1, partition, 0)(key, 0, 0)
     batch = jax.tree.map(lambda x: x[0], batches)
-    (loss, _), gradient = jax.value_and_grad(task.loss_fn, has_aux=True)(
-        params, model_state, batch, key
-    )
+    gradient_fn = jax.jit(jax.value_and_grad(task.loss_fn, has_aux=True))
+    (loss, _), gradient = gradient_fn(params, model_state, batch, key)
     evaluated = task.evaluate(params, model_state).get("loss")
     if evaluated is None:
         raise ValueError(f"`evaluate` of the task {name!r} must return a dict with 'loss'")
