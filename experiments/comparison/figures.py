@@ -42,7 +42,7 @@ def _save(figure: Any, path: Path, dpi: int = 70) -> None:
     whole = io.BytesIO()
     figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(48).save(path, optimize=True)
+    Image.open(whole).convert("RGB").quantize(32).save(path, optimize=True)
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _curves(found: Sequence[Cell], path: Path) -> None:
     """Draw the mean loss per gradient, per update of w and per virtual second."""
     kinds = (("gradients", "gradients"), ("updates", "updates of w"), ("time", "virtual seconds"))
     figure, axes = plt.subplots(
-        len(found), 3, figsize=(12, 2.5 * len(found)), squeeze=False, layout="constrained"
+        len(found), 3, figsize=(12, 2.3 * len(found)), squeeze=False, layout="constrained"
     )
     colours = _colours([*ALWAYS, *(e.method for cell in found for e in cell.entries[:TOP])])
     for line, cell in zip(axes, found, strict=True):
@@ -115,7 +115,7 @@ def _curves(found: Sequence[Cell], path: Path) -> None:
         line[1].set_xscale("log")
         line[2].axvline(cell.when, color="black", linewidth=0.7, linestyle=":")
         line[2].legend(fontsize=7)
-    _save(figure, path, 60)
+    _save(figure, path, 52)
 
 
 def _axis(row: Row, kind: str) -> list[float]:

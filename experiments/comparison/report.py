@@ -94,8 +94,11 @@ class Cell(NamedTuple):
         where = f"On {self.title}, task {self.setting.task}, after {self.when:.4g} virtual seconds"
         if not np.isfinite(best.mean):
             return f"{where}, no method has a finite loss."
+        same = [entry for entry in others if entry.losses == best.losses]
+        others = [entry for entry in others if entry not in same]
+        ties = "".join(f" (the same as {entry.method} here)" for entry in same)
         text = (
-            f"{where}, {best.method} with S = {best.local_steps} has the lowest loss, "
+            f"{where}, {best.method}{ties} with S = {best.local_steps} has the lowest loss, "
             f"{spread(best.losses)}"
         )
         if not others or not np.isfinite(others[0].mean):
@@ -175,8 +178,8 @@ def markdown(found: Sequence[Cell]) -> str:
         "# Comparison of methods",
         "",
         "Made by `python -m experiments.compare` from rows.jsonl. Losses are mean ± standard "
-        "deviation over the seeds. \\* means that the best point is at an edge of the grid. "
-        "Delays are counted in reports.",
+        "deviation over the seeds; those at t are interpolated between evaluations. "
+        "\\* means that the best point is at an edge of the grid. Delays are counted in reports.",
     ]
     for cell in found:
         lines += ["", f"## {cell.title}", "", cell.answer(), ""]

@@ -228,9 +228,12 @@ def best_point(rows: Iterable[Row]) -> Point | None:
 
 
 def loss_at(row: Row, when: float) -> float | None:
-    """Return a run's loss at its last evaluation up to a virtual time; None before the first."""
-    curve = row["curve"]
-    losses = [
-        loss for t, loss in zip(curve["time"], curve["loss"], strict=True) if t <= when * (1 + 1e-9)
-    ]
-    return losses[-1] if losses and row["status"] == "finished" else None
+    """Return a run's loss at a virtual time, by a straight line between its evaluations.
+
+    It is None for a run that diverged, and before the first evaluation; after the last one it is
+    the last loss.
+    """
+    times, losses = row["curve"]["time"], row["curve"]["loss"]
+    if row["status"] != "finished" or None in losses or when < times[0]:
+        return None
+    return float(np.interp(when, times, losses))

@@ -153,6 +153,17 @@ class TestReport:
         for name in ("ranking", "curves", "sensitivity"):
             assert (out / f"{name}.png").stat().st_size > 1000
 
+    def test_methods_that_are_the_same_share_the_answer(self):
+        rows = {"status": "finished", "curve": {"time": [1.0], "loss": [2.0]}}
+        entries = [report.Entry(name, "8", None, "", [rows], [2.0]) for name in ("al_sgd", "twin")]
+        entries.append(report.Entry("worse", "8", None, "", [rows], [3.0]))
+        setting = runs.Setting(
+            *("quadratic", "equal", 4, "8", "iid", "sgd", 16, 100, "", 0.0, 0.0, 0, "", "")
+        )
+        answer = report.Cell(setting, 1.0, entries).answer()
+        assert "al_sgd (the same as twin here) with S = 8 has the lowest loss" in answer
+        assert "the next is worse" in answer
+
     def test_a_divergent_point_is_never_the_best(self):
         def row(rate, loss):
             return {"setting": {"learning_rate": rate, "eta_factor": 1.0}, "loss": loss}
@@ -161,7 +172,7 @@ class TestReport:
         assert runs.best_point(rows) == (0.1, 1.0)
         assert runs.best_point(rows[2:]) is None
 
-    def test_the_loss_at_a_time_is_that_of_the_last_evaluation(self):
+    def test_the_loss_at_a_time_lies_between_two_evaluations(self):
         row = {"status": "finished", "curve": {"time": [1.0, 2.0], "loss": [5.0, 4.0]}}
-        assert [runs.loss_at(row, t) for t in (0.5, 1.0, 1.9, 7.0)] == [None, 5.0, 5.0, 4.0]
+        assert [runs.loss_at(row, t) for t in (0.5, 1.0, 1.5, 7.0)] == [None, 5.0, 4.5, 4.0]
         assert runs.loss_at(row | {"status": "diverged"}, 7.0) is None
