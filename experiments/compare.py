@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.comparison import clusters, report, tasks
 from experiments.comparison.clusters import ALL_METHODS, Cluster
 from experiments.comparison.runs import Book, Job, Point, best_point, job
+from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 
 
@@ -199,7 +200,7 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         comparison = Comparison(config)
         book = Book(config.out / "rows.jsonl")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataError) as error:
         raise SystemExit(str(error)) from None
     try:
         rows = run_all(comparison, book, console)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from experiments.comparison.runs import Row
@@ -42,7 +43,9 @@ def _save(figure: Any, path: Path, dpi: int = 70) -> None:
     whole = io.BytesIO()
     figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(32).save(path, optimize=True)
+    Image.open(whole).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(
+        path, optimize=True
+    )
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +81,8 @@ def _ranking(found: Sequence[Cell], path: Path) -> None:
             axis.plot(entry.mean, place, "|", color=shade, markersize=12)
         names = [_label(entry, _several(cell)) for entry in shown]
         axis.set_yticks(range(len(shown)), names, fontsize=8)
-        axis.set(xscale="log", title=cell.title, xlabel=f"loss at {cell.when:.4g} s")
+        axis.set_title(cell.title, fontsize=9)
+        axis.set(xscale="log", xlabel=f"loss at {cell.when:.4g} s")
         axis.grid(alpha=0.3, axis="x")
     _save(figure, path)
 
@@ -113,8 +117,10 @@ def _curves(found: Sequence[Cell], path: Path) -> None:
                 top = max(row["curve"]["loss"][0] for row in first) * 3
                 axis.set_ylim(top=min(top, axis.get_ylim()[1]))
         line[1].set_xscale("log")
+        line[1].xaxis.set_minor_formatter(NullFormatter())
+        line[2].set_xlim(0, 1.7 * cell.when)  # a barrier makes the rest much longer
         line[2].axvline(cell.when, color="black", linewidth=0.7, linestyle=":")
-        line[2].legend(fontsize=7)
+        line[2].legend(fontsize=7, loc="upper right")
     _save(figure, path, 52)
 
 
@@ -204,7 +210,8 @@ def _slow_workers(found: Sequence[Cell], path: Path) -> None:
         above.barh(["reports", "Eq. (6)", "rescaled"], shares, color=["0.6", "#c2185b", "#3a9d5d"])
         above.axvline(100 / cell.setting.workers, color="black", linestyle=":")
         above.invert_yaxis()
-        above.set(title=cell.title, xlabel=f"slowest worker's share of {sample.method}, %")
+        above.set_title(cell.title, fontsize=9)
+        above.set(xlabel=f"slowest worker's share of {sample.method}, %")
         shown = sorted(free, key=lambda entry: _mean_of(entry, "accuracy") or 0.0)
         for place, entry in enumerate(shown):
             for worker, mark in (("slowest", "o"), ("fastest", "x")):
