@@ -56,7 +56,7 @@ class Compared(NamedTuple):
         rule: The rule's name in ``orlomo_jax.rules``.
         args: The arguments of its factory.
         exact: Maps w_0 (rules of mixing and momentum) or nothing (the others) to the transcription.
-        options: The keyword arguments of its factory.
+        options: The keyword arguments of its factory, as pairs.
         dispatch: What workers are sent, as in :class:`orlomo_jax.Method`.
         num_workers: K.
     """
@@ -64,17 +64,17 @@ class Compared(NamedTuple):
     rule: str
     args: tuple
     exact: Callable[..., Any]
-    options: dict[str, Any] = {}
+    options: tuple[tuple[str, Any], ...] = ()
     dispatch: Callable[[Any, Any], Any] | None = None
     num_workers: int = K
 
     def made(self, factory: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
         """Return the rule from its factory."""
-        return factory(*self.args, **self.options)
+        return factory(*self.args, **dict(self.options))
 
 
 _MU, _ZERO, _RHO, _HALF = Fraction(0.9), Fraction(), Fraction(0.5), lambda step: Fraction(1, 2)
-_AHEAD = look_ahead(0.9, rate)
+_AHEAD, _one = look_ahead(0.9, rate), exact.hinge(1, REPORTS)
 _STRONG = Correction(0.5, 4.0, 0.25, 3.0, 0.5, 1e-4)
 MOMENTUM = {
     "fedasync": Compared(
@@ -82,8 +82,7 @@ MOMENTUM = {
     "fedasync, hinge": Compared(
         "fedasync", (0.5, hinge(3, 2)), lambda w: exact.FedAsync(w, _HALF, exact.hinge(3, 2))),
     "fedasync, constant": Compared(
-        "fedasync", (rate, constant()),
-        lambda w: exact.FedAsync(w, exact_rate, lambda delay: Fraction(1))),
+        "fedasync", (rate, constant()), lambda w: exact.FedAsync(w, exact_rate, _one)),
     "fedbuff": Compared(
         "fedbuff", (3, rate), lambda w: exact.FedBuff(w, 3, exact_rate, exact.inverse_root)),
     "fedbuff, hinge": Compared(
@@ -100,14 +99,13 @@ MOMENTUM = {
         "momentum_lookahead", (K, 0.9, rate),
         lambda w: exact.MomentumLookAhead(w, _MU, exact_rate, _RHO)),
     "heloco": Compared(
-        "heloco", (K, 0.9, rate), lambda w: exact.HeLoCo(w, _MU, exact_rate, _RHO),
-        dispatch=_AHEAD),
+        "heloco", (K, 0.9, rate), lambda w: exact.HeLoCo(w, _MU, exact_rate, _RHO), (), _AHEAD),
     "heloco, strong": Compared(
         "heloco", (K, 0.9, rate), lambda w: Strong(w, _MU, exact_rate, _RHO),
-        {"correction": _STRONG}, _AHEAD),
+        (("correction", _STRONG),), _AHEAD),
     "heloco, μ = 0": Compared(
         "heloco", (K, 0.0, rate), lambda w: exact.HeLoCo(w, _ZERO, exact_rate, _RHO),
-        dispatch=look_ahead(0.0, rate)),
+        (), look_ahead(0.0, rate)),
 }  # fmt: skip
 
 
@@ -148,10 +146,7 @@ def compiled(rule: Any, dispatch: Any) -> tuple[Callable, Any]:
 
 
 def life(seed: int) -> list[tuple[str, int, Any]]:
-    """Draw what happens to K workers until there are enough reports: sends and reports.
-
-    A lost task is sent again; the last worker joins late; any worker may leave and come back.
-    """
+    """Draw sends and reports of K workers; tasks are lost, and workers join, leave and return."""
     draws = random.Random(seed)
     busy = set(range(K - 1))
     events: list[tuple[str, int, Any]] = [("sent", worker, None) for worker in range(K - 1)]
@@ -178,11 +173,9 @@ def life(seed: int) -> list[tuple[str, int, Any]]:
 def disagreement(
     rule: Any, make_exact: Callable[..., Any], seed: int, dispatch: Any = None
 ) -> tuple[float, dict[str, Any]]:
-    """Run a rule of mixing or momentum and its transcription.
+    """Return the largest error of w and of what is sent, and the exact server of each leaf.
 
-    Returns:
-        The largest error of w, and of what is sent, relative to the largest |w|; infinite if the
-        counts of steps or versions differ. And the transcription's server of each leaf.
+    The error is relative to the largest |w|; it is infinite if a step or version differs.
     """
     with jax.enable_x64(True):
         step, dispatch = compiled(rule, dispatch)
@@ -219,7 +212,7 @@ def _ca2fl(num_workers: int, size: int) -> Compared:
 
 def _fadas(num_workers: int, size: int, threshold: int | None) -> Compared:
     make = partial(buffers.FADAS, size, *map(Fraction, (B1, B2, EPS)), threshold)
-    options = {"delay_threshold": threshold}
+    options = (("delay_threshold", threshold),)
     return Compared("fadas", (size, eta, B1, B2, EPS), make, options, num_workers=num_workers)
 
 
@@ -272,12 +265,10 @@ def scanned(rule: Any, size: int = buffers.SIZE) -> Callable[..., Any]:
             updates, state = rule.update(
                 LocalUpdate(delta), state, params, dispatched_params=sent, **given
             )
-            params = params + updates
-            count = count + 1
+            params, count = params + updates, count + 1
             return (params, state, versions.at[count].set(params), count), (params, state)
 
-        start = jnp.zeros(size)
-        versions = jnp.zeros((len(deltas) + 1, size))
+        start, versions = jnp.zeros(size), jnp.zeros((len(deltas) + 1, size))
         carry = (start, rule.init(start), versions, 0)
         return jax.lax.scan(step, carry, (deltas, facts))[1]
 

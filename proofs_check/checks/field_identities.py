@@ -133,7 +133,7 @@ def mean_error(subject: Subject, seed: int) -> float:
 def equals_error(subject: Subject, seed: int) -> float:
     """Return how far CA2FL's steps are from ηΔ, after all workers have sent the same Δ."""
     size, delta = 4, np.array([2.0, -1.0, 0.5, 3.0])
-    checked = np.zeros(REPORTS // size, bool)
+    checked, facts = np.zeros(REPORTS // size, bool), {}
     while not checked.any():  # an order in which all workers report
         _, facts = drawn(seed, False)
         reported = [len(set(facts["worker"][: n + 1])) for n in range(REPORTS)]

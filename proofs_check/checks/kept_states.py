@@ -36,7 +36,7 @@ ADAMW = optax.chain(
 class Moments(NamedTuple):
     """The state of AdamW."""
 
-    count: int
+    steps: int
     first: np.ndarray
     second: np.ndarray
 
@@ -81,7 +81,7 @@ class Ordered(reference.Server):
 
 
 class Declining(reference.Server):
-    """The server of Ringmaster; a task's model state is replaced by the version sent."""
+    """The server of Ringmaster, which declines a report with a delay of LIMIT or more."""
 
     def __init__(self, claims: Claims) -> None:
         """Start at w_0."""

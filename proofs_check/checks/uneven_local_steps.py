@@ -99,6 +99,4 @@ def uneven_local_steps(subject: Subject, size: Size) -> Iterator[Outcome]:
             worst[key] = max(worst.get(key, 0.0), residual)
     for key, residual in worst.items():
         note = f"S in {STEPS}, drawn for each report"
-        yield Outcome(
-            key, len(settings) * REPORTS, residual, ALLOWED, residual <= ALLOWED, note
-        )
+        yield Outcome(key, len(settings) * REPORTS, residual, ALLOWED, residual <= ALLOWED, note)

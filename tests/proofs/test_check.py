@@ -15,6 +15,7 @@ from proofs_check.checks import convergence_rates
 from proofs_check.mutants import faulty_rules
 from proofs_check.mutants.catalogue import controls
 from proofs_check.registry import CHECKS, STATEMENTS, Outcome, Size, holds
+from proofs_check.statements import FIELD_STATEMENTS
 
 
 @pytest.mark.slow
@@ -124,6 +125,11 @@ def test_map_names_code_checks_and_what_they_caught(monkeypatch):
     assert "Algorithm 2, lines 20–27" in text
     code = [line for line in text.splitlines() if line.startswith("  code")]
     assert len(code) > len(STATEMENTS)
+
+
+@pytest.mark.parametrize("key", FIELD_STATEMENTS)
+def test_the_source_cites_each_statement_about_the_field(key):
+    assert coverage.citations(FIELD_STATEMENTS[key].cited)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])

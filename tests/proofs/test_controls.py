@@ -50,6 +50,13 @@ def test_every_statement_has_a_control():
         "Δu for Δw",
         "group size K−1",
         "float32 coefficients",
+        "fedbuff: Δ against the current w",
+        "delayed_nesterov: each report twice",
+        "delayed_nesterov: ε for η",
+        "ringmaster: declined reports in the delay",
+        "rennala: stale reports accepted",
+        "ca2fl: h̄ of now",
+        "Adam's step counter restarted in each round",
     ],
 )
 def test_the_promised_faults_are_among_them(fault):

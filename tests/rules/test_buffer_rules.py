@@ -1,19 +1,34 @@
 """The buffered and the synchronous rules against exact arithmetic, known optimizers, each other."""
 
-import heapq
 from fractions import Fraction
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orlomo_jax import LocalUpdate, al_sgd, delay_adaptive, rules
 from proofs_check import exact_rules_buffers as exact
+from proofs_check.checks.field_identities import (
+    SEQUENTIAL,
+    cycle_delays,
+    optax_run,
+    sequential_rule,
+)
+from proofs_check.rule_comparison import (
+    B1,
+    B2,
+    BUFFERS,
+    EPS,
+    MU,
+    STEPS,
+    buffer_error,
+    facts_of,
+    scanned,
+)
 from tests.support import helpers
 
 ONE = lambda delay: 1.0  # noqa: E731
@@ -230,17 +245,7 @@ def test_ca2fl_of_equal_reports_descends_by_their_change(seed):
 @pytest.mark.parametrize("times", [(2, 3, 4), (1, 1), (1, 5, 7, 2)])
 def test_rescaled_weights_are_equal_per_worker(times):
     """At fixed times t_k, mean(τ + 1) = t_k Σ_j 1/t_j, over a whole cycle."""
-    cycle = int(np.lcm.reduce(times))
-    queue = [(time, worker) for worker, time in enumerate(times)]
-    sent, delays = [0] * len(times), [[] for _ in times]
-    step = 0
-    while queue[0][0] <= 3 * cycle:
-        now, worker = heapq.heappop(queue)
-        if cycle < now <= 2 * cycle:
-            delays[worker].append(step - sent[worker])
-        step += 1
-        sent[worker] = step
-        heapq.heappush(queue, (now + times[worker], worker))
+    cycle, delays = cycle_delays(times)
     rates = sum(Fraction(1, time) for time in times)
     assert [Fraction(sum(d) + len(d), len(d)) for d in delays] == [t * rates for t in times]
 
@@ -253,34 +258,18 @@ def test_rescaled_weights_are_equal_per_worker(times):
         assert np.ptp(totals(delay_adaptive(len(times)))) > 0.1
 
 
-def optax_run(optimizer, gradients):
-    params, out = jnp.zeros(4), []
-    state = optimizer.init(params)
-    for gradient in gradients:
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        out.append(params)
-    return np.stack(out)
+AMSGRAD = SEQUENTIAL["fadas"][1]
 
 
-AMSGRAD = optax.amsgrad(0.25, 0.9, 0.99, bias_correction_mu=False, bias_correction_nu=False)
-SEQUENTIAL = {
-    "ringmaster": (rules.ringmaster(1, 0.25), optax.sgd(0.25)),
-    "rennala": (rules.rennala(1, 0.25), optax.sgd(0.25)),
-    "rescaled_asgd": (rules.rescaled_asgd(1, 0.25), optax.sgd(0.25)),
-    "ca2fl": (rules.ca2fl(1, 1, 0.25), optax.sgd(0.25)),
-    "fadas": (rules.fadas(1, 0.25, delay_threshold=0), AMSGRAD),
-    "local_sgd": (rules.local_sgd(1, 0.25), optax.sgd(0.25)),
-    "fedavgm": (rules.fedavgm(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5)),
-    "slowmo": (rules.slowmo(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5)),
-    "diloco": (rules.diloco(1, 0.5, 0.25), optax.sgd(0.25, momentum=0.5, nesterov=True)),
-}
+def rule_of(name):
+    """The rule with K = B = 1."""
+    return sequential_rule(name, getattr(rules, name))
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
 def test_one_worker_is_a_sequential_optimizer(name):
     """K = B = S = 1, with γ = 0.125 and Δ = γ·g."""
-    rule, optimizer = SEQUENTIAL[name]
+    rule, optimizer = rule_of(name), SEQUENTIAL[name][1]
     gradients = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     steps = np.arange(12)
     facts = {"dispatched_at": steps, "dispatched_version": steps, "worker": 0 * steps}
@@ -353,7 +342,7 @@ def test_bad_hyperparameters(make, error, message):
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
 def test_bad_reports(name):
-    rule, params = SEQUENTIAL[name][0], jnp.zeros(4)
+    rule, params = rule_of(name), jnp.zeros(4)
     facts = {"dispatched_at": 0, "dispatched_version": 0, "worker": 0, "local_learning_rate": 1.0}
     state = rule.init(params)
     with pytest.raises(TypeError, match="maps a LocalUpdate to updates"):
@@ -382,6 +371,6 @@ def test_bad_reports(name):
     ],
 )
 def test_bad_facts(name, fact, value, error, message):
-    rule, params = SEQUENTIAL[name][0], jnp.zeros(4)
+    rule, params = rule_of(name), jnp.zeros(4)
     with pytest.raises(error, match=message):
         rule.update(LocalUpdate(params), rule.init(params), params, **{fact: value})
