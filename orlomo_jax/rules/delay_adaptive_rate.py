@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import optax
@@ -112,12 +113,14 @@ def scheduled(name: str, value: float | optax.Schedule) -> Callable[[ArrayLike],
     if not callable(value):
         contract.check_learning_rate(name, value)
 
-    def at_step(step):
-        now = value(step) if callable(value) else value
-        contract.check_scalar(name, now)
-        return jnp.asarray(now, float)
+    return partial(_at_step, **{name: value})  # a fingerprint contains the name
 
-    return at_step
+
+def _at_step(step: ArrayLike, **named: Any) -> Array:
+    ((name, value),) = named.items()
+    now = value(step) if callable(value) else value
+    contract.check_scalar(name, now)
+    return jnp.asarray(now, float)
 
 
 def weighted(delay_weight: DelayWeight) -> Callable[[ArrayLike], Array]:

@@ -101,9 +101,9 @@ def stack(trees):
 
 def run(case, rule, params=None, updates=None):
     params = helpers.tree() if params is None else params
-    state = rule.init(params)
+    first, state = params, rule.init(params)
     for step, update in enumerate(reports() if updates is None else updates):
-        changes, state = rule.update(update, state, params, **sent(case, step, params))
+        changes, state = rule.update(update, state, params, **sent(case, step, first))
         params = jax.tree.map(jnp.add, params, changes)
     return params, state
 
