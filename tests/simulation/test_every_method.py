@@ -38,7 +38,7 @@ NEEDED = {
 }
 MERGES_LOCAL_MOMENTUM = {"orlomo", "prsgdm"}  # these run momentum SGD
 ALL = [*METHOD_NAMES, *FIELD_METHODS]
-QUICK = {"ordered_outer_momentum", "ringmaster", "heloco", "diloco", "fedasync"}
+QUICK = {"ordered_outer_momentum", "ringmaster"}
 METHODS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
 ROUNDING = {"rtol": 2e-3, "atol": 2e-4}
 """Two programs of the same float32 run; Adam divides by the root of small numbers."""
@@ -139,6 +139,7 @@ def test_a_real_run_repeats_in_the_simulator(name):
     np.testing.assert_array_equal(real.history.accepted, again.history.accepted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", ["map", "vmap"])
 @pytest.mark.parametrize("name", ["ordered_outer_momentum", "diloco"])
 def test_rounds_of_equal_s_are_computed_together(name, rounds):
@@ -239,6 +240,7 @@ def test_adams_step_count(keep):
     assert int(round_fn(*args, local_state=state).local_state.count) == 4
 
 
+@pytest.mark.slow
 def test_runs_together_keep_their_states():
     """Each run has its own order of arrivals, and so its own states."""
     method = method_of("ordered_outer_momentum", uneven=False)
