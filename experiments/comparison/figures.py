@@ -31,7 +31,7 @@ def draw_all(found: Sequence[Cell], rows: Sequence[Row], out: Path) -> list[str]
     _ranking(found, out / names[0])
     _curves(found, out / names[1])
     _sensitivity([row for row in rows if row["setting"]["purpose"] == "tuning"], out / names[2])
-    unequal = [cell for cell in found if _has_shares(cell)]
+    unequal = [cell for cell in found if has_shares(cell)]
     if unequal:
         names.append("slow_workers.png")
         _slow_workers(unequal, out / names[-1])
@@ -180,7 +180,7 @@ def _sensitivity(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path, 60)
 
 
-def _has_shares(cell: Cell) -> bool:
+def has_shares(cell: Cell) -> bool:
     """Return whether the workers differ in speed and data."""
     rows = [row for entry in cell.entries for row in entry.rows]
     differ = (_of(row) != _of(row, "fastest") and "accuracy" in _of(row) for row in rows)
@@ -202,20 +202,20 @@ def _slow_workers(found: Sequence[Cell], path: Path) -> None:
         layout="constrained",
     )
     for (above, below), cell in zip(axes.T, found, strict=True):
-        free = [e for e in cell.entries if e.rows and _mean_of(e, "reports") is not None]
+        free = [e for e in cell.entries if e.rows and mean_of(e, "reports") is not None]
         by_name = {entry.method: entry for entry in free}
         sample = by_name.get("al_sgd", free[0])
         kinds = ("reports", "eq6", "rescaled")
-        shares = [100 * (_mean_of(sample, kind) or 0) for kind in kinds]
+        shares = [100 * (mean_of(sample, kind) or 0) for kind in kinds]
         above.barh(["reports", "Eq. (6)", "rescaled"], shares, color=["0.6", "#c2185b", "#3a9d5d"])
         above.axvline(100 / cell.setting.workers, color="black", linestyle=":")
         above.invert_yaxis()
         above.set_title(cell.title, fontsize=9)
         above.set(xlabel=f"slowest worker's share of {sample.method}, %")
-        shown = sorted(free, key=lambda entry: _mean_of(entry, "accuracy") or 0.0)
+        shown = sorted(free, key=lambda entry: mean_of(entry, "accuracy") or 0.0)
         for place, entry in enumerate(shown):
             for worker, mark in (("slowest", "o"), ("fastest", "x")):
-                value = _mean_of(entry, "accuracy", worker)
+                value = mean_of(entry, "accuracy", worker)
                 shade = "#0b3d91" if entry.method in (*ALWAYS, "rescaled_asgd") else "0.5"
                 below.plot(value, place, mark, color=shade, markersize=5)
         names = [_label(entry, _several(cell)) for entry in shown]
@@ -225,6 +225,7 @@ def _slow_workers(found: Sequence[Cell], path: Path) -> None:
     _save(figure, path)
 
 
-def _mean_of(entry: Any, kind: str, worker: str = "slowest") -> float | None:
+def mean_of(entry: Any, kind: str, worker: str = "slowest") -> float | None:
+    """Return the mean over the seeds of what a worker contributes or gets; None if unknown."""
     values = [_of(row, worker)[kind] for row in entry.rows if kind in _of(row, worker)]
     return float(np.mean(values)) if values else None

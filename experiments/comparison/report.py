@@ -185,9 +185,31 @@ def markdown(found: Sequence[Cell]) -> str:
         lines += ["", f"## {cell.title}", "", cell.answer(), ""]
         lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
         lines += [f"| {' | '.join(e.cells())} |".replace("*", "\\*") for e in cell.entries]
+        lines += _slow_worker_lines(cell) if figures.has_shares(cell) else []
     default = [name for name, value in DEFAULTS.items() if value.rate is None]
     lines += ["", f"The η factor of {', '.join(default)} multiplies its updates.", ""]
     return "\n".join(lines)
+
+
+def _slow_worker_lines(cell: Cell) -> list[str]:
+    """Return the table of the slowest worker as Markdown lines."""
+    lines = [
+        *("", f"### The slowest worker: {cell.title}", ""),
+        "The slowest worker's share of the reports, and of the weight that Eq. (6) and (τ + 1)/K² "
+        "would give to them; the test accuracy on the classes of the slowest and of the fastest "
+        "worker.",
+        "",
+        "| method | reports % | Eq. (6) % | (τ + 1)/K² % | accuracy, slowest % | fastest % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in cell.entries:
+        shares = [figures.mean_of(entry, kind) for kind in ("reports", "eq6", "rescaled")]
+        texts = ["" if share is None else f"{100 * share:.2f}" for share in shares]
+        for worker in ("slowest", "fastest"):
+            of = [row.get(worker, {}).get("accuracy") for row in entry.rows]
+            texts.append(spread(of, ".1f") if of else "")
+        lines.append(f"| {entry.method}, S = {entry.local_steps} | {' | '.join(texts)} |")
+    return lines
 
 
 def write(rows: Sequence[Row], when: float | None, out: Path, console: Console) -> None:
