@@ -35,7 +35,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the pages of docs/ and the check of worker pools with the slow tests."""
+    """Run pages of docs/, the check of worker pools and exact rules with the slow tests."""
+    exact = ("tests/rules/test_buffer_rules.py", "tests/rules/test_momentum_rules.py")
     for item in items:
-        if item.nodeid.startswith(("docs/", "orlomo_jax/testing.py")):
+        is_exact = item.nodeid.startswith(exact) and "bad" not in item.nodeid
+        if is_exact or item.nodeid.startswith(("docs/", "orlomo_jax/testing.py")):
             item.add_marker(pytest.mark.slow)

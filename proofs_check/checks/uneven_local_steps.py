@@ -64,7 +64,7 @@ def _run(subject: Subject, of: sequences.Frame, beta: float, draws: Any) -> dict
     return {name: np.stack(values) for name, values in found.items()}
 
 
-def residuals(subject: Subject, kind: str, num_workers: int, beta: float, seed: int):
+def uneven_residuals(subject: Subject, kind: str, num_workers: int, beta: float, seed: int):
     """Return the relative residual of each statement in one run."""
     claims, draws = subject.claims, np.random.default_rng(seed)
     of = sequences.frame(arrival_order(kind, num_workers, REPORTS, seed), num_workers)
@@ -94,7 +94,7 @@ def uneven_local_steps(subject: Subject, size: Size) -> Iterator[Outcome]:
     worst: dict[str, float] = {}
     settings = SETTINGS if size.settings >= 5 else SETTINGS[:1]
     for kind, num_workers, beta in settings:
-        for key, residual in residuals(subject, kind, num_workers, beta, size.seed).items():
+        for key, residual in uneven_residuals(subject, kind, num_workers, beta, size.seed).items():
             residual = residual if residual == residual else float("inf")
             worst[key] = max(worst.get(key, 0.0), residual)
     for key, residual in worst.items():

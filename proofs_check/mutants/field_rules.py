@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orlomo_jax import LocalUpdate, al_sgd, make_method, rules
-from orlomo_jax.rules.delay_adaptive_rate import scheduled
+import orlomo_jax.rules as rules
+from orlomo_jax import LocalUpdate, al_sgd, make_method
+from orlomo_jax.rules import scheduled
 from proofs_check.mutants.bookkeeping import Mutant
 from proofs_check.mutants.faulty_rules import Faults, faulty
 from proofs_check.registry import field_rule

@@ -160,6 +160,7 @@ class TestCommand:
         reproduce.main([*self.flags, "--output", "rows.jsonl", *flags])
         return records.read(tasks.Path("rows.jsonl"))
 
+    @pytest.mark.slow
     def test_rows_are_those_of_an_unbroken_command(self, small_cells, monkeypatch, capsys):
         whole = self.reproduce("--budget", "1000")
         tasks.Path("rows.jsonl").unlink()

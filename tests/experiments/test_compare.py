@@ -31,6 +31,7 @@ def finished(tmp_path_factory):
     return out, run(out)
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_every_method_gets_the_same_budget(self, finished):
         _, rows = finished

@@ -71,6 +71,8 @@ CASES = {
     "slowmo": Case(rules.slowmo, {"momentum": 0.5}, START_OF_ROUND),
     "diloco": Case(rules.diloco, {"momentum": 0.5}, START_OF_ROUND),
 }
+QUICK = {"orlomo", "local_ormo_da", "al_sgd", "prsgdm", "fedasync", "ringmaster", "ca2fl", "heloco"}
+"""The rules that run with the quick tests; the others run with the slow ones."""
 CONTRACTS: dict[str, Callable] = {}
 
 
@@ -109,7 +111,13 @@ def run(case, rule, params=None, updates=None):
 
 
 @pytest.mark.parametrize("holds", CONTRACTS.values(), ids=CONTRACTS.keys())
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_contract(case, holds):
     holds(case)
 

@@ -120,7 +120,12 @@ class Shared(Faulty):
         (WrongUpdate, TIMEOUT, "must repeat a run of orlomo bit for bit, not its params"),
         (WrongModelState, TIMEOUT, "must repeat a run of orlomo bit for bit, not its model_state"),
         (WrongLoss, TIMEOUT, "losses of orlomo must be equal"),
-        (Swallowing, TIMEOUT, "an exception in a worker's first round must reach the caller"),
+        pytest.param(
+            Swallowing,
+            TIMEOUT,
+            "an exception in a worker's first round must reach the caller",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Silent,
             SHORT,

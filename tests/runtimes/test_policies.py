@@ -39,7 +39,10 @@ def method_of(policy):
     return make_method("al_sgd", K, S, policy=policy)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x == "restart" else pytest.mark.slow) for x in POLICIES],
+)
 def test_a_real_run_follows_its_policy(name, tmp_path):
     policy, checkpoint = POLICIES[name], Checkpointer(tmp_path, every=10)
     method = method_of(policy)
