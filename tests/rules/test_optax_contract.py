@@ -71,7 +71,7 @@ CASES = {
     "slowmo": Case(rules.slowmo, {"momentum": 0.5}, START_OF_ROUND),
     "diloco": Case(rules.diloco, {"momentum": 0.5}, START_OF_ROUND),
 }
-QUICK = {"orlomo", "local_ormo_da", "al_sgd", "prsgdm", "fedasync", "ringmaster", "ca2fl", "heloco"}
+QUICK = {"orlomo", "local_ormo_da", "al_sgd", "prsgdm", "fedasync", "ringmaster"}
 """The rules that run with the quick tests; the others run with the slow ones."""
 CONTRACTS: dict[str, Callable] = {}
 

@@ -64,7 +64,10 @@ def test_a_real_run_follows_its_policy(name, tmp_path):
     helpers.assert_trees_equal(result.params, again.params)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in ("wait", "every") else pytest.mark.slow) for x in POLICIES],
+)
 def test_a_simulated_run_follows_its_policy(name):
     policy = POLICIES[name]
     trace = sample_trace(SLOW, K, T, S, 0, policy=policy)

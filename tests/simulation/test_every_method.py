@@ -150,7 +150,13 @@ def test_rounds_of_equal_s_are_computed_together(name, rounds):
     helpers.assert_trees_close(together.params, one_by_one.params, **ROUNDING)
 
 
-@pytest.mark.parametrize("engine", [Eager(), Compiled("loop")], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(Eager(), id="eager", marks=pytest.mark.slow),
+        pytest.param(Compiled("loop"), id="compiled"),
+    ],
+)
 def test_a_killed_simulation_resumes_with_its_kept_states(engine, tmp_path):
     method = method_of("ordered_outer_momentum")
     trace = trace_of(method)

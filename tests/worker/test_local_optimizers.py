@@ -56,7 +56,13 @@ def plain_steps(optimizer, params, state, rate):
     return params, state
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("adamw", "masked") else pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_two_rounds_are_a_plain_loop(name):
     optimizer = OPTIMIZERS[name]
     params = PARAMS
