@@ -14,8 +14,9 @@ from experiments.gpu_programs.targets import abstract
 from orlomo_jax import make_method
 from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.simulation.compiled import LENGTH, Carry, segment_program
+from orlomo_jax.simulation.planning import Segment
 from orlomo_jax.simulation.together import RUN_AXES, over_runs
-from orlomo_jax.worker.workload import RoundInput, RoundMetrics, round_program
+from orlomo_jax.worker.workload import RoundInput, RoundMetrics
 
 WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
 
@@ -44,18 +45,21 @@ def training(
 
     def start(params, model_state):
         rate = jnp.float32(0)
-        state = ServerState(params, method.rule.init(params), model_state, None, rate)
-        task = RoundInput(params, model_state, None, rate)
+        version, accepted = jnp.int32(0), jnp.array(True)
+        rule_state = method.rule.init(params)
+        state = ServerState(params, rule_state, model_state, None, rate, version, accepted)
+        task = RoundInput(params, model_state, None, rate, version)
         slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (WORKERS, *x.shape)), task)
-        return Carry(state, slots, jnp.int32(-1), RoundMetrics(jnp.zeros(LENGTH), {}))
+        metrics = RoundMetrics(jnp.zeros(LENGTH), {}, jnp.ones(LENGTH, bool))
+        return Carry(state, slots, jnp.int32(-1), metrics, None)
 
     sent = jax.eval_shape(network.init, key)
-    run = segment_program(method, round_program(round_fn), "loop", 1, leaf_dtypes(sent))
+    run = segment_program(method, round_fn, None, "loop", 1, leaf_dtypes(sent))
     args = [
         _batches(images, labels),
         runner.schedule(0.1, 7812),
         jax.eval_shape(start, *sent),
-        jax.ShapeDtypeStruct((7, LENGTH), jnp.int32),
+        jax.ShapeDtypeStruct((len(Segment._fields), LENGTH), jnp.int32),
         jnp.int32(0),
         jnp.int32(LENGTH),
         key,
