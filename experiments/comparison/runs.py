@@ -213,7 +213,7 @@ class Book:
 def best_point(rows: Iterable[Row]) -> Point | None:
     """Return the point of the lowest mean loss over the tuning seeds.
 
-    Points at which a run diverged are excluded; None if there is no other.
+    Points at which a run diverged are excluded; None if all diverged.
     """
     losses: dict[Point, list[float | None]] = defaultdict(list)
     for row in rows:

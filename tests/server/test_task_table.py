@@ -11,7 +11,7 @@ from orlomo_jax.traces import ArrivalTrace
 from orlomo_jax.traces.events import Events
 from tests.support.orders import eventful_runs, synchronous_orders
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+UNHURRIED = settings(deadline=None)  # a busy machine is not a failure
 
 
 class Server:

@@ -9,7 +9,7 @@ from orlomo_jax.traces import ArrivalTrace
 from tests.support.orders import eventful_runs
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.one_of(eventful_runs(), eventful_runs(bounded=True)), st.integers(1, 4))
 def test_each_step_reads_the_version_of_its_task(run, batch):
     workers, num_workers, events, *_, max_wait = run

@@ -20,7 +20,7 @@ from orlomo_jax.traces import (
 )
 from orlomo_jax.traces.sample_trace import report_times
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+UNHURRIED = settings(deadline=None)  # a busy machine is not a failure
 
 
 class TestComputeTimes:

@@ -21,7 +21,7 @@ from orlomo_jax.traces import (
     sample_trace,
 )
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+UNHURRIED = settings(deadline=None)  # a busy machine is not a failure
 MODELS = st.builds(
     ComputeTimes,
     gradient_time=st.sampled_from([0.5, 1.0]),

@@ -9,7 +9,7 @@ from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
 from tests.support.orders import eventful_runs, orders, synchronous_orders
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+UNHURRIED = settings(deadline=None)  # a busy machine is not a failure
 FIGURE_1 = [0, 2, 1, 2, 1, 1, 2, 2, 0]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orlomo_jax.worker import by_class_partition, dirichlet_partition, partition
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+UNHURRIED = settings(deadline=None)  # a busy machine is not a failure
 LABELS = np.random.default_rng(0).integers(0, 10, 5000)
 
 
