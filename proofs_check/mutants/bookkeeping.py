@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,11 +22,20 @@ class Mutant(NamedTuple):
     where: str
     change: Callable[[Any, int], Any]
 
-    def applied(self, step: int = 257) -> AbstractContextManager:
+    @contextmanager
+    def applied(self, step: int = 257) -> Iterator[None]:
         """Return a context in which the library has the fault."""
         module, _, name = self.where.partition(":")
         original = pkgutil.resolve_name(self.where)
-        return mock.patch(f"{module}.{name}", self.change(original, step))
+        # The library keeps the programs of earlier runs: these must not hide the fault, and its
+        # own must not outlive it.
+        programs = pkgutil.resolve_name("orlomo_jax.simulation.compiled:segment_program")
+        programs.cache_clear()
+        try:
+            with mock.patch(f"{module}.{name}", self.change(original, step)):
+                yield
+        finally:
+            programs.cache_clear()
 
 
 def at_step(faulty: Callable[..., Any]) -> Callable[[Any, int], Any]:
@@ -152,12 +161,13 @@ def _counts_refusals(method, server, report):
 def _numerics(fault: Callable[..., Any]) -> Callable[[Any, int], Any]:
     """Return the change of ``server_step``: ``fault(step_fn, *args)`` replaces it at one step."""
 
-    def change(factory, step):
+    def change(factory, faulty_step):
         def changed(method, *_):
             step_fn = factory(method, False, False)
 
             def run(*args):
-                return fault(step_fn, *args) if int(args[5]) == step else step_fn(*args)
+                *_, step, _ = args
+                return fault(step_fn, *args) if step == faulty_step else step_fn(*args)
 
             return run
 

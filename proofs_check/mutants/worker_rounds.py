@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from orlomo_jax import LocalUpdate
 from orlomo_jax.trees import all_finite
-from orlomo_jax.worker import RoundResult
+from orlomo_jax.worker import RoundMetrics, RoundResult
 from proofs_check.mutants.bookkeeping import Mutant
 
 
@@ -75,19 +75,15 @@ def _noise(own_key: Callable[..., Any]) -> Callable[[Any, int], Any]:
 
     def change(original, step):
         @lru_cache(maxsize=8)
-        def round_program(round_fn):
+        def round_program(round_fn, num_steps=None):
             @jax.jit
-            def run(batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite):
-                args = (batch_fn, start, data_key, noise_key, worker, round, at, first_nonfinite)
-                unchanged = jax.eval_shape(original(round_fn), *args)
-                structure = jax.tree.structure(unchanged[1])
-                params, state, momentum, rate = start
+            def run(batch_fn, start, kept, data_key, noise_key, worker, round, at, first):
+                params, state, momentum, rate, _ = start
                 batches = batch_fn(data_key, worker, round)
                 key = own_key(noise_key, worker, round, step)
                 result = round_fn(params, state, batches, rate, key, momentum=momentum)
-                bad = jnp.where((first_nonfinite < 0) & ~result.finite, at, first_nonfinite)
-                means = [x.mean(0) for x in (result.loss, *jax.tree.leaves(result.metrics))]
-                return result, jax.tree.unflatten(structure, means), bad
+                bad = jnp.where((first < 0) & ~result.finite, at, first)
+                return result, RoundMetrics.of(result), bad
 
             return run
 

@@ -17,6 +17,7 @@ from orlomo_jax import LocalUpdate, Report, make_method
 from orlomo_jax.methods import METHOD_NAMES
 from orlomo_jax.server import ServerState, TaskId
 from orlomo_jax.server.step import server_step
+from orlomo_jax.worker import RoundInput
 
 pytestmark = pytest.mark.slow
 SIZE = 1_000_000
@@ -38,12 +39,13 @@ def test_a_step_is_one_pass_in_place_without_waiting(name, leaves, donate_params
     pending = model_state if method.synchronous else None
     rest = ServerState(None, None, model_state, pending, jnp.float32(0.1))
     update = LocalUpdate(params, None if method.worker_momentum is None else params)
+    start = RoundInput(None, None, None, jnp.float32(0.1))
     schedule = jax.tree_util.Partial(lambda step: 0.1 / (1 + step))
     compiled = (
         server_step(method, donate_params, True)
         .lower(
             *on_gpu(([] if donate_params else params, params, state, rest)),
-            *on_gpu((Report(TaskId(0, 0, 0), update, model_state), 3, schedule)),
+            *on_gpu((Report(TaskId(0, 0, 0), update, model_state), start, 3, schedule)),
         )
         .compile()
     )
