@@ -24,16 +24,17 @@ from orlomo_jax import (
     Checkpointer,
     Method,
     RayWorkers,
+    RunStart,
     ThreadWorkers,
     TrainingResult,
     cast_reports,
     make_method,
     simulate,
+    simulate_many,
     train,
 )
 from orlomo_jax.recording import Health
 from orlomo_jax.runtimes import WorkerPool
-from orlomo_jax.simulation import RunStart, simulate_together
 
 MILESTONES = (0.5, 0.75)
 """Shares of a run after which the local learning rate drops by 10: epochs 80 and 120 of 160."""
@@ -132,17 +133,19 @@ def execute_together(
     parts = assemble(runs[0], data_dir, compute.convolution)
     num_steps = runs[0].num_steps(len(parts.train.labels))
     start = time.perf_counter()
-    results = simulate_together(
+    first, *others = [run_start(run, parts, num_steps) for run in runs]
+    results = simulate_many(
         parts.method,
-        parts.round_fn,
+        None,
         parts.batch_fn,
-        [run_start(run, parts, num_steps) for run in runs],
+        [first._replace(callbacks=callbacks), *others],
         evaluate=parts.evaluate,
         evaluate_every=evaluate_every or max(1, num_steps // 20),
-        callbacks=callbacks,
         checkpoint=checkpoint,
         stop=stop,
-        engine=compute.engine,
+        engine=compute.engine if len(runs) == 1 else "auto",
+        over_runs="auto" if len(runs) == 1 else "vmap",
+        round_fn=parts.round_fn,
     )
     if results is None:
         return None

@@ -19,7 +19,7 @@ from orlomo_jax.recording import (
 from orlomo_jax.rules import LocalUpdate, al_sgd, delay_adaptive, local_ormo_da, orlomo, prsgdm
 from orlomo_jax.runtimes import Membership, RayWorkers, ThreadWorkers, train
 from orlomo_jax.server import ParameterServer, Report
-from orlomo_jax.simulation import Compiled, Eager, simulate
+from orlomo_jax.simulation import Compiled, Eager, RunStart, simulate, simulate_many
 from orlomo_jax.traces import (
     ArrivalTrace,
     RestartEvery,
@@ -50,6 +50,7 @@ __all__ = [
     "RayWorkers",
     "Report",
     "RestartEvery",
+    "RunStart",
     "StalenessBound",
     "StepRecord",
     "TensorBoard",
@@ -74,6 +75,7 @@ __all__ = [
     "register_method",
     "sample_trace",
     "simulate",
+    "simulate_many",
     "train",
     "with_fingerprint",
 ]

@@ -17,7 +17,7 @@ import orlomo_jax
 ROOT = Path(__file__).parent.parent
 # A package may import the levels before its own.
 LEVELS = (
-    {"checks", "memo"},
+    {"checks", "jax_settings", "memo"},
     {"trees", "traces"},
     {"rules"},
     {"worker"},

@@ -13,9 +13,9 @@ from experiments.data import datasets
 from experiments.gpu_programs.targets import abstract
 from orlomo_jax import make_method
 from orlomo_jax.server.state import ServerState, leaf_dtypes
-from orlomo_jax.simulation.compiled import LENGTH, Carry, segment_program
+from orlomo_jax.simulation.compiled import LENGTH, Carry, Settings, segment_program
+from orlomo_jax.simulation.groups import RUN_AXES, over_runs
 from orlomo_jax.simulation.planning import Segment
-from orlomo_jax.simulation.together import RUN_AXES, over_runs
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics
 
 WORKERS, LOCAL_STEPS, BATCH_SIZE, TRAIN_SIZE = 16, 16, 64, 50_000
@@ -57,7 +57,7 @@ def training(
     run = segment_program(method, round_fn, None, "loop", 1, leaf_dtypes(sent))
     args = [
         _batches(images, labels),
-        runner.schedule(0.1, 7812),
+        Settings(runner.schedule(0.1, 7812), {}),
         jax.eval_shape(start, *sent),
         jax.ShapeDtypeStruct((len(Segment._fields), LENGTH), jnp.int32),
         jnp.int32(0),
@@ -66,7 +66,7 @@ def training(
         key,
     ]
     if together > 1:
-        run = over_runs(run)
+        run = over_runs(run, "vmap")
         pairs = zip(args, RUN_AXES, strict=True)
         args = [x if axis is None else abstract(x, None, (together,)) for x, axis in pairs]
     return run, args

@@ -16,7 +16,7 @@ import jax
 from experiments import records, runner
 from experiments.config import Run
 from experiments.paper.tasks import Way
-from orlomo_jax.simulation import simulate_together
+from orlomo_jax import simulate_many
 
 SEGMENT = 32
 """Global iterations of a timed segment."""
@@ -113,13 +113,15 @@ def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: f
         times.append(time.perf_counter())
         return times[-1] - times[0] >= seconds and len(times) > (seconds > 0)
 
-    simulate_together(
+    simulate_many(
         parts.method,
-        parts.round_fn,
+        None,
         parts.batch_fn,
         [runner.run_start(run, parts, num_steps) for run in runs],
         evaluate_every=segment,
         stop=stop,
+        over_runs="auto" if len(runs) == 1 else "vmap",
+        round_fn=parts.round_fn,
     )
     if len(times) < 2:
         return 0.0

@@ -40,6 +40,8 @@ class Method(NamedTuple):
         keep_local_state: Whether each worker keeps its optimizer's state between rounds.
         policy: When the server holds back tasks, restarts workers or drops reports; None is never.
         dispatch: ``dispatch(rule_state, params) -> params``, what workers are sent if it is not w.
+        factory: Returns the method with other hyperparameters, which are keyword arguments; None
+            for a method that was not made by :func:`~orlomo_jax.make_method`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method(NamedTuple):
     keep_local_state: bool = True
     policy: Policy | None = None
     dispatch: Callable[[Any, Any], Any] | None = None
+    factory: Callable[..., Method] | None = None
 
     @property
     def steps_of_worker(self) -> tuple[int, ...]:
@@ -79,11 +82,47 @@ class Method(NamedTuple):
             >>> dict(make_method("orlomo", 2, num_local_steps=4).fingerprint)["method.num_workers"]
             '2'
         """
-        return tuple(fingerprint(self, "method").items())
+        values = fingerprint(self._replace(factory=None), "method")  # the rule has its values
+        return tuple((path, text) for path, text in values.items() if path != "method.factory")
 
     def with_rule(self, rule: optax.GradientTransformationExtraArgs) -> Method:
         """Return the method with another rule, for example this rule in an ``optax.chain``."""
-        return self._replace(rule=rule)
+        return self._replace(rule=rule, factory=None)
+
+    def with_hyperparameters(self, **values: Any) -> Method:
+        """Return the method with other hyperparameters of its server rule.
+
+        The values may be traced, so that one program serves several of them.
+
+        Args:
+            **values: Those hyperparameters of :func:`~orlomo_jax.make_method` that change.
+
+        Raises:
+            ValueError: If the method does not come from ``make_method``, a value is out of range,
+                or a hyperparameter changes more than the server rule.
+            TypeError: If a hyperparameter is unknown or has a wrong type.
+
+        Example:
+            >>> from orlomo_jax import make_method
+            >>> method = make_method("orlomo", 2, num_local_steps=4)
+            >>> method.with_hyperparameters(learning_rate=0.5).num_local_steps
+            4
+        """
+        if self.factory is None:
+            raise ValueError(
+                f"{self.name} must come from make_method without another rule, to change its "
+                f"hyperparameters {', '.join(values)}"
+            )
+        new = self.factory(**values)
+        for field in ("worker_momentum", "num_local_steps", "synchronous"):
+            if getattr(new, field) != getattr(self, field):
+                raise ValueError(
+                    f"{', '.join(values)} must stay as it is, because it also changes {field} of "
+                    f"{self.name} from {getattr(self, field)} to {getattr(new, field)}"
+                )
+        return self._replace(
+            rule=new.rule, model_state_weight=new.model_state_weight, dispatch=new.dispatch
+        )
 
     def with_local_optimizer(
         self, optimizer: optax.GradientTransformation, *, keep_state: bool = True

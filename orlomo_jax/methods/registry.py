@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import optax
@@ -95,6 +96,21 @@ def make_method(
         raise ValueError(f"`name` must be one of {', '.join(_FACTORIES)}, got name={name!r}")
     num_workers = contract.check_num_workers(num_workers)
     num_local_steps = check_local_steps(num_local_steps, num_workers)
+    factory = partial(_make, name, num_workers, num_local_steps, **hyperparameters)
+    method = factory()._replace(factory=factory)
+    if local_optimizer is not None:
+        method = method.with_local_optimizer(local_optimizer, keep_state=keep_local_state)
+    if policy is not None:
+        method = method.with_policy(policy)
+    if frozen is not None:
+        method = method._replace(frozen=Mask.of(frozen))
+    return method if master_params is None else method._replace(master_params=master_params)
+
+
+def _make(
+    name: str, num_workers: int, num_local_steps: int | tuple[int, ...], **hyperparameters: Any
+) -> Method:
+    """Return a method as its factory makes it; raise for unknown or missing hyperparameters."""
     factory = _FACTORIES[name]
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -105,11 +121,4 @@ def make_method(
     required = [x for x in known if parameters[x].default is parameters[x].empty]
     if not takes_any and (missing := set(required) - hyperparameters.keys()):
         raise TypeError(f"`{name}` needs the hyperparameter {sorted(missing)[0]}, got none")
-    method = factory(num_workers, num_local_steps, **hyperparameters)
-    if local_optimizer is not None:
-        method = method.with_local_optimizer(local_optimizer, keep_state=keep_local_state)
-    if policy is not None:
-        method = method.with_policy(policy)
-    if frozen is not None:
-        method = method._replace(frozen=Mask.of(frozen))
-    return method if master_params is None else method._replace(master_params=master_params)
+    return factory(num_workers, num_local_steps, **hyperparameters)

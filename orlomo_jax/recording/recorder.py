@@ -173,7 +173,7 @@ class RunRecorder:
         self.source.sync_to_server()
         arrays, table = self.source.server.snapshot()
         notes = {"server": table, "evaluations": self.evaluations}
-        notes["first_nonfinite"] = self.first_nonfinite
+        notes |= {"first_nonfinite": self.first_nonfinite, "stopped": self.stopped}
         fresh = self.source.server.table.fresh
         states = {
             str(worker): jax.device_get(nonempty_leaves(state))
@@ -183,14 +183,16 @@ class RunRecorder:
         return {"server": arrays, "metrics": self._columns(), "local_states": states}, notes
 
     def restore(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
-        """Continue from a :meth:`snapshot` of this step."""
+        """Continue from a :meth:`snapshot` of this step, or an earlier one if the run had ended."""
         self.first_nonfinite = check_count("first_nonfinite", notes["first_nonfinite"], -1)
+        self.stopped = bool(notes.get("stopped"))
         self._rows = list(zip(*arrays["metrics"], strict=True))
         self.evaluations = [Evaluation(*e) for e in notes["evaluations"]]
-        if len(self._rows) != step:
-            raise ValueError(f"the history must have {step} steps, got {len(self._rows)}")
         self.source.server.restore(arrays["server"], notes["server"])
-        self.step = check_count("step", self.source.server.step, step, step)
+        first = 0 if self.stopped or self.first_nonfinite >= 0 else step
+        self.step = check_count("step", self.source.server.step, first, step)
+        if len(self._rows) != self.step:
+            raise ValueError(f"the history must have {self.step} steps, got {len(self._rows)}")
         if self._workload.keeps_state:
             like = self._workload.init_state(self.source.server.to_send())
             self.source.local_states = {

@@ -42,14 +42,17 @@ class RunSaver:
 
     def is_due(self) -> bool:
         """Return whether to save now: at every multiple of the period, and at the end."""
-        recorder = self._recorders[0]
-        period_ends = recorder.step % self.checkpoint.every == 0
-        last = recorder.step == recorder.recording.num_steps
-        return period_ends or last or recorder.stopped
+        period_ends = self._step % self.checkpoint.every == 0
+        diverged = all(recorder.first_nonfinite >= 0 for recorder in self._recorders)
+        return period_ends or (all(r.ended for r in self._recorders) and not diverged)
+
+    @property
+    def _step(self) -> int:
+        return max(recorder.step for recorder in self._recorders)
 
     def save(self, **notes: Any) -> None:
         """Write a checkpoint with additional ``notes``."""
-        step = self._recorders[0].step
+        step = self._step
         arrays, of_runs = zip(*(recorder.snapshot() for recorder in self._recorders), strict=True)
         notes["runs"] = list(of_runs)
         identity = self._identity | self._arrivals(step)

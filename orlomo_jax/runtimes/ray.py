@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from orlomo_jax import trees
+from orlomo_jax import jax_settings, trees
 from orlomo_jax.rules import LocalUpdate
-from orlomo_jax.runtimes import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.runtimes.ray_actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
 from orlomo_jax.server.placement import to_numpy

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orlomo_jax.runtimes import jax_settings
+from orlomo_jax import jax_settings
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.local_worker import KeptState, LocalWorker

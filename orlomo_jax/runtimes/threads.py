@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from orlomo_jax.runtimes import jax_settings
+from orlomo_jax import jax_settings
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.server.reports import Task

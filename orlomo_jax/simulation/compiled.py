@@ -60,6 +60,18 @@ class Carry(NamedTuple):
     local_states: PyTree
 
 
+class Settings(NamedTuple):
+    """The numbers of a run that are arguments of its program.
+
+    Attributes:
+        schedule: γ as a function of the step, or None if γ is constant.
+        hyperparameters: Hyperparameters of the server's rule by name, instead of the method's.
+    """
+
+    schedule: Any
+    hyperparameters: dict[str, Any]
+
+
 class CompiledEngine:
     """Simulates a run in compiled segments; see ``Engine`` in engine_choice.py.
 
@@ -70,8 +82,11 @@ class CompiledEngine:
         rounds: How the rounds of a group are computed: one by one, each with its server step
             ("loop"), or together before their server steps, by ``jax.lax.map`` or ``jax.vmap``.
         batch: The largest number of rounds in a group; 1 for "loop".
+        method: The method of the program; the server's has other hyperparameters.
+        hyperparameters: Those hyperparameters; without any, the methods are the same.
 
     Attributes:
+        settings: The numbers that are arguments of the program.
         slots: The number of versions of w that can be stored.
         local_states: By worker, the state of its optimizer that its next round starts from; while
             segments run, they are in the carry.
@@ -84,11 +99,15 @@ class CompiledEngine:
         trace: ArrivalTrace,
         rounds: Rounds,
         batch: int,
+        method: Method,
+        hyperparameters: dict[str, float],
     ) -> None:
         """Keep the arguments; the first segment takes the state from the server."""
         self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
+        values = {name: jnp.asarray(value, float) for name, value in hyperparameters.items()}
+        self.settings = Settings(server.schedule, values)
         self.program = segment_program(
-            server.method,
+            method,
             workload.round_fn,
             workload.local_steps,
             rounds,
@@ -113,9 +132,7 @@ class CompiledEngine:
             self._carry = self.load()
         first = self.server.step
         batch_fn, keys = self.workload.batch_fn, self.workload.keys
-        carry: Carry = self.program(
-            batch_fn, self.server.schedule, self._carry, *self.plan(stop), *keys
-        )
+        carry: Carry = self.program(batch_fn, self.settings, self._carry, *self.plan(stop), *keys)
         self._carry, self.first_nonfinite = carry, int(carry.first_nonfinite)
         return by_round(carry.metrics, stop - first)
 
@@ -220,8 +237,10 @@ def segment_program(
     branch_of_worker = [lengths.index(steps) for steps in local_steps or ()]
 
     @partial(jax.jit, donate_argnames="carry")
-    def run(batch_fn, schedule, carry, table, first, groups, data_key, noise_key):
+    def run(batch_fn, settings, carry, table, first, groups, data_key, noise_key):
         segment: Any = Segment(*jnp.asarray(table))  # NumPy arrays if JAX does not compile
+        schedule, hyperparameters = settings
+        own = method.with_hyperparameters(**hyperparameters) if hyperparameters else method
 
         def compute(run_round, carry, row):
             worker = segment.workers[row]
@@ -250,7 +269,7 @@ def segment_program(
             return jax.lax.switch(branch, functions, carry, start)
 
         def write(carry, row):
-            newest = carry.state.sent(method, dtypes)
+            newest = carry.state.sent(own, dtypes)
             return carry._replace(slots=put(carry.slots, newest, segment.writes[row]))
 
         def apply(carry, row, answer):
@@ -258,7 +277,7 @@ def segment_program(
             task_id = TaskId(segment.workers[row], segment.rounds[row], segment.dispatched_at[row])
             report = Report(task_id, result.update, result.model_state)
             start = take(carry.slots, segment.reads[row])
-            state = apply_report(method, carry.state, report, start, first + row, schedule)
+            state = apply_report(own, carry.state, report, start, first + row, schedule)
             metrics = metrics._replace(accepted=state.accepted)
             bad = jnp.where(carry.first_nonfinite < 0, bad, carry.first_nonfinite)
             kept = carry.local_states

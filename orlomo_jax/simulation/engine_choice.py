@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from orlomo_jax.checks import check_count
+from orlomo_jax.methods.method import Method
 from orlomo_jax.recording.state_source import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.simulation.compiled import CompiledEngine
@@ -100,13 +101,19 @@ def choose(
 
 
 def make_engine(
-    settings: Eager | Compiled, server: ParameterServer, workload: Workload, trace: ArrivalTrace
+    settings: Eager | Compiled,
+    server: ParameterServer,
+    workload: Workload,
+    trace: ArrivalTrace,
+    method: Method,
+    hyperparameters: dict[str, float],
 ) -> EagerEngine | CompiledEngine:
-    """Return the engine with the settings of :func:`choose`."""
+    """Return the engine with the settings of :func:`choose`; see :class:`CompiledEngine`."""
     if isinstance(settings, Eager):
         return EagerEngine(server, workload, trace)
     assert settings.rounds != "auto"
-    return CompiledEngine(server, workload, trace, settings.rounds, settings.max_batch or 1)
+    batch = settings.max_batch or 1
+    return CompiledEngine(server, workload, trace, settings.rounds, batch, method, hyperparameters)
 
 
 def _mean_group(trace: ArrivalTrace) -> int:

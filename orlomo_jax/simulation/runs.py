@@ -1,124 +1,54 @@
-"""Simulates runs segment by segment: one, or several through one compiled program."""
+"""Simulates the runs of a sweep, segment by segment; a single run is a sweep of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
-from functools import partial, wraps
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
-import optax
+import jax
 
-from orlomo_jax import trees
+from orlomo_jax import jax_settings
 from orlomo_jax.methods.method import Method
-from orlomo_jax.recording.callbacks import AnyCallback
 from orlomo_jax.recording.checkpoint import JOURNAL, Checkpointer, Saved
 from orlomo_jax.recording.history import TrainingResult
 from orlomo_jax.recording.identity import of_keys, of_rate, of_run
 from orlomo_jax.recording.recorder import Recording, RunRecorder
 from orlomo_jax.recording.saver import RunSaver
 from orlomo_jax.server.parameter_server import ParameterServer
-from orlomo_jax.server.placement import mesh_context
 from orlomo_jax.server.schedules import check_schedules
 from orlomo_jax.simulation.engine_choice import Compiled, Eager, choose, make_engine
-from orlomo_jax.simulation.together import Alone, Together
+from orlomo_jax.simulation.groups import OneByOne, Together, make_alike
+from orlomo_jax.simulation.run_axis import RunAxis, choose_axis, devices_of_groups
+from orlomo_jax.simulation.run_start import RunStart
 from orlomo_jax.traces.trace import ArrivalTrace
-from orlomo_jax.trees import Array, PyTree
-from orlomo_jax.worker.batch_check import check_batch_fn
 from orlomo_jax.worker.host_batches import HostBatches
-from orlomo_jax.worker.protocols import BatchFn, Evaluate, RoundFn
-from orlomo_jax.worker.workload import Workload, as_batch_fn, check_key
+from orlomo_jax.worker.protocols import BatchFn, RoundFn
+from orlomo_jax.worker.workload import Workload, check_key
 
 
-class RunStart(NamedTuple):
-    """What one of several runs of a shape has for itself; see :func:`simulate`."""
+class Run(NamedTuple):
+    """A checked run: server, computation and arrivals.
 
-    params: trees.Params
-    trace: ArrivalTrace
-    key: Array
-    local_learning_rate: float | optax.Schedule
-    model_state: PyTree = None
-
-
-def _in_their_mesh(function: Any) -> Any:
-    """Run a function of ``starts`` in the mesh of their parameters, if it has explicit axes."""
-
-    @wraps(function)
-    def call(method, round_fn, batch_fn, starts, **options):
-        with mesh_context([start.params for start in starts]):
-            return function(method, round_fn, batch_fn, starts, **options)
-
-    return call
-
-
-@_in_their_mesh
-def simulate_together(
-    method: Method,
-    round_fn: RoundFn,
-    batch_fn: BatchFn | HostBatches,
-    starts: Sequence[RunStart],
-    *,
-    evaluate: Evaluate | None = None,
-    evaluate_every: int | None = None,
-    callbacks: Sequence[AnyCallback] = (),
-    checkpoint: Checkpointer | None = None,
-    stop: Callable[[], bool] | None = None,
-    engine: Any = "auto",
-) -> list[TrainingResult] | None:
-    """Simulate runs of one method, shape and length; several go through one compiled program.
-
-    Several runs are computed by ``vmap`` over the runs. Their results are those of single runs up
-    to rounding. If a run diverges, the others continue.
-
-    Args:
-        method: As in :func:`simulate`, and so are all arguments that are not named here.
-        round_fn: The local round of all runs.
-        batch_fn: The batch function of all runs.
-        starts: At least one run; constant learning rates and schedules cannot be mixed.
-        evaluate: Called for each run.
-        evaluate_every: Steps between evaluations.
-        callbacks: They see the first run only.
-        checkpoint: All runs share one folder, and resume together.
-        stop: Called after each segment. If it returns True, the runs are saved to ``checkpoint``,
-            if there is one, and the call ends.
-        engine: Of several runs always ``Compiled(rounds="loop")``.
-
-    Returns:
-        The result of each run, or None if ``stop`` ended the call.
-
-    Raises:
-        ValueError: If there is no run, or the runs cannot share a program.
+    The server has the run's hyperparameters; ``method`` is that of all runs.
     """
-    if not starts:
-        raise ValueError("`starts` must contain at least one run")
-    num_steps = starts[0].trace.num_steps
-    if any(start.trace.num_steps != num_steps for start in starts):
-        raise ValueError("the traces of runs together must have the same number of steps")
-    recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
-    engine = Compiled("loop") if len(starts) > 1 else engine
-    batch_fn = as_batch_fn(batch_fn)  # one for all: Partials are compared by identity
-    runs = [_Run.of(method, round_fn, batch_fn, start) for start in starts]
-    first = runs[0].workload
-    check_batch_fn(first.batch_fn, starts[0].key, first.steps_of(0))
-    alone = nullcontext() if checkpoint is None else checkpoint.alone()
-    with closing(runs[0].workload), alone:
-        return _simulate(runs, engine, recording, checkpoint, stop)
-
-
-class _Run(NamedTuple):
-    """What an engine carries out."""
 
     server: ParameterServer
     workload: Workload
     trace: ArrivalTrace
+    method: Method
+    hyperparameters: dict[str, float]
 
     @classmethod
     def of(
         cls, method: Method, round_fn: RoundFn, batch_fn: BatchFn | HostBatches, start: RunStart
-    ) -> _Run:
+    ) -> Run:
         """Check one run, and make its server."""
-        params, trace, key, rate, model_state = start
+        params, trace, key, rate, model_state, hyperparameters, _ = start
         if method.synchronous != trace.synchronous or method.num_workers != trace.num_workers:
             raise ValueError(
                 f"`trace` must have synchronous={method.synchronous} and "
@@ -126,7 +56,8 @@ class _Run(NamedTuple):
                 f"synchronous={trace.synchronous} and num_workers={trace.num_workers}"
             )
         check_key(key)
-        server = ParameterServer(method, params, model_state, local_learning_rate=rate)
+        own = _with_hyperparameters(method, dict(hyperparameters))
+        server = ParameterServer(own, params, model_state, local_learning_rate=rate)
         if server.table.max_wait != trace.max_wait:
             raise ValueError(
                 f"`trace` must have max_wait={server.table.max_wait} for {method.name}, got "
@@ -134,8 +65,9 @@ class _Run(NamedTuple):
             )
         if method.policy is not None:
             method.policy.check_trace(trace.dispatched_at)
-        check_schedules(method, server.schedule, trace.num_steps)
-        return cls(server, Workload.of(round_fn, batch_fn, key, method.num_local_steps), trace)
+        check_schedules(own, server.schedule, trace.num_steps)
+        workload = Workload.of(round_fn, batch_fn, key, method.num_local_steps)
+        return cls(server, workload, trace, method, dict(hyperparameters))
 
     def begin(self) -> None:
         """Dispatch the first tasks."""
@@ -143,62 +75,150 @@ class _Run(NamedTuple):
             self.server.dispatch(worker)
 
 
-def _simulate(
-    runs: Sequence[_Run],
+def _with_hyperparameters(method: Method, values: dict[str, float]) -> Method:
+    """Return the method of one run; raise ValueError if one program cannot have its values."""
+    if not values:
+        return method
+    own = method.with_hyperparameters(**values)
+    for name, value in values.items():
+        try:
+            jax.eval_shape(
+                lambda x, name=name: method.with_hyperparameters(**{name: x}) and x, value
+            )
+        except (TypeError, ValueError) as error:  # JAX's tracer errors are TypeErrors
+            raise ValueError(
+                f"`hyperparameters` must be numbers in the rule's formula, got {name}={value!r}: "
+                f"{name} changes the program of {method.name}, so make a sweep for each value"
+            ) from error
+    return own
+
+
+def simulate_runs(
+    runs: Sequence[Run],
+    recordings: Sequence[Recording],
     engine: Any,
-    recording: Recording,
+    axis: RunAxis | None,
     checkpoint: Checkpointer | None,
     stop: Callable[[], bool] | None,
 ) -> list[TrainingResult] | None:
-    """Simulate from the newest checkpoint to the end; see :func:`simulate_together`."""
+    """Simulate from the newest checkpoint to the end; see :func:`~orlomo_jax.simulate_many`."""
     saved = None if checkpoint is None else checkpoint.newest()
     if checkpoint is not None and saved is None and (checkpoint.directory / JOURNAL).exists():
         raise ValueError(f"{checkpoint.directory} has a run by train: choose another folder")
-    settings = _as_saved(choose(engine, *runs[0]), engine, saved)
+    with ExitStack() as stack:
+        groups, identity = _grouped(runs, engine, axis, saved)
+        lanes = [lane for group in groups for lane in group.lanes]
+        recorders = [
+            RunRecorder(lane, run.workload, run.trace.arrival, recording)
+            for lane, run, recording in zip(lanes, runs, recordings, strict=True)
+        ]
+        for recorder in recorders:
+            stack.enter_context(closing(recorder))
+        saver = None
+        if checkpoint is not None:
+            saver = RunSaver(checkpoint, recorders, identity, partial(_arrivals, runs))
+        if saved is not None and saver is not None:
+            saver.restore(saved)
+            if len(runs) == 1:  # a run that a callback has ended can be continued
+                recorders[0].stopped = False
+        else:
+            for run in runs:
+                run.begin()
+        return _Sweep(runs, groups, recorders).run(saver, stop)
+
+
+class _Sweep:
+    """Advances groups of runs, records each run, and collects the results."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        groups: Sequence[OneByOne | Together],
+        recorders: Sequence[RunRecorder],
+    ) -> None:
+        self.runs, self.groups, self.recorders = runs, groups, recorders
+        self.results: list[TrainingResult | None] = [None] * len(runs)
+        sizes = [len(group.lanes) for group in groups]
+        self.firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def run(
+        self, saver: RunSaver | None, stop: Callable[[], bool] | None
+    ) -> list[TrainingResult] | None:
+        """Advance to the end, or until ``stop`` returns True."""
+        for run, recorder in zip(self.runs, self.recorders, strict=True):
+            recorder.start(run.trace)
+        self._end_runs()
+        periods = () if saver is None else (saver.checkpoint.every,)
+        with self._advancing() as advance_all:
+            while active := [r for r in self.recorders if not r.ended]:
+                end = active[0].next_stop(*periods)
+                for first, rows in zip(self.firsts, advance_all(end), strict=True):
+                    for index, rounds in rows.items():
+                        self.recorders[first + index].applied_all(rounds, end)
+                diverged = all(recorder.first_nonfinite >= 0 for recorder in self.recorders)
+                if saver is not None and saver.is_due() and not diverged:
+                    saver.save()
+                self._end_runs()
+                if stop is not None and None in self.results and stop():
+                    if saver is not None and not saver.is_due():
+                        saver.save()
+                    return None
+        return [result for result in self.results if result is not None]
+
+    def _end_runs(self) -> None:
+        """Take the results of the runs that have ended."""
+        for first, group in zip(self.firsts, self.groups, strict=True):
+            for index in range(len(group.lanes)):
+                at = first + index
+                recorder = self.recorders[at]
+                if recorder.ended and self.results[at] is None:
+                    group.end(index)
+                    self.results[at] = recorder.end(recorder.result(self.runs[at].trace))
+
+    @contextmanager
+    def _advancing(self) -> Iterator[Callable[[int], Iterator[Any]]]:
+        """Return a function that advances all groups, each in its own thread if there are more."""
+        if len(self.groups) == 1:
+            yield lambda end: iter([self.groups[0].advance(end)])
+            return
+        settings = jax_settings.capture()
+        devices = devices_of_groups(len(self.groups))
+
+        def advance(number: int, end: int) -> Any:
+            with jax_settings.using(settings | {"default_device": devices[number]}):
+                return self.groups[number].advance(end)
+
+        with ThreadPoolExecutor(len(self.groups)) as pool:
+
+            def advance_all(end: int) -> Iterator[Any]:
+                futures = [pool.submit(advance, n, end) for n in range(len(self.groups))]
+                return (future.result() for future in futures)
+
+            yield advance_all
+
+
+def _grouped(
+    runs: Sequence[Run], engine: Any, wanted: RunAxis | None, saved: Saved | None
+) -> tuple[list[OneByOne | Together], dict[str, Any]]:
+    """Return groups of runs, each for one thread, and what runs that resume must have in common."""
+    if len(runs) > 1 and wanted in ("vmap", "map") and engine == "auto":
+        engine = Compiled("loop")
+    settings = _as_saved(choose(engine, *runs[0][:3]), engine, saved)
+    axis, num_groups = choose_axis(wanted, settings, engine, runs, saved)
+    if axis != "loop":
+        settings = Compiled("loop", 1)
     engines: list[Any] = [make_engine(settings, *run) for run in runs]
-    group = Together(engines) if len(runs) > 1 else Alone(engines[0])
-    recordings = [recording, *[recording._replace(callbacks=())] * (len(runs) - 1)]
-    recorders = [
-        RunRecorder(lane, run.workload, run.trace.arrival, mine)
-        for lane, run, mine in zip(group.lanes, runs, recordings, strict=True)
-    ]
-    saver = None
-    if checkpoint is not None:
-        saver = RunSaver(checkpoint, recorders, _identity(runs, settings), partial(_arrivals, runs))
-    if saved is not None and saver is not None:
-        saver.restore(saved)
-    else:
-        for run in runs:
-            run.begin()
-    with closing(recorders[0]):
-        return _run_segments(runs, group, recorders, saver, stop)
-
-
-def _run_segments(
-    runs: Sequence[_Run],
-    group: Alone | Together,
-    recorders: Sequence[RunRecorder],
-    saver: RunSaver | None,
-    stop: Callable[[], bool] | None,
-) -> list[TrainingResult] | None:
-    """Advance the runs segment by segment to the end, record them and save them."""
-    first, num_steps = recorders[0], recorders[0].recording.num_steps
-    first.start(runs[0].trace)
-    periods = () if saver is None else (saver.checkpoint.every,)
-    while not (first.stopped or first.step == num_steps):
-        end = first.next_stop(*periods)
-        for recorder, rounds in zip(recorders, group.advance(end), strict=True):
-            recorder.applied_all(rounds, end)
-        if all(recorder.first_nonfinite >= 0 for recorder in recorders):
-            break
-        if saver is not None and saver.is_due():
-            saver.save()
-        if stop is not None and first.step < num_steps and stop():
-            if saver is not None and not saver.is_due():
-                saver.save()
-            return None
-    results = (recorder.result(run.trace) for recorder, run in zip(recorders, runs, strict=True))
-    return [recorder.end(result) for recorder, result in zip(recorders, results, strict=True)]
+    width = -(-len(runs) // num_groups)
+    parts = [engines[start : start + width] for start in range(0, len(engines), width)]
+    groups: list[OneByOne | Together] = [OneByOne(part) for part in parts]
+    if axis != "loop":
+        make_alike(engines)
+        devices = devices_of_groups(len(parts))
+        groups = [Together(*args) for args in zip(parts, repeat(axis), repeat(width), devices)]
+    identity = _identity(runs, settings)
+    if len(runs) > 1:
+        identity |= {"axis": axis, "groups": len(groups)}
+    return groups, identity
 
 
 def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> Eager | Compiled:
@@ -214,17 +234,18 @@ def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> E
     return replace(settings, max_batch=batch) if isinstance(batch, int) else settings
 
 
-def _identity(runs: Sequence[_Run], settings: Eager | Compiled) -> dict[str, Any]:
+def _identity(runs: Sequence[Run], settings: Eager | Compiled) -> dict[str, Any]:
     """Return what runs that resume must have in common with these, JSON-able."""
-    (server, workload, _), *others = runs
-    identity = {"run by": "simulate", "together": len(runs)} | of_run(server, workload)
+    first, *others = runs
+    identity = {"run by": "simulate", "together": len(runs)} | of_run(first.server, first.workload)
     for index, run in enumerate(others, 1):
         own = of_rate(run.server) | of_keys(*run.workload.keys)
+        own |= {f"hyperparameter {name}": str(x) for name, x in run.hyperparameters.items()}
         identity |= {f"{name} of run {index}": value for name, value in own.items()}
     return identity | {"engine": type(settings).__name__} | asdict(settings)
 
 
-def _arrivals(runs: Sequence[_Run], step: int) -> dict[str, Any]:
+def _arrivals(runs: Sequence[Run], step: int) -> dict[str, Any]:
     """Return the identity of the arrivals before a step: later ones may still change."""
     if (num_steps := runs[0].trace.num_steps) < step:
         raise ValueError(

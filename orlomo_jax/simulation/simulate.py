@@ -13,9 +13,9 @@ from orlomo_jax.methods.method import Method, round_of
 from orlomo_jax.recording.callbacks import AnyCallback
 from orlomo_jax.recording.checkpoint import Checkpointer
 from orlomo_jax.recording.history import TrainingResult
-from orlomo_jax.recording.interrupts import put_off_interrupts
 from orlomo_jax.simulation.engine_choice import Compiled, Eager
-from orlomo_jax.simulation.runs import RunStart, simulate_together
+from orlomo_jax.simulation.run_start import RunStart
+from orlomo_jax.simulation.simulate_many import simulate_many
 from orlomo_jax.traces.compute_times import ComputeTimes, heterogeneous
 from orlomo_jax.traces.sample_trace import sample_trace
 from orlomo_jax.traces.trace import ArrivalTrace
@@ -122,20 +122,20 @@ def simulate(
         trace = _sampled(method, num_steps, compute_times, trace_seed)
     elif num_steps is not None or compute_times is not None:
         raise ValueError("`trace` says who reports when: pass no num_steps and no compute_times")
-    start = RunStart(params, trace, key, local_learning_rate, model_state)
-    with put_off_interrupts(checkpoint is not None) as interrupted:
-        results = simulate_together(
-            method,
-            round_fn,
-            batch_fn,
-            [start],
-            evaluate=evaluate,
-            evaluate_every=evaluate_every,
-            callbacks=callbacks,
-            checkpoint=checkpoint,
-            stop=interrupted,
-            engine=engine,
-        )
+    start = RunStart(
+        params, trace, key, local_learning_rate, model_state, callbacks=tuple(callbacks)
+    )
+    results = simulate_many(
+        method,
+        None,
+        batch_fn,
+        [start],
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        checkpoint=checkpoint,
+        engine=engine,
+        round_fn=round_fn,
+    )
     assert results is not None  # an interrupted run has raised
     return results[0]
 

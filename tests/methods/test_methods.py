@@ -66,7 +66,7 @@ def test_arguments_of_a_wrong_kind(args, options, message):
 def test_another_rule_leaves_the_rest():
     method = make_method("orlomo", 4, 8, momentum=0.8)
     rule = optax.chain(optax.scale(0.5), method.rule)
-    assert method.with_rule(rule) == method._replace(rule=rule) != method
+    assert method.with_rule(rule) == method._replace(rule=rule, factory=None) != method
 
 
 def plain(num_workers, num_local_steps, rate=1.0):

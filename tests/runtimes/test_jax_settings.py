@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from orlomo_jax import RayWorkers, ThreadWorkers, make_method, simulate, train
-from orlomo_jax.runtimes import jax_settings
+from orlomo_jax import RayWorkers, ThreadWorkers, jax_settings, make_method, simulate, train
 from tests.support import helpers
 from tests.support.toy import batch_fn
 

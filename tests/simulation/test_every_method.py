@@ -19,7 +19,7 @@ from orlomo_jax import (
     train,
 )
 from orlomo_jax.methods import FIELD_METHODS, METHOD_NAMES
-from orlomo_jax.simulation import RunStart, simulate_together
+from orlomo_jax.simulation import RunStart, simulate_many
 from orlomo_jax.traces.events import Events
 from orlomo_jax.worker import Workload
 from tests.support import helpers
@@ -256,14 +256,15 @@ def test_runs_together_keep_their_states():
         RunStart(PARAMS, ArrivalTrace.from_workers(order, K), jax.random.key(seed), 0.02, STATE)
         for seed, order in enumerate(orders)
     ]
-    together = simulate_together(method, round_fn, batch_fn, starts)
+    options = {"round_fn": round_fn, "engine": Compiled("loop")}
+    together = simulate_many(method, None, batch_fn, starts, over_runs="vmap", **options)
     for start, result in zip(starts, together, strict=True):
-        (alone,) = simulate_together(method, round_fn, batch_fn, [start], engine=Compiled("loop"))
+        (alone,) = simulate_many(method, None, batch_fn, [start], **options)
         helpers.assert_trees_close(result.params, alone.params, **ROUNDING)
 
 
 def test_runs_together_refuse_an_uneven_s():
     method = method_of("al_sgd")
     start = RunStart(PARAMS, trace_of(method), jax.random.key(0), 0.02, STATE)
-    with pytest.raises(ValueError, match="must have one S for all workers"):
-        simulate_together(method, method.local_round(loss_fn), batch_fn, [start, start])
+    with pytest.raises(ValueError, match="if S differs between workers"):
+        simulate_many(method, loss_fn, batch_fn, [start, start], over_runs="vmap")
