@@ -11,6 +11,7 @@ import numpy as np
 
 from orlomo_jax.checks import check_count
 from orlomo_jax.recording.callbacks import AnyCallback, as_callback
+from orlomo_jax.recording.columns import MetricColumns, Stacked
 from orlomo_jax.recording.health import Health
 from orlomo_jax.recording.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.recording.state_source import StateSource
@@ -84,8 +85,7 @@ class RunRecorder:
         self.evaluations: list[Evaluation] = []
         self._arrival, self.like = arrival, _metric_shapes(source.server, workload)
         self._workload = workload
-        self._rows: list[Sequence[np.ndarray]] = []  # leaves of the metrics, by step
-        self._pending: list[RoundMetrics] = []  # still on the device
+        self._columns = MetricColumns(self.like)
 
     @property
     def ended(self) -> bool:
@@ -119,8 +119,16 @@ class RunRecorder:
             for callback in reversed(self.recording.callbacks):
                 stack.callback(callback.close)
 
-    def applied_all(self, rounds: Iterable[RoundMetrics], end: int) -> None:
-        """Record the reports of a segment until step ``end``, as an engine yields them."""
+    def applied_all(self, rounds: Stacked | Iterable[RoundMetrics], end: int) -> None:
+        """Record the reports of a segment until step ``end``, as an engine returns them."""
+        if isinstance(rounds, Stacked):
+            if not self.recording.callbacks:
+                self._columns.add_all(rounds)
+                self.step = end
+                self.check()
+                self._evaluate_if_due()
+                return
+            rounds = rounds.by_round()
         for metrics in rounds:
             self.applied(metrics, check=self.step + 1 == end)
             if self.stopped and self.step == self.source.server.step:  # the rest is not computed
@@ -135,34 +143,36 @@ class RunRecorder:
             metrics: The metrics of the report's round.
             check: Whether to check for divergence first; callbacks get no step after one.
         """
-        recording = self.recording
         self.step += 1
-        self._pending.append(metrics)
+        self._columns.add(metrics)
         if check:
             self.check()
-        if self.first_nonfinite >= 0:
-            return
-        evaluation = None
-        last = self.step == recording.num_steps
-        if recording.evaluate is not None and (self.step % recording.evaluate_every == 0 or last):
-            evaluation = self._evaluated()
-            time = self._arrival(self.step - 1)[0]
-            self.evaluations.append(Evaluation(self.step, time, evaluation))
-        if recording.callbacks:
+        evaluation = self._evaluate_if_due()
+        if self.first_nonfinite < 0 and self.recording.callbacks:
             at = self._arrival(self.step - 1)
             record = StepRecord(
                 self.step, *at, metrics.loss, metrics.metrics, evaluation, metrics.accepted
             )
-            ends = [_ends_run(callback, record) for callback in recording.callbacks]
+            ends = [_ends_run(callback, record) for callback in self.recording.callbacks]
             self.stopped |= any(ends)
+
+    def _evaluate_if_due(self) -> dict[str, float] | None:
+        """Evaluate at this step if it is due and the run has not diverged."""
+        recording = self.recording
+        due = self.step % recording.evaluate_every == 0 or self.step == recording.num_steps
+        if recording.evaluate is None or not due or self.first_nonfinite >= 0:
+            return None
+        evaluation = self._evaluated()
+        time = self._arrival(self.step - 1)[0]
+        self.evaluations.append(Evaluation(self.step, time, evaluation))
+        return evaluation
 
     def check(self) -> None:
         """Fetch the metrics from the device, and check whether the run has diverged.
 
         If every report was finite but the merge was not, the newest step counts as the first.
         """
-        self._rows += map(jax.tree.leaves, jax.device_get(self._pending))
-        self._pending = []
+        self._columns.fetch()
         if int(self.source.first_nonfinite) < 0 and not bool(all_finite(self.source.view())):
             self.source.first_nonfinite = self.step - 1
         if self.first_nonfinite < 0:
@@ -180,19 +190,19 @@ class RunRecorder:
             for worker, state in self.source.local_states.items()
             if not fresh[worker]
         }
-        return {"server": arrays, "metrics": self._columns(), "local_states": states}, notes
+        return {"server": arrays, "metrics": self._columns.leaves(), "local_states": states}, notes
 
     def restore(self, arrays: dict[str, Any], notes: dict[str, Any], step: int) -> None:
         """Continue from a :meth:`snapshot` of this step, or an earlier one if the run had ended."""
         self.first_nonfinite = check_count("first_nonfinite", notes["first_nonfinite"], -1)
         self.stopped = bool(notes.get("stopped"))
-        self._rows = list(zip(*arrays["metrics"], strict=True))
+        count = self._columns.restore(arrays["metrics"])
         self.evaluations = [Evaluation(*e) for e in notes["evaluations"]]
         self.source.server.restore(arrays["server"], notes["server"])
         first = 0 if self.stopped or self.first_nonfinite >= 0 else step
         self.step = check_count("step", self.source.server.step, first, step)
-        if len(self._rows) != self.step:
-            raise ValueError(f"the history must have {self.step} steps, got {len(self._rows)}")
+        if count != self.step:
+            raise ValueError(f"the history must have {self.step} steps, got {count}")
         if self._workload.keeps_state:
             like = self._workload.init_state(self.source.server.to_send())
             self.source.local_states = {
@@ -230,19 +240,9 @@ class RunRecorder:
         except (AttributeError, TypeError, ValueError) as error:
             raise TypeError(f"`evaluate` must return {{name: scalar}}, got {values!r}") from error
 
-    def _columns(self) -> list[np.ndarray]:
-        """Return the leaves of the metrics of all steps, each with a leading axis."""
-        self._rows += map(jax.tree.leaves, jax.device_get(self._pending))
-        self._pending = []
-        likes = jax.tree.leaves(self.like)
-        if not self._rows:
-            return [np.zeros((0, *like.shape), like.dtype) for like in likes]
-        columns = zip(likes, zip(*self._rows, strict=True), strict=True)
-        return [np.asarray(column, like.dtype).reshape(-1, *like.shape) for like, column in columns]
-
     def _history(self, times: Any, workers: Any, delays: Any) -> History:
         length = len(times)
-        columns = [column[:length] for column in self._columns()]
+        columns = [column[:length] for column in self._columns.leaves()]
         metrics = jax.tree.unflatten(jax.tree.structure(self.like), columns)
         step = np.arange(1, length + 1, dtype=np.int32)
         evaluations = tuple(self.evaluations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -43,17 +44,27 @@ def reads_sent_params(rule: Any, params: PyTree, *, momentum: bool) -> bool:
         >>> reads_sent_params(al_sgd(2), jnp.ones(2), momentum=False)
         False
     """
-    program = _program(rule, params, momentum)
+    leaves, structure = jax.tree.flatten(params)
+    return _reads_sent(rule, structure, tuple(map(_like, leaves)), momentum)
+
+
+@lru_cache(maxsize=64)
+def _reads_sent(rule: Any, structure: Any, leaves: tuple[Any, ...], momentum: bool) -> bool:
+    program = _program(rule, jax.tree.unflatten(structure, leaves), momentum)
     if program is None:
         return True
-    sent = set(program.invars[: len(jax.tree.leaves(params))])
+    sent = set(program.invars[: len(leaves)])
     read = [atom for equation in program.eqns for atom in equation.invars]
     return any(atom in sent for atom in [*read, *program.outvars] if not hasattr(atom, "val"))
 
 
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
 def _program(rule: Any, params: PyTree, momentum: bool) -> Any:
     """Return the jaxpr of (sent params, params, report) to updates and state; None if it fails."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    like = jax.tree.map(_like, params)
 
     def updates(sent, params, report):
         return rule.update(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orlomo_jax.methods.method import Method
+from orlomo_jax.recording.columns import Stacked
 from orlomo_jax.recording.recorder import SEGMENT
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
@@ -21,7 +22,6 @@ from orlomo_jax.server.step import apply_report, check_model_state_weight, weigh
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
 from orlomo_jax.simulation.stacking import (
-    by_round,
     cast_like,
     put,
     read,
@@ -121,7 +121,7 @@ class CompiledEngine:
         self._metrics = workload.shapes(server.to_send())[1]
         self.first_nonfinite: Any = -1
 
-    def advance(self, stop: int) -> list[RoundMetrics]:
+    def advance(self, stop: int) -> Stacked:
         """Apply reports until step ``stop``; return the metrics of each.
 
         Raises:
@@ -134,7 +134,7 @@ class CompiledEngine:
         batch_fn, keys = self.workload.batch_fn, self.workload.keys
         carry: Carry = self.program(batch_fn, self.settings, self._carry, *self.plan(stop), *keys)
         self._carry, self.first_nonfinite = carry, int(carry.first_nonfinite)
-        return by_round(carry.metrics, stop - first)
+        return Stacked(jax.tree.map(np.array, carry.metrics), stop - first)
 
     def plan(self, stop: int) -> tuple[np.ndarray, np.int32, np.int32]:
         """Plan the steps until ``stop``; return their table, first step and number of groups."""
@@ -287,7 +287,8 @@ def segment_program(
             return jax.tree.map(cast_like, new, carry)
 
         def group(index, carry):
-            start = segment.starts[index]
+            # Alone in its group, a step has the same number in all runs of a sweep.
+            start = index if together is None else segment.starts[index]
             carry = write(carry, start)
             answers = compute_group(carry, start)
             if together is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 
 from orlomo_jax.checks import check_count
 from orlomo_jax.methods.method import Method
+from orlomo_jax.recording.columns import Stacked
 from orlomo_jax.recording.state_source import StateSource
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.simulation.compiled import CompiledEngine
@@ -24,10 +25,13 @@ MANY = 1_000_000
 versions into slots and out again."""
 
 
+Rounds: TypeAlias = Stacked | Iterable[RoundMetrics]
+
+
 class Engine(StateSource, Protocol):
     """Carries out a simulated run; the server's step is always current."""
 
-    def advance(self, stop: int) -> Iterable[RoundMetrics]:
+    def advance(self, stop: int) -> Rounds:
         """Apply reports until step ``stop``; return the metrics of each."""
         ...
 

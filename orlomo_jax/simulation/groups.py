@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orlomo_jax.recording.columns import Stacked
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import Carry, CompiledEngine
-from orlomo_jax.simulation.engine_choice import Engine
-from orlomo_jax.simulation.stacking import by_round
-from orlomo_jax.worker.workload import RoundMetrics
+from orlomo_jax.simulation.engine_choice import Engine, Rounds
 
 RunAxis: TypeAlias = Literal["vmap", "map", "loop"]
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
@@ -43,12 +42,13 @@ class OneByOne:
         self.lanes: Sequence[Engine] = engines
         self._ended: set[int] = set()
 
-    def advance(self, stop: int) -> dict[int, Iterable[RoundMetrics]]:
+    def advance(self, stop: int) -> dict[int, Rounds]:
         """Apply reports until step ``stop``; return the metrics of each run that has not ended."""
         active = set(range(len(self.lanes))) - self._ended
+        rounds = {index: self.lanes[index].advance(stop) for index in active}
         if len(self.lanes) == 1:  # an eager engine computes each step when it is recorded
-            return {index: self.lanes[index].advance(stop) for index in active}
-        return {index: list(self.lanes[index].advance(stop)) for index in active}
+            return rounds
+        return {i: x if isinstance(x, Stacked) else list(x) for i, x in rounds.items()}
 
     def end(self, index: int) -> None:
         """Stop advancing a run."""
@@ -87,7 +87,7 @@ class Together:
         ]
         self._compiled = False
 
-    def advance(self, stop: int) -> dict[int, Iterable[RoundMetrics]]:
+    def advance(self, stop: int) -> dict[int, Rounds]:
         """Apply reports until step ``stop``; return the metrics of each run that has not ended."""
         active = [index for index in range(len(self.engines)) if index not in self._ended]
         if not active:
@@ -110,7 +110,7 @@ class Together:
         for index in active:
             self.engines[index].first_nonfinite = int(bad[index])
         return {
-            index: by_round(jax.tree.map(itemgetter(index), metrics), stop - int(first))
+            index: Stacked(jax.tree.map(itemgetter(index), metrics), stop - int(first))
             for index in active
         }
 
@@ -199,7 +199,7 @@ class Lane:
         part = lambda carry: (carry.state.params, carry.state.model_state)  # noqa: E731
         return self._group.read(self._index, part)
 
-    def advance(self, stop: int) -> list[RoundMetrics]:
+    def advance(self, stop: int) -> Rounds:
         """Raise RuntimeError, because all runs advance together."""
         raise RuntimeError(f"all runs must advance together, got stop={stop} for one of them")
 

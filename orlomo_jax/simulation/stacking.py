@@ -7,16 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from orlomo_jax.trees import Array
-from orlomo_jax.worker.workload import RoundMetrics
-
-
-def by_round(metrics: RoundMetrics, count: int) -> list[RoundMetrics]:
-    """Return the metrics of the first ``count`` rounds, on the host."""
-    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.array(x)[:count], metrics))
-    return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
 
 
 def cast_like(x: Array, old: Array) -> Array:
