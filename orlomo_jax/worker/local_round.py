@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from orlomo_jax.checks import check_local_steps
+from orlomo_jax.checks import check_flag, check_local_steps
 from orlomo_jax.memo import shared
 from orlomo_jax.rules import contract
 from orlomo_jax.worker.frozen import Mask
@@ -83,9 +83,10 @@ def local_round(
     """
     num_local_steps = check_local_steps(num_local_steps)
     check_optimizer(optimizer)
+    keep_state = check_flag("keep_state", keep_state)
     mask = None if frozen is None else Mask.of(frozen)
     return LocalRound(
-        loss_fn, num_local_steps, None, 0.0, None, unroll, mask, optimizer, bool(keep_state)
+        loss_fn, num_local_steps, None, 0.0, None, unroll, mask, optimizer, keep_state
     )
 
 
