@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from orlomo_jax import (
+    HostBatches,
     LocalUpdate,
     ParameterServer,
     Report,
@@ -213,13 +214,21 @@ def test_speeds_must_be_positive():
         dynamic_local_steps([1.0, 0.0], S)
 
 
-def test_batches_must_have_a_workers_number_of_steps():
+@pytest.mark.parametrize(
+    "batch_fn",
+    [
+        lambda key, worker, round, num_steps: jnp.ones((num_steps + 5, 4, 2)),
+        lambda key, worker, round, num_steps: jnp.ones((3, 4, 2)),  # S of the other worker
+        HostBatches.of(lambda worker, round: np.ones((3, 4, 2), np.float32)),
+    ],
+)
+def test_batches_must_have_a_workers_number_of_steps(batch_fn):
     method = make_method("al_sgd", 2, (2, 3))
-    with pytest.raises(ValueError, match="must have a leading axis of"):
+    with pytest.raises(ValueError, match="must have a leading axis of num_local_steps=2"):
         simulate(
             method,
             loss_fn,
-            lambda key, worker, round, num_steps: jnp.ones((num_steps + 5, 4, 2)),
+            batch_fn,
             PARAMS,
             num_steps=4,
             key=jax.random.key(0),
