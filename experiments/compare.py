@@ -10,6 +10,7 @@ gets rows.jsonl, report.md and figures. The same command resumes an interrupted 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,17 @@ class Config:
         for name in ("num_workers", "seeds", "tuning_seeds", "num_gradients", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be ≥ 1, got {name}={getattr(self, name)}")
+        for name in ("methods", "compute_times", "local_steps", "partition"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):  # a run would count twice
+                raise ValueError(f"`{name}` must be distinct, at least one, got {name}={values}")
         for name in ("learning_rates", "eta_factors"):
             values = getattr(self, name)
-            if not values or min(values) <= 0 or len(set(values)) < len(values):
-                raise ValueError(f"`{name}` must be distinct and > 0, got {name}={values}")
+            valid = all(0 < x < math.inf for x in values)
+            if not values or not valid or len(set(values)) < len(values):
+                raise ValueError(f"`{name}` must be distinct, finite and > 0, got {name}={values}")
+        if self.time is not None and not 0 < self.time < math.inf:
+            raise ValueError(f"`time` must be finite and > 0, got time={self.time}")
         if self.speeds and self.trace:
             raise ValueError("`speeds` and `trace` both describe the cluster: pass only one")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,76 @@ def check_local_steps(value: Any, num_workers: int | None = None) -> int | tuple
         >>> check_local_steps([4, 2], 2), check_local_steps(3, 2)
         ((4, 2), 3)
     """
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if not is_sequence(value):
         return check_count("num_local_steps", value, 1)
-    if num_workers is not None and len(value) != num_workers:
-        raise ValueError(
-            f"`num_local_steps` must have a number for each of {num_workers} workers, "
-            f"got {len(value)}: num_local_steps={value!r}"
-        )
-    if not len(value):
-        raise ValueError("`num_local_steps` must have a number for each worker, got none")
+    check_one_each("num_local_steps", value, num_workers)
     return tuple(check_count(f"num_local_steps[{k}]", steps, 1) for k, steps in enumerate(value))
+
+
+def is_sequence(value: Any) -> bool:
+    """Return whether a value has items in an order: a sequence or an array, but not a text.
+
+    Example:
+        >>> [is_sequence(x) for x in ([4, 2], np.ones(2), np.array(2), "42", {4, 2})]
+        [True, True, False, False, False]
+    """
+    if isinstance(value, str | bytes):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "__getitem__") and np.ndim(value) > 0)
+
+
+def check_one_each(name: str, value: Any, count: int | None = None, what: str = "worker") -> None:
+    """Raise unless ``value`` is a sequence with one item for each worker (or other things).
+
+    Args:
+        name: The argument's name.
+        value: Any object.
+        count: The wanted length; None for any length ≥ 1.
+        what: What each item belongs to.
+
+    Example:
+        >>> check_one_each("speeds", 2.0)
+        Traceback (most recent call last):
+        ...
+        TypeError: `speeds` must be a sequence with a number for each worker, got speeds=2.0
+    """
+    if not is_sequence(value):
+        raise TypeError(
+            f"`{name}` must be a sequence with a number for each {what}, got {name}={value!r}"
+        )
+    if not len(value) or len(value) != (len(value) if count is None else count):
+        wanted = f"each {what}" if count is None else f"each of {count} {what}s"
+        raise ValueError(
+            f"`{name}` must have a number for {wanted}, got {len(value)}: {name}={value!r}"
+        )
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` as a bool; raise TypeError unless it is True or False.
+
+    Example:
+        >>> check_flag("keep_state", "no")
+        Traceback (most recent call last):
+        ...
+        TypeError: `keep_state` must be True or False, got keep_state='no'
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {name}={value!r}")
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of these texts.
+
+    Example:
+        >>> check_choice("action", "stop", ("wait", "drop"))
+        Traceback (most recent call last):
+        ...
+        ValueError: `action` must be one of wait, drop, got action='stop'
+    """
+    choices = tuple(choices)
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {name}={value!r}")
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:

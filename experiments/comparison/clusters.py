@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -221,8 +222,8 @@ def named_cluster(name: str, num_workers: int, variation: float | None) -> Clust
 
 def cluster_of_speeds(speeds: Sequence[float], variation: float | None) -> Cluster:
     """Return a cluster of workers with these relative speeds."""
-    if min(speeds) <= 0:
-        raise ValueError(f"`speeds` must be > 0, got speeds={tuple(speeds)}")
+    if not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"`speeds` must be finite and > 0, got speeds={tuple(speeds)}")
     times = [1 / speed for speed in speeds]
     model = per_worker_times(times) if variation is None else per_worker_times(times, variation)
     return Cluster("speeds " + " ".join(f"{speed:g}" for speed in speeds), model, len(speeds))

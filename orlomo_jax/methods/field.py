@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from orlomo_jax import rules
+from orlomo_jax.checks import check_flag
 from orlomo_jax.methods.method import Method
 from orlomo_jax.methods.paper import running_mean
 from orlomo_jax.methods.registry import register_method
@@ -89,7 +90,7 @@ def _heloco(
 
 def _ringmaster(K, S, max_delay, learning_rate=1.0, stops=False) -> Method:
     rule = rules.ringmaster(max_delay, learning_rate)
-    policy = None
+    policy, stops = None, check_flag("stops", stops)
     if stops and max_delay is not None:  # a report with delay R or more would be declined
         policy = StalenessBound(max_delay - 1, "restart")
     weight = share_of(learning_rate, 1.0)
@@ -98,7 +99,7 @@ def _ringmaster(K, S, max_delay, learning_rate=1.0, stops=False) -> Method:
 
 def _rennala(K, S, buffer_size, learning_rate=1.0, restart=False) -> Method:
     rule = rules.rennala(buffer_size, learning_rate)
-    policy = RestartEvery(buffer_size) if restart else None
+    policy = RestartEvery(buffer_size) if check_flag("restart", restart) else None
     weight = share_of(learning_rate, 1 / buffer_size)
     return Method("rennala", rule, K, S, model_state_weight=weight, policy=policy)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-LIMIT = 64
+LIMIT = 512
 """For an object with more values than this, the fingerprint contains one digest of them all."""
 
 _UNKNOWN = "of unknown content"
@@ -33,9 +33,9 @@ def with_fingerprint(function: Any, text: str) -> Any:
     """Return the function or optax transformation with ``text`` as its fingerprint.
 
     By default, the fingerprint of a function contains its name, closures, default arguments, the
-    arrays of a ``Partial``, float constants, and the numbers, strings and arrays among the global
-    variables that it reads. It does not contain the functions that it calls by a global name. Use
-    this for a function with values that should not count or cannot be read.
+    arrays of a ``Partial``, the numbers in its code, and the numbers, strings and arrays among the
+    global variables that it reads. It does not contain the functions that it calls by a global
+    name. Use this for a function with values that should not count or cannot be read.
 
     Args:
         function: A function, or an ``optax.GradientTransformation``.
@@ -210,7 +210,7 @@ def _function(function: types.FunctionType) -> tuple[str, list[tuple[str, Any]]]
         if isinstance(value, _PLAIN) and not name.startswith("__"):
             given[name] = value
     parts += [(f".{name}", part) for name, part in given.items()]
-    constants = ", ".join(map(repr, _floats(code.co_consts)))
+    constants = ", ".join(map(repr, _numbers(code)))
     return f"{_name(function)} with {constants}" if constants else _name(function), parts
 
 
@@ -224,15 +224,19 @@ def _globals(code: types.CodeType) -> Iterator[str]:
             yield from _globals(constant)
 
 
-def _floats(constants: tuple[Any, ...]) -> Iterator[float]:
-    """Yield the floats among a code's constants; integers may be in the bytecode instead."""
-    for constant in constants:
-        if isinstance(constant, types.CodeType):
-            yield from _floats(constant.co_consts)
-        elif isinstance(constant, tuple):
-            yield from _floats(constant)
-        elif isinstance(constant, float):
-            yield constant
+def _numbers(value: Any) -> Iterator[complex | float]:
+    """Yield the numbers and flags that a function's code loads; some integers are no constants."""
+    if isinstance(value, types.CodeType):
+        for instruction in dis.get_instructions(value):
+            if instruction.opcode in dis.hasconst or instruction.opname == "LOAD_SMALL_INT":
+                yield from _numbers(instruction.argval)
+    elif isinstance(value, tuple | frozenset):
+        for part in value if isinstance(value, tuple) else sorted(value, key=repr):
+            yield from _numbers(part)
+    elif isinstance(value, slice):
+        yield from _numbers((value.start, value.stop, value.step))
+    elif isinstance(value, int | float | complex):
+        yield value
 
 
 def _object(value: Any) -> tuple[str, list[tuple[str, Any]]]:

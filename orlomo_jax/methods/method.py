@@ -9,6 +9,7 @@ import jax
 import optax
 
 from orlomo_jax import trees
+from orlomo_jax.checks import check_flag
 from orlomo_jax.methods.fingerprint import fingerprint
 from orlomo_jax.rules.rule_program import reads_sent_params, zero_updates
 from orlomo_jax.traces.policies import Policy
@@ -141,7 +142,8 @@ class Method(NamedTuple):
                 "ordered_outer_momentum takes any local optimizer"
             )
         check_optimizer(optimizer)
-        return self._replace(local_optimizer=optimizer, keep_local_state=bool(keep_state))
+        keep_state = check_flag("keep_state", keep_state)
+        return self._replace(local_optimizer=optimizer, keep_local_state=keep_state)
 
     def with_policy(self, policy: Policy) -> Method:
         """Return the method with a policy, which bounds delays or restarts workers.

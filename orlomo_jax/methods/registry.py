@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from orlomo_jax.checks import check_local_steps
+from orlomo_jax.checks import check_choice, check_flag, check_local_steps
 from orlomo_jax.memo import shared
 from orlomo_jax.methods.method import Method
 from orlomo_jax.rules import contract
@@ -92,8 +92,10 @@ def make_method(
         >>> method.worker_momentum is None, method.synchronous
         (True, False)
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"`name` must be one of {', '.join(_FACTORIES)}, got name={name!r}")
+    check_choice("name", name, _FACTORIES)
+    if master_params is not None:
+        master_params = check_flag("master_params", master_params)
+    keep_local_state = check_flag("keep_local_state", keep_local_state)
     num_workers = contract.check_num_workers(num_workers)
     num_local_steps = check_local_steps(num_local_steps, num_workers)
     factory = partial(_make, name, num_workers, num_local_steps, **hyperparameters)

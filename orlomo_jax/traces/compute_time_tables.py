@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_choice, check_count
 from orlomo_jax.traces.compute_times import ComputeTimes, per_worker_times
 
 _DEEPMIND_TOY = 0.58, 0.75, 1.51, 3.33
@@ -94,8 +94,7 @@ def named_compute_times(name: str, num_workers: int | None = None) -> ComputeTim
         ...
         ValueError: `num_workers` must be 16 for 'halos_16', got num_workers=8
     """
-    if name not in _TABLES:
-        raise ValueError(f"`name` must be one of {COMPUTE_TIME_NAMES}, got name={name!r}")
+    check_choice("name", name, _TABLES)
     count, table = _TABLES[name]
     if count is None:
         if num_workers is None:

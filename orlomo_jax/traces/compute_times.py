@@ -9,7 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from orlomo_jax.checks import check_count, check_nonnegative, check_number
+from orlomo_jax.checks import (
+    check_choice,
+    check_count,
+    check_nonnegative,
+    check_number,
+    check_one_each,
+)
 
 _VARIATION = 0.7  # see `homogeneous`
 _POSITIVE = (lambda x: 1e-100 <= x <= 1e100, "in [1e-100, 1e100] seconds")
@@ -59,6 +65,7 @@ class ComputeTimes:
     def __post_init__(self) -> None:
         """Check every field."""
         if isinstance(self.gradient_time, tuple):
+            check_one_each("gradient_times", self.gradient_time)
             for worker, seconds in enumerate(self.gradient_time):
                 check_number(f"gradient_times[{worker}]", seconds, *_POSITIVE)
         else:
@@ -68,8 +75,7 @@ class ComputeTimes:
         check_number("slow_fraction", self.slow_fraction, lambda x: 0 <= x <= 1, "in [0, 1]")
         check_count("slow_workers", self.slow_workers)
         check_nonnegative("communication_time", self.communication_time)
-        if self.noise not in _NOISES:
-            raise ValueError(f"`noise` must be one of {_NOISES}, got noise={self.noise!r}")
+        check_choice("noise", self.noise, _NOISES)
         for pair in self.silent_after:
             if len(pair) != 2:
                 raise ValueError(
@@ -183,4 +189,5 @@ def per_worker_times(
         >>> per_worker_times([1.0, 3.0]).mean_times(2)
         array([1., 3.])
     """
+    check_one_each("gradient_times", gradient_times)
     return ComputeTimes(tuple(gradient_times), variation)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_count, check_local_steps, check_one_each
 from orlomo_jax.traces.compute_times import ComputeTimes
-from orlomo_jax.traces.local_steps import check_local_steps
 from orlomo_jax.traces.policies import StalenessBound
 from orlomo_jax.traces.sample_trace import sample_trace
 from orlomo_jax.traces.trace import ArrivalTrace
@@ -121,11 +120,9 @@ def fit_compute_times(
         sizes = [trace.num_workers for trace in traces]
         raise ValueError(f"`runs` must have the same number of workers, got num_workers={sizes}")
     num_workers = traces[0].num_workers
-    given = list(num_local_steps) if several else [num_local_steps]
-    if len(given) != len(traces):
-        raise ValueError(
-            f"`num_local_steps` must have a value for each of {len(traces)} runs, got {len(given)}"
-        )
+    if several:
+        check_one_each("num_local_steps", num_local_steps, len(traces), "run")
+    given = num_local_steps if several else [num_local_steps]
     steps = [np.broadcast_to(check_local_steps(x, num_workers), num_workers) for x in given]
     skip_rounds = check_count("skip_rounds", skip_rounds)
     rounds = [_durations(trace, own, skip_rounds) for trace, own in zip(traces, steps, strict=True)]
@@ -160,7 +157,8 @@ def fit_compute_times(
 
 
 def _as_trace(run: Any) -> ArrivalTrace:
-    trace = run if isinstance(run, ArrivalTrace) or not hasattr(run, "trace") else run.trace()
+    is_record = hasattr(run, "trace") and not hasattr(run, "dtype")  # an array's is a sum
+    trace = run.trace() if is_record and not isinstance(run, ArrivalTrace) else run
     if not isinstance(trace, ArrivalTrace):
         raise TypeError(f"`runs` must be traces or journals, got {run!r}")
     return trace

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from orlomo_jax.checks import check_count, check_number
+from orlomo_jax.checks import check_count, check_number, check_one_each
 
 
 def dynamic_local_steps(
@@ -38,33 +37,12 @@ def dynamic_local_steps(
     """
     top_steps = check_count("num_local_steps", num_local_steps, 1)
     minimum = check_count("minimum", minimum, 1, top_steps)
+    check_one_each("speeds", speeds)
     checked = [
         check_number(f"speeds[{worker}]", speed, lambda v: 0 < v < math.inf, "finite and > 0")
         for worker, speed in enumerate(speeds)
     ]
-    if not checked:
-        raise ValueError("`speeds` must have a number for each worker, got speeds=[]")
     top = max(checked)
     return tuple(
         max(minimum, math.floor(top_steps * (speed / top) * (1 + 1e-12))) for speed in checked
     )
-
-
-def check_local_steps(num_local_steps: Any, num_workers: int) -> int | tuple[int, ...]:
-    """Return an integer ≥ 1, or a tuple of one for each worker; else raise.
-
-    Example:
-        >>> check_local_steps([4, 2], num_workers=3)
-        Traceback (most recent call last):
-        ...
-        ValueError: `num_local_steps` must have a number for each of num_workers=3 workers, got 2
-    """
-    if isinstance(num_local_steps, str) or not isinstance(num_local_steps, Iterable):
-        return check_count("num_local_steps", num_local_steps, 1)
-    steps = tuple(num_local_steps)
-    if len(steps) != num_workers:
-        raise ValueError(
-            f"`num_local_steps` must have a number for each of num_workers={num_workers} workers, "
-            f"got {len(steps)}"
-        )
-    return tuple(check_count(f"num_local_steps[{k}]", value, 1) for k, value in enumerate(steps))

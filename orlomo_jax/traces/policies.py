@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_choice, check_count
 
 _ACTIONS = ("wait", "drop", "restart")
 
@@ -102,8 +102,7 @@ class StalenessBound(Policy):
     def __post_init__(self) -> None:
         """Check the fields."""
         object.__setattr__(self, "max_delay", check_count("max_delay", self.max_delay))
-        if self.action not in _ACTIONS:
-            raise ValueError(f"`action` must be one of {_ACTIONS}, got action={self.action!r}")
+        check_choice("action", self.action, _ACTIONS)
 
     @property
     def max_wait(self) -> int | None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from orlomo_jax.checks import check_count, check_type
+from orlomo_jax.checks import check_count, check_local_steps, check_type
 from orlomo_jax.traces.compute_times import ComputeTimes
 from orlomo_jax.traces.event_loop import EventLoop, RoundClock
-from orlomo_jax.traces.local_steps import check_local_steps
 from orlomo_jax.traces.policies import Policy
 from orlomo_jax.traces.trace import ArrivalTrace
 
@@ -62,6 +61,8 @@ def sample_trace(
         >>> sample_trace(model, 2, 6, [1, 1], 0, policy=StalenessBound(1)).workers.tolist()
         [0, 1, 0, 1, 0, 1]
     """
+    if not isinstance(model, ComputeTimes):
+        raise TypeError(f"`model` must be a model of compute times, got model={model!r}")
     num_steps, seed = check_count("num_steps", num_steps), check_count("seed", seed)
     means = model.mean_times(num_workers)
     seconds = np.multiply(check_local_steps(num_local_steps, num_workers), means)

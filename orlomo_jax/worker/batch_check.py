@@ -21,7 +21,9 @@ _ADVICE = (
 
 
 def check_batch_fn(batch_fn: Callable, key: Array, steps: int | None = None) -> None:
-    """Raise TypeError if two traces of a batch function have different constants.
+    """Raise TypeError if a batch function takes other arguments, or its traces differ.
+
+    Two traces differ if they have different constants.
 
     Args:
         batch_fn: The batch function.
@@ -30,10 +32,28 @@ def check_batch_fn(batch_fn: Callable, key: Array, steps: int | None = None) -> 
     """
     if isinstance(batch_fn, HostBatches):
         return
+    _check_signature(batch_fn, steps)
     first, second = _constants(batch_fn, key, steps), _constants(batch_fn, key, steps)
     same_number = len(first) == len(second)  # not if the function caches its first results
     if same_number and not all(map(_equal, first, second)):
         raise TypeError(f"{_ADVICE}. Two calls returned different batches")
+
+
+def _check_signature(batch_fn: Callable, steps: int | None) -> None:
+    """Raise TypeError unless a batch function can be called with our arguments."""
+    names = ("key", "worker", "round") + (() if steps is None else ("num_local_steps",))
+    try:
+        signature = inspect.signature(batch_fn)
+    except (TypeError, ValueError):  # it does not have one that Python can read
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        why = "is one number" if steps is None else "has one number for each worker"
+        raise TypeError(
+            f"`batch_fn` must take ({', '.join(names)}), because the method's num_local_steps "
+            f"{why}, got a function of {signature}: {error}"
+        ) from None
 
 
 def _constants(batch_fn: Callable, key: Array, steps: int | None) -> list[Any]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orlomo_jax import trees
 from orlomo_jax.trees import PyTree
 
 _PROBES = 3
@@ -24,10 +25,10 @@ def check_optimizer(optimizer: Any) -> None:
 
 @lru_cache(maxsize=64)
 def check_ascends(optimizer: optax.GradientTransformation) -> None:
-    """Raise ValueError if a transformation returns a descent direction.
+    """Raise if a transformation returns a descent direction, or needs unknown arguments.
 
-    It is tried on one small matrix. A transformation that does not accept it, for example one with
-    a mask for other parameters, is not checked.
+    It is tried on one small matrix, with a loss of 1. A transformation that does not accept it, for
+    example one with a mask for other parameters, is not checked.
 
     Example:
         >>> check_ascends(optax.scale_by_adam())
@@ -38,9 +39,15 @@ def check_ascends(optimizer: optax.GradientTransformation) -> None:
         state = optimizer.init(params)
         products = []
         for _ in range(_PROBES):
-            direction, state = optimizer.update(gradient, state, params)
+            direction, state = transformed(optimizer, gradient, state, params, jnp.float32(1))
             products.append(float(jnp.vdot(direction, gradient)))  # pyright: ignore
-    except Exception:  # it needs other parameters; the first round will raise the full error
+    except Exception as error:
+        if isinstance(error, TypeError) and "required keyword-only argument" in str(error):
+            raise TypeError(
+                "`optimizer` must not need arguments other than `value`, the loss, got one that "
+                f"does: {error}"
+            ) from None
+        # It needs other parameters; the first round will raise the full error.
         return
     if min(products) < 0:
         raise ValueError(
@@ -49,6 +56,14 @@ def check_ascends(optimizer: optax.GradientTransformation) -> None:
             "optax.add_decayed_weights(0.1)) instead of optax.adamw(…), and γ as "
             "`local_learning_rate`"
         )
+
+
+def transformed(
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: Any, params: PyTree, loss: Any
+) -> tuple[PyTree, Any]:
+    """Return the direction and the new state; a transformation may read the loss as ``value``."""
+    value = trees.widened(loss)
+    return optax.with_extra_args_support(optimizer).update(gradient, state, params, value=value)
 
 
 def as_strong(tree: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from orlomo_jax.checks import check_local_steps
+from orlomo_jax.checks import check_flag, check_local_steps
 from orlomo_jax.memo import shared
 from orlomo_jax.rules import contract
 from orlomo_jax.worker.frozen import Mask
@@ -41,7 +41,8 @@ def local_round(
         loss_fn: As in :func:`~orlomo_jax.local_momentum_sgd`.
         num_local_steps: S ≥ 1 (H in the DiLoCo papers), or a tuple with S of each worker.
         optimizer: The transformation. It sees parameters and gradients in float32 or wider; frozen
-            leaves are ``optax.MaskedNode()``.
+            leaves are ``optax.MaskedNode()``. It may read the loss as ``value``, as
+            ``optax.contrib.reduce_on_plateau`` does.
         keep_state: Whether a worker keeps the transformation's state for its next round, as
             DiLoCo does (so Adam's step count continues), or starts each round with a new one. A
             kept state starts anew after a lost or cancelled round. It has a cost: the memory of K
@@ -56,8 +57,10 @@ def local_round(
 
     Raises:
         ValueError: If the transformation returns a descent direction (as ``optax.adamw`` does), or
-            ``num_local_steps`` is out of range; in the round, if the state's structure changes.
-        TypeError: If ``optimizer`` is not an optax transformation.
+            ``num_local_steps`` is out of range; in the round, if the state's structure changes or
+            a result is not like the gradient.
+        TypeError: If ``optimizer`` is not an optax transformation, or needs arguments other than
+            ``value``.
 
     Example:
         >>> import jax
@@ -83,9 +86,10 @@ def local_round(
     """
     num_local_steps = check_local_steps(num_local_steps)
     check_optimizer(optimizer)
+    keep_state = check_flag("keep_state", keep_state)
     mask = None if frozen is None else Mask.of(frozen)
     return LocalRound(
-        loss_fn, num_local_steps, None, 0.0, None, unroll, mask, optimizer, bool(keep_state)
+        loss_fn, num_local_steps, None, 0.0, None, unroll, mask, optimizer, keep_state
     )
 
 

@@ -13,7 +13,7 @@ from orlomo_jax import trees
 from orlomo_jax.rules import contract
 from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.frozen import Mask
-from orlomo_jax.worker.local_optimizer import as_strong, check_kept
+from orlomo_jax.worker.local_optimizer import as_strong, check_kept, transformed
 from orlomo_jax.worker.protocols import LossFn
 from orlomo_jax.worker.round_parts import (
     Split,
@@ -144,13 +144,18 @@ class LocalRound:
             gradient = [jnp.conj(x) for x in gradient]
             if transform is not None:
                 whole = split.whole(gradient, frozen=jnp.zeros_like)
-                whole, transform_state = transform.update(whole, transform_state, split.whole(seen))
+                given = whole
+                whole, transform_state = transformed(
+                    transform, whole, transform_state, split.whole(seen), loss
+                )
+                trees.check_like("the result of gradient_transform", whole, given)
                 gradient = split.trained(whole)
             if optimizer is not None:
-                old = transform_state
-                direction, transform_state = optimizer.update(
-                    split.optional(trees.widened(gradient)), old, split.optional(local)
+                old, given = transform_state, split.optional(trees.widened(gradient))
+                direction, transform_state = transformed(
+                    optimizer, given, old, split.optional(local), loss
                 )
+                trees.check_like("the result of optimizer", direction, given)
                 transform_state = check_kept(transform_state, old)
                 gradient = jax.tree.leaves(direction)
             terms = [(local_learning_rate, gradient)]

@@ -13,7 +13,7 @@ import numpy as np
 from orlomo_jax import trees
 from orlomo_jax.trees import Array, ArrayLike, PyTree
 from orlomo_jax.worker.host_batches import HostBatches
-from orlomo_jax.worker.round_parts import convolves
+from orlomo_jax.worker.round_parts import check_leading_axis, convolves
 from orlomo_jax.worker.step_loop import RoundResult, init_state, keeps_state
 
 _NONE, _ZERO = np.int32(-1), np.int32(0)
@@ -199,9 +199,15 @@ def _init_program(round_fn: Callable) -> Callable:
 
 
 def make_batches(batch_fn: Callable, steps: int | None, key: Array, worker: Any, round: Any) -> Any:
-    """Return a round's batches; ``steps`` is S if it differs between workers."""
-    more = () if steps is None else (steps,)
-    return batch_fn(key, worker, round, *more)
+    """Return a round's batches; ``steps`` is S if it differs between workers.
+
+    The round only knows the S of all workers, so the number of this worker is checked here.
+    """
+    if steps is None:
+        return batch_fn(key, worker, round)
+    batches = batch_fn(key, worker, round, steps)
+    check_leading_axis(batches, steps)
+    return batches
 
 
 @lru_cache(maxsize=64)

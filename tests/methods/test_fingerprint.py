@@ -112,6 +112,12 @@ KINDS = {
     "array in a closure": (lambda x: scaled(jnp.full(3, x)), 0.5, 0.3),
     "tuple in a closure": (lambda x: scaled((1, [x])), "a", "b"),
     "constant": (lambda which: [lambda d: 0.1, lambda d: 0.3][which], 0, 1),
+    "integer": (lambda which: [lambda d: 1 / (1 + d), lambda d: 2 / (1 + d)][which], 0, 1),
+    "large integer": (lambda which: [lambda d: d + 1000, lambda d: d + 2000][which], 0, 1),
+    "comparison": (lambda which: [lambda x: x.ndim > 1, lambda x: x.ndim > 0][which], 0, 1),
+    "flag": (lambda which: [lambda x: True, lambda x: False][which], 0, 1),
+    "slice": (lambda which: [lambda x: x[1:2], lambda x: x[1:3]][which], 0, 1),
+    "set in code": (lambda which: [lambda x: x in {1, 2}, lambda x: x in {1, 3}][which], 0, 1),
     "default argument": (lambda x: lambda d, scale=x: scale, 1, 2),
     "keyword default": (lambda x: lambda d, *, scale=x: scale, 1, 2),
     "Partial": (lambda x: jax.tree_util.Partial(loss_fn, np.full(9, x)), 1, 2),
@@ -209,6 +215,21 @@ def test_a_text_of_ones_own():
     method = make_method("orlomo", 2, 1)
     mine = [method.with_rule(with_fingerprint(chain(1.0), text)) for text in ("v1", "v2")]
     assert mine[0].fingerprint != mine[1].fingerprint
+
+
+def test_the_settings_of_a_long_chain_have_names():
+    """So that a checkpoint's refusal can say what differs."""
+
+    def method(decay):
+        matrix = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay))
+        parts = optax.partition({2: matrix, 1: optax.scale_by_adam()}, jnp.ndim)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), parts, optax.trace(0.9))
+        return make_method("heloco", 4, 8, local_optimizer=optimizer)
+
+    one, other = (dict(method(decay).fingerprint) for decay in (0.1, 0.2))
+    assert one["method.num_workers"] == "4"
+    assert one.keys() == other.keys()
+    assert {(one[x], other[x]) for x in one if one[x] != other[x]} == {("0.1", "0.2")}
 
 
 def test_large_objects_are_known_by_a_digest():

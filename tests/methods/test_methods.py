@@ -37,6 +37,7 @@ def test_merge_weights():
     ("args", "options", "message"),
     [
         (("adam", 4, 8), {}, "`name` must be one of orlomo, prsgdm, al_sgd, local_ormo_da"),
+        ((["orlomo"], 4, 8), {}, r"`name` must be one of .*, got name=\['orlomo'\]"),
         (("orlomo", 0, 8), {}, "num_workers=0"),
         (("orlomo", 4, 0), {}, "`num_local_steps` must be ≥ 1, got num_local_steps=0"),
         (("al_sgd", 4, 8), {"momentum": 1.0}, "momentum=1.0"),
@@ -56,6 +57,11 @@ def test_bad_arguments(args, options, message):
         (("orlomo", 4, 8, 0.9), {}, "positional"),
         (("orlomo", 4), {}, "num_local_steps"),
         (("orlomo", 4, 2.5), {}, "num_local_steps=2.5"),
+        (("orlomo", 4, np.array(2.5)), {}, "num_local_steps=array"),
+        (("al_sgd", 4, 8), {"master_params": "no"}, "`master_params` must be True or .*='no'"),
+        (("al_sgd", 4, 8), {"keep_local_state": 0}, "`keep_local_state` must be True .*=0"),
+        (("ringmaster", 4, 8), {"max_delay": 4, "stops": "no"}, "`stops` must be True or .*='no'"),
+        (("rennala", 4, 8), {"buffer_size": 4, "restart": 1}, "`restart` must be True or .*=1"),
     ],
 )
 def test_arguments_of_a_wrong_kind(args, options, message):

@@ -59,7 +59,7 @@ def test_by_name(name):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: named_compute_times("deepmind"), ValueError, r"`name` must be one of \('deepmi"),
+        (lambda: named_compute_times("deepmind"), ValueError, r"`name` must be one of deepmi"),
         (lambda: named_compute_times("sqrt_k"), ValueError, "must be given for 'sqrt_k'"),
         (lambda: named_compute_times("sqrt_k", 0), ValueError, "num_workers=0"),
         (lambda: named_compute_times("deepmind_toy", 5), ValueError, "must be 4 for 'deepmind_toy"),

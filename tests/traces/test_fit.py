@@ -164,10 +164,12 @@ def test_as_text():
             r"num_workers=\[1, 2\]",
         ),
         ([ArrivalTrace.from_workers([], 2)], [1, 2], ValueError, "each of 1 runs, got 2"),
-        (ArrivalTrace.from_workers([], 2), [1, 2, 3], ValueError, "num_workers=2 workers, got 3"),
+        (ArrivalTrace.from_workers([], 2), [1, 2, 3], ValueError, "each of 2 workers, got 3"),
         (ArrivalTrace.from_workers([], 2), 0, ValueError, "num_local_steps=0"),
         (cast(Any, "trace.json"), 1, TypeError, "`runs` must be traces or journals, got 't"),
         (cast(Any, 3), 1, TypeError, "`runs` must be traces or journals, got 3"),
+        (cast(Any, np.ones(2)), 1, TypeError, "`runs` must be traces or journals, got array"),
+        ([ArrivalTrace.from_workers([], 2)], 2, TypeError, "each run, got num_local_steps=2"),
     ],
 )
 def test_refused(runs, num_local_steps, error, message):

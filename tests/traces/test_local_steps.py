@@ -3,13 +3,14 @@
 import math
 from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orlomo_jax.checks import check_local_steps
 from orlomo_jax.traces import dynamic_local_steps, homogeneous, per_worker_times, sample_trace
-from orlomo_jax.traces.local_steps import check_local_steps
 
 SPEEDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
 
@@ -43,6 +44,10 @@ class TestDynamicLocalSteps:
             ([1.0, math.inf], 4, 1, ValueError, r"speeds\[1\]=inf"),
             ([1.0, math.nan], 4, 1, ValueError, r"speeds\[1\]=nan"),
             (["1"], 4, 1, TypeError, r"speeds\[0\]='1'"),
+            (b"12", 4, 1, TypeError, "speeds=b'12'"),
+            (2.0, 4, 1, TypeError, "speeds=2.0"),
+            (np.array(2.0), 4, 1, TypeError, r"speeds=array\(2.\)"),
+            ({1: 1.0}, 4, 1, TypeError, r"speeds=\{1: 1.0\}"),
             ([1.0], 0, 1, ValueError, "num_local_steps=0"),
             ([1.0], 4, 0, ValueError, "minimum=0"),
             ([1.0], 4, 5, ValueError, r"`minimum` must be in \[1, 4\], got minimum=5"),
@@ -69,6 +74,14 @@ class TestSampleTrace:
         )
         assert one == many
 
+    def test_one_number_may_be_an_array(self):
+        for number in (np.array(4), np.int64(4), jnp.array(4)):
+            assert sample_trace(homogeneous(), 2, 9, cast(Any, number), 0) == (
+                sample_trace(homogeneous(), 2, 9, 4, 0)
+            )
+            assert check_local_steps(number, 2) == 4
+        assert check_local_steps(jnp.array([4, 2]), 2) == (4, 2)
+
     def test_a_worker_with_twice_the_steps_takes_twice_as_long(self):
         slow = sample_trace(per_worker_times([1.0, 2.0]), 2, 100, 4, 0)
         more = sample_trace(homogeneous(), 2, 100, np.array([4, 8]), 0)
@@ -77,13 +90,17 @@ class TestSampleTrace:
     @pytest.mark.parametrize(
         ("num_local_steps", "error", "message"),
         [
-            ([1], ValueError, "a number for each of num_workers=2 workers, got 1"),
-            ([1, 1, 1], ValueError, "num_workers=2 workers, got 3"),
+            ([1], ValueError, "a number for each of 2 workers, got 1"),
+            ([1, 1, 1], ValueError, "each of 2 workers, got 3"),
             ([1, 0], ValueError, r"`num_local_steps\[1\]` must be ≥ 1, got .*\[1\]=0"),
             ([1, True], TypeError, r"num_local_steps\[1\]=True"),
             ([1.5, 1], TypeError, r"num_local_steps\[0\]=1.5"),
             ("12", TypeError, "num_local_steps='12'"),
             (1.5, TypeError, "num_local_steps=1.5"),
+            (b"12", TypeError, "num_local_steps=b'12'"),
+            ({1, 2}, TypeError, r"num_local_steps=\{1, 2\}"),
+            (iter([1, 2]), TypeError, "num_local_steps=<list_iterator"),
+            (np.array(1.5), TypeError, r"num_local_steps=array\(1.5\)"),
         ],
     )
     def test_out_of_range(self, num_local_steps, error, message):

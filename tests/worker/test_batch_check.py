@@ -95,6 +95,24 @@ def test_a_function_that_keeps_what_it_computed_at_first_passes():
     check_batch_fn(batch_fn, KEY)
 
 
+@pytest.mark.parametrize(
+    ("batch_fn", "steps", "message"),
+    [
+        (lambda key, worker, round: TABLE, 2, r"\(key, worker, round, num_local_steps\), .* one"),
+        (
+            lambda key, worker, round, steps: TABLE,
+            None,
+            r"\(key, worker, round\), .* is one num",
+        ),
+        (lambda: TABLE, None, "too many positional arguments"),
+    ],
+)
+def test_a_function_of_other_arguments_is_refused(batch_fn, steps, message):
+    for function in (batch_fn, jax.jit(batch_fn), jax.tree_util.Partial(batch_fn)):
+        with pytest.raises(TypeError, match=f"`batch_fn` must take .*{message}"):
+            check_batch_fn(function, KEY, steps)
+
+
 def test_what_a_function_raises_is_its_own():
     def slip(key, worker, round):
         raise KeyError("images")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from orlomo_jax import (
+    HostBatches,
     LocalUpdate,
     ParameterServer,
     Report,
@@ -14,6 +15,7 @@ from orlomo_jax import (
     cast_reports,
     dynamic_local_steps,
     from_loss,
+    local_momentum_sgd,
     local_round,
     make_method,
     simulate,
@@ -45,13 +47,20 @@ OPTIMIZERS = {
         optax.scale_by_adam(), optax.scale_by_schedule(optax.linear_schedule(0.0, 1.0, 10))
     ),
     "sgd": optax.identity(),
+    "plateau": optax.chain(
+        optax.scale_by_adam(), optax.contrib.reduce_on_plateau(0.5, patience=1, rtol=0.9)
+    ),
 }
 
 
 def plain_steps(optimizer, params, state, rate):
     for batch in BATCHES:
-        gradient = jax.grad(lambda p, batch=batch: loss_fn(p, None, batch, None)[0])(params)
-        direction, state = optimizer.update(gradient, state, params)
+        loss, gradient = jax.value_and_grad(
+            lambda p, batch=batch: loss_fn(p, None, batch, None)[0]
+        )(params)
+        direction, state = optax.with_extra_args_support(optimizer).update(
+            gradient, state, params, value=loss
+        )
         params = jax.tree.map(lambda w, d: w - rate * d, params, direction)
     return params, state
 
@@ -132,6 +141,32 @@ def test_a_descent_direction_is_refused(optimizer):
         make_method("al_sgd", 2, S, local_optimizer=optimizer)
 
 
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda x: jax.tree.map(jnp.sum, x), r"`the result of .*\['b'\]` must have shape \(2,\)"),
+        (lambda x: {"w": x["w"]}, "`the result of .*` must have the structure"),
+        (lambda x: None, "`the result of .*` must have the structure"),
+    ],
+    ids=["shapes", "structure", "nothing"],
+)
+def test_a_result_unlike_the_gradient_is_refused(result, message):
+    """A scalar would be broadcast."""
+    wrong = optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (result(u), s))
+    for round_fn in (
+        local_round(loss_fn, S, wrong),
+        local_momentum_sgd(loss_fn, S, gradient_transform=wrong),
+    ):
+        with pytest.raises(ValueError, match=message):
+            round_fn(PARAMS, None, BATCHES, 0.1, jax.random.key(0))
+
+
+def test_an_optimizer_that_needs_more_than_the_loss_is_refused():
+    search = optax.scale_by_backtracking_linesearch(5)
+    with pytest.raises(TypeError, match=r"`optimizer` must not need .* 'grad' and 'value_fn'"):
+        make_method("al_sgd", 2, S, local_optimizer=search)
+
+
 def growing(params, form):
     def update(updates, state, params=None):
         return updates, form(state)
@@ -179,13 +214,21 @@ def test_speeds_must_be_positive():
         dynamic_local_steps([1.0, 0.0], S)
 
 
-def test_batches_must_have_a_workers_number_of_steps():
+@pytest.mark.parametrize(
+    "batch_fn",
+    [
+        lambda key, worker, round, num_steps: jnp.ones((num_steps + 5, 4, 2)),
+        lambda key, worker, round, num_steps: jnp.ones((3, 4, 2)),  # S of the other worker
+        HostBatches.of(lambda worker, round: np.ones((3, 4, 2), np.float32)),
+    ],
+)
+def test_batches_must_have_a_workers_number_of_steps(batch_fn):
     method = make_method("al_sgd", 2, (2, 3))
-    with pytest.raises(ValueError, match="must have a leading axis of"):
+    with pytest.raises(ValueError, match="must have a leading axis of num_local_steps=2"):
         simulate(
             method,
             loss_fn,
-            lambda key, worker, round, num_steps: jnp.ones((num_steps + 5, 4, 2)),
+            batch_fn,
             PARAMS,
             num_steps=4,
             key=jax.random.key(0),
