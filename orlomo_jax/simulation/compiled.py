@@ -163,8 +163,8 @@ class CompiledEngine:
             return None
         new = self.workload.init_state(read(slots, np.int32(0)))
         stacked = repeat(new, self.server.num_workers)
-        for worker, state in self.local_states.items():
-            stacked = write_to(stacked, state, np.int32(worker))
+        for worker in list(self.local_states):  # the carry has them from now on
+            stacked = write_to(stacked, self.local_states.pop(worker), np.int32(worker))
         return stacked
 
     def unload(self, carry: Carry) -> None:
