@@ -56,10 +56,7 @@ def by_hand(method, trace):
     return server
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_engine_gives_the_same_run(name):
-    method = method_of(name)
-    trace = trace_of(method)
+def assert_engines_agree(method, trace):
     eager = simulated(method, trace, Eager())
     assert eager.status == "finished"
     server = by_hand(method, trace)
@@ -70,6 +67,22 @@ def test_every_engine_gives_the_same_run(name):
     helpers.assert_trees_close(compiled.params, eager.params, **ROUNDING)
     helpers.assert_trees_close(compiled.model_state, eager.model_state, **ROUNDING)
     np.testing.assert_array_equal(compiled.history.accepted, eager.history.accepted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_engine_gives_the_same_run(name):
+    method = method_of(name)
+    assert_engines_agree(method, trace_of(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", ["kept", "uneven", "losses"])
+@pytest.mark.parametrize("name", ["ordered_outer_momentum", "fedbuff", "diloco"])
+def test_kept_states_uneven_s_or_lost_rounds_alone(name, alone):
+    method = method_of(name, uneven=alone == "uneven", keep=alone == "kept")
+    trace = trace_of(method, losses=alone == "losses")
+    assert bool(trace.events) == (alone == "losses")
+    assert_engines_agree(method, trace)
 
 
 @pytest.mark.parametrize("name", METHODS)

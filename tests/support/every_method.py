@@ -24,10 +24,11 @@ ROUNDING = {"rtol": 2e-3, "atol": 2e-4}
 """Two programs of the same float32 run; Adam divides by the root of small numbers."""
 
 
-def method_of(name, uneven=True):
+def method_of(name, uneven=True, keep=True):
     optimizer = None if name in MERGES_LOCAL_MOMENTUM else ADAMW
     steps = (2, 1, 3) if uneven else 2
-    return make_method(name, K, steps, local_optimizer=optimizer, **NEEDED.get(name, {}))
+    options = {"local_optimizer": optimizer, "keep_local_state": keep} | NEEDED.get(name, {})
+    return make_method(name, K, steps, **options)
 
 
 def batch_fn(key, worker, round, num_steps=2):
@@ -35,16 +36,18 @@ def batch_fn(key, worker, round, num_steps=2):
     return jax.random.normal(key, (num_steps, 4, 3))
 
 
-def trace_of(method):
+def trace_of(method, losses=True):
     """Arrivals with lost rounds; for Ringmaster with stops, the rounds that it cancels."""
     if method.synchronous:
         order = [w for r in range(T // K) for w in np.roll(range(K), r)]
         events = [(4, "lost", 1), (4, "redispatched", 1), (9, "lost", 1), (10, "redispatched", 1)]
+        events = events if losses else []
         return ArrivalTrace.from_workers(order, K, synchronous=True, events=events)
     order = [0, 1, 1, 0, 2, 1, 0, 1, 2, 0, 1, 1, 0, 2, 1, 1, 0, 1, 2, 0, 1, 2, 1, 0]
     if method.policy is None:
         events = [(2, "lost", 2), (3, "redispatched", 2), (8, "restarted", 0), (9, "left", 1)]
         events += [(9, "joined", 1), (15, "lost", 0), (16, "redispatched", 0)]
+        events = events if losses else []
         return ArrivalTrace.from_workers(order, K, events=events)
     held, events = dict.fromkeys(range(K), 0), []
     for step, worker in enumerate(order, 1):
