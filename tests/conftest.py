@@ -36,7 +36,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run pages of docs/, the check of worker pools and exact rules with the slow tests."""
-    exact = ("tests/rules/test_buffer_rules.py", "tests/rules/test_momentum_rules.py")
+    names = ("buffer_rules", "buffer_rules_input", "equal_momentum_rules", "momentum_rules")
+    exact = tuple(f"tests/rules/test_{name}" for name in (*names, "momentum_rules_input"))
     for item in items:
         is_exact = item.nodeid.startswith(exact) and "bad" not in item.nodeid
         if is_exact or item.nodeid.startswith(("docs/", "orlomo_jax/testing.py")):

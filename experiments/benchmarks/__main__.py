@@ -23,7 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records
-from experiments.benchmarks import field, gpu, runtimes, scaling, server, simulator, stages, startup
+from experiments.benchmarks import (
+    field,
+    gpu,
+    kept_states,
+    runtimes,
+    scaling,
+    server,
+    simulator,
+    stages,
+    startup,
+)
 from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
 from experiments.terminal import accept_any_terminal
@@ -44,6 +54,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "parameters": scaling.parameters,
     "arrivals": scaling.arrivals,
     "memory": scaling.memory,
+    "kept_states": kept_states.kept_states,
     "startup": startup.startup,
     "threads": runtimes.threads,
     "race": runtimes.race,

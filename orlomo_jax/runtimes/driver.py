@@ -93,6 +93,8 @@ class Driver:
                 return _log.warning("no checkpoint at step %s: %s", self.server.step, error)
             self.recorder.source.local_states = states
         self.saver.save(events=len(self.journal.events) - self.replay.unseen)
+        if self.running:
+            self.recorder.source.local_states = {}  # the workers have them; this frees memory
 
     def _begin(self) -> None:
         """Start all workers except the absent ones, with the tasks that they hold."""
@@ -110,6 +112,7 @@ class Driver:
             elif worker in lost:
                 self._dispatch(worker, "redispatched")
         self.running = True
+        self.recorder.source.local_states = self.replay.local_states = {}  # the workers have them
         for worker in joining:  # before any worker leaves, so that one is always present
             self._join(worker)
         for worker in leaving:
@@ -131,12 +134,10 @@ class Driver:
     def _look_after(self, reported: set[int]) -> None:
         now = time.monotonic()
         joined, left = self.options.membership.changes()
-        for worker in joined:
-            if worker not in self.present:
-                self._join(worker)
-        for worker in left:
-            if worker in self.present:
-                self._leave(worker, "it was asked to")
+        for worker in (x for x in joined if x not in self.present):
+            self._join(worker)
+        for worker in (x for x in left if x in self.present):
+            self._leave(worker, "it was asked to")
         for worker, sent_at in list(self.sent_at.items()):
             limit, start = self.options.round_timeout, ""
             if worker in self.starting:  # it starts and compiles first
@@ -181,8 +182,7 @@ class Driver:
         try:
             waiting = self.server.receive(report)
         except RejectedReportError as error:
-            self._reject(report, error)
-            return
+            return self._reject(report, error)
         worker = int(report.id.worker)
         self.untried.discard(worker)
         self.failures.forgive(worker)

@@ -61,15 +61,10 @@ class Carry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The numbers of a run that are arguments of its program.
+    """The numbers of a run that are arguments of its program."""
 
-    Attributes:
-        schedule: γ as a function of the step, or None if γ is constant.
-        hyperparameters: Hyperparameters of the server's rule by name, instead of the method's.
-    """
-
-    schedule: Any
-    hyperparameters: dict[str, Any]
+    schedule: Any  # γ as a function of the step, or None if γ is constant
+    hyperparameters: dict[str, Any]  # of the server's rule, instead of the method's
 
 
 class CompiledEngine:
@@ -180,8 +175,8 @@ class CompiledEngine:
             return None
         new = self.workload.init_state(read(slots, np.int32(0)))
         stacked = repeat(new, self.server.num_workers)
-        for worker, state in self.local_states.items():
-            stacked = write_to(stacked, state, np.int32(worker))
+        for worker in list(self.local_states):  # the carry has them from now on
+            stacked = write_to(stacked, self.local_states.pop(worker), np.int32(worker))
         return stacked
 
     def unload(self, carry: Carry) -> None:

@@ -36,7 +36,8 @@ class EagerEngine(ServerSource):
             if result.local_state is not None:
                 self.local_states[worker] = result.local_state
             # The device keeps the first non-finite round; waiting for it would stall every step.
-            report, task = task.report(result)._replace(finite=True), None
+            report = task.report(result)._replace(finite=True)
+            task = kept = None  # an array that is not needed any more should not stay
             for waiting in self.server.receive(report):
                 self.server.dispatch(waiting)
             yield metrics._replace(accepted=self.server.view().accepted)

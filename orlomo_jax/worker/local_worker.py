@@ -50,10 +50,13 @@ class LocalWorker:
     ) -> tuple[RoundResult, RoundMetrics]:
         """Run a round; ``fresh`` is that of its task. Return the result without the kept state."""
         continues = self.workload.keeps_state and not fresh
-        kept = self._states[round - 1] if continues else None
+        # The server has the report of the previous round: it asks for no earlier state.
+        states = {round - 1: self._states[round - 1]} if continues else {}
+        self._states = states
+        kept = states.get(round - 1)
         result, metrics, _ = self.workload.run(self.worker, round, start, kept)
         if result.local_state is not None:
-            self._states = {round - 1: kept, round: result.local_state}
+            self._states = states | {round: result.local_state}
         return result._replace(local_state=None), metrics
 
     def local_state(self, round: int) -> PyTree:

@@ -35,12 +35,7 @@ from tests.support.toy import PARAMS, S, batch_fn, loss_fn, method_of
 K = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """One local cluster for all tests of this module."""
-    ray.init(num_cpus=K, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def actors():

@@ -12,78 +12,28 @@ from orlomo_jax import (
     Compiled,
     Eager,
     ParameterServer,
-    RayWorkers,
     ThreadWorkers,
     make_method,
-    simulate,
-    train,
 )
-from orlomo_jax.methods import FIELD_METHODS, METHOD_NAMES
 from orlomo_jax.simulation import RunStart, simulate_many
 from orlomo_jax.traces.events import Events
 from orlomo_jax.worker import Workload
 from tests.support import helpers
+from tests.support.every_method import (
+    ALL,
+    ROUNDING,
+    K,
+    batch_fn,
+    method_of,
+    real,
+    simulated,
+    trace_of,
+)
 from tests.support.real_runs import Killed, killed_at
 from tests.support.toy import PARAMS, STATE, loss_fn
 
-K, T = 3, 24
-ADAMW = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
-NEEDED = {
-    "ringmaster": {"max_delay": 2, "stops": True},
-    "rennala": {"buffer_size": 2},
-    "ca2fl": {"buffer_size": 2},
-    "fadas": {"buffer_size": 2, "learning_rate": 0.01},
-    "slowmo": {"momentum": 0.5},
-    "fedbuff": {"buffer_size": 2},
-}
-MERGES_LOCAL_MOMENTUM = {"orlomo", "prsgdm"}  # these run momentum SGD
-ALL = [*METHOD_NAMES, *FIELD_METHODS]
 QUICK = {"ordered_outer_momentum", "ringmaster"}
 METHODS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
-ROUNDING = {"rtol": 2e-3, "atol": 2e-4}
-"""Two programs of the same float32 run; Adam divides by the root of small numbers."""
-
-
-def method_of(name, uneven=True):
-    optimizer = None if name in MERGES_LOCAL_MOMENTUM else ADAMW
-    steps = (2, 1, 3) if uneven else 2
-    return make_method(name, K, steps, local_optimizer=optimizer, **NEEDED.get(name, {}))
-
-
-def batch_fn(key, worker, round, num_steps=2):
-    key = jax.random.fold_in(jax.random.fold_in(key, worker), round)
-    return jax.random.normal(key, (num_steps, 4, 3))
-
-
-def trace_of(method):
-    """Arrivals with lost rounds; for Ringmaster with stops, the rounds that it cancels."""
-    if method.synchronous:
-        order = [w for r in range(T // K) for w in np.roll(range(K), r)]
-        events = [(4, "lost", 1), (4, "redispatched", 1), (9, "lost", 1), (10, "redispatched", 1)]
-        return ArrivalTrace.from_workers(order, K, synchronous=True, events=events)
-    order = [0, 1, 1, 0, 2, 1, 0, 1, 2, 0, 1, 1, 0, 2, 1, 1, 0, 1, 2, 0, 1, 2, 1, 0]
-    if method.policy is None:
-        events = [(2, "lost", 2), (3, "redispatched", 2), (8, "restarted", 0), (9, "left", 1)]
-        events += [(9, "joined", 1), (15, "lost", 0), (16, "redispatched", 0)]
-        return ArrivalTrace.from_workers(order, K, events=events)
-    held, events = dict.fromkeys(range(K), 0), []
-    for step, worker in enumerate(order, 1):
-        held[worker] = step
-        for late in method.policy.restarts(step, held):
-            held[late] = step
-            if step < T:
-                events.append((step, "restarted", late))
-    return ArrivalTrace.from_workers(order, K, events=events)
-
-
-def arguments():
-    return {"key": jax.random.key(3), "model_state": STATE, "local_learning_rate": 0.02}
-
-
-def simulated(method, trace, engine, **options):
-    return simulate(
-        method, loss_fn, batch_fn, PARAMS, trace=trace, engine=engine, **arguments(), **options
-    )
 
 
 def by_hand(method, trace):
@@ -106,10 +56,7 @@ def by_hand(method, trace):
     return server
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_engine_gives_the_same_run(name):
-    method = method_of(name)
-    trace = trace_of(method)
+def assert_engines_agree(method, trace):
     eager = simulated(method, trace, Eager())
     assert eager.status == "finished"
     server = by_hand(method, trace)
@@ -123,20 +70,28 @@ def test_every_engine_gives_the_same_run(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_engine_gives_the_same_run(name):
+    method = method_of(name)
+    assert_engines_agree(method, trace_of(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", ["kept", "uneven", "losses"])
+@pytest.mark.parametrize("name", ["ordered_outer_momentum", "fedbuff", "diloco"])
+def test_kept_states_uneven_s_or_lost_rounds_alone(name, alone):
+    method = method_of(name, uneven=alone == "uneven", keep=alone == "kept")
+    trace = trace_of(method, losses=alone == "losses")
+    assert bool(trace.events) == (alone == "losses")
+    assert_engines_agree(method, trace)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_real_run_repeats_in_the_simulator(name):
     method = method_of(name)
-    real = train(
-        method,
-        loss_fn,
-        batch_fn,
-        PARAMS,
-        ThreadWorkers(slowdowns=[1.0, 1.0, 3.0]),
-        num_steps=T,
-        **arguments(),
-    )
-    again = simulated(method, real.trace, Eager())
-    helpers.assert_trees_equal(real.params, again.params)
-    np.testing.assert_array_equal(real.history.accepted, again.history.accepted)
+    result = real(method, ThreadWorkers(slowdowns=[1.0, 1.0, 3.0]))
+    again = simulated(method, result.trace, Eager())
+    helpers.assert_trees_equal(result.params, again.params)
+    np.testing.assert_array_equal(result.history.accepted, again.history.accepted)
 
 
 @pytest.mark.slow
@@ -171,48 +126,9 @@ def test_a_killed_simulation_resumes_with_its_kept_states(engine, tmp_path):
 
 def test_a_killed_real_run_resumes_with_its_kept_states(tmp_path):
     method, checkpoint = method_of("ordered_outer_momentum"), Checkpointer(tmp_path, every=5)
-
-    def run(**options):
-        return train(
-            method,
-            loss_fn,
-            batch_fn,
-            PARAMS,
-            ThreadWorkers(),
-            num_steps=T,
-            checkpoint=checkpoint,
-            **arguments(),
-            **options,
-        )
-
     with pytest.raises(Killed):
-        run(callbacks=[killed_at(13)])
-    result = run()
-    again = simulated(method, result.trace, Eager())
-    helpers.assert_trees_equal(result.params, again.params)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ordered_outer_momentum", "ringmaster", "diloco"])
-def test_ray_keeps_states_in_its_actors(name, tmp_path):
-    method, checkpoint = method_of(name), Checkpointer(tmp_path, every=5)
-
-    def run(**options):
-        return train(
-            method,
-            loss_fn,
-            batch_fn,
-            PARAMS,
-            RayWorkers(actor_options={"num_cpus": 0.5}),
-            num_steps=T,
-            checkpoint=checkpoint,
-            **arguments(),
-            **options,
-        )
-
-    with pytest.raises(Killed):
-        run(callbacks=[killed_at(13)])
-    result = run()
+        real(method, ThreadWorkers(), checkpoint=checkpoint, callbacks=[killed_at(13)])
+    result = real(method, ThreadWorkers(), checkpoint=checkpoint)
     again = simulated(method, result.trace, Eager())
     helpers.assert_trees_equal(result.params, again.params)
 
