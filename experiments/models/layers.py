@@ -1,4 +1,4 @@
-"""Layers of the image networks, in two forms with the same parameters.
+"""Layers of the image networks, in three forms with the same parameters.
 
 ``xla`` uses XLA's convolution on float[batch, height, width, channels].
 
@@ -7,7 +7,10 @@ height, width, batch]. In this layout the patches are copied in long contiguous 
 backend runs the gradient of its own convolution much slower inside a loop than outside. Matrix
 products are as fast in a loop, and stay matrix products under ``vmap``.
 
-Height and width are axes 1 and 2 in both forms, so that a network is written once.
+``onednn`` computes convolutions on a CPU with the library oneDNN, in the layout of ``xla``; see
+:mod:`experiments.models.onednn`. It is as fast in a loop as outside.
+
+Height and width are axes 1 and 2 in all forms, so that a network is written once.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-ConvImpl = Literal["xla", "matmul"]
+from experiments.models.onednn import convolve
+
+ConvImpl = Literal["xla", "matmul", "onednn"]
 HE_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -57,7 +62,8 @@ class Layers:
     ) -> nnx.Conv:
         """Return a convolution with an odd kernel, He-initialised."""
         pad = kernel_size // 2
-        return (nnx.Conv if self.convolution == "xla" else MatmulConv)(
+        forms = {"xla": nnx.Conv, "matmul": MatmulConv, "onednn": OneDNNConv}
+        return forms[self.convolution](
             channels_in,
             channels,
             (kernel_size, kernel_size),
@@ -84,6 +90,16 @@ class Layers:
         """Return the means over height and width, float32[batch, channels]."""
         means = features.mean((1, 2), dtype=jnp.float32)
         return means.T if self.convolution == "matmul" else means
+
+
+class OneDNNConv(nnx.Conv):
+    """An ``nnx.Conv`` on float32[batch, height, width, channels], computed by oneDNN."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Map float32[batch, height, width, channels_in] to float32[batch, …, channels]."""
+        del out_sharding  # one CPU
+        outputs = convolve(inputs, self.kernel[...], self.strides[0], self.padding[0][0])
+        return outputs if self.bias is None else outputs + self.bias[...]
 
 
 class MatmulConv(nnx.Conv):

@@ -45,7 +45,7 @@ class Way:
 
     how: Literal["alone", "vmap", "processes"] = "alone"
     count: int = 1
-    convolution: Literal["auto", "xla", "matmul"] = "auto"
+    convolution: Literal["auto", "xla", "matmul", "onednn"] = "auto"
 
     def family(self, run: Run) -> Run:
         """Return a key that is equal for runs that can go together."""

@@ -1,0 +1,118 @@
+"""Convolutions by oneDNN are those of XLA, also in loops and under vmap."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import models
+from experiments.models import onednn
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None
+    or not (Path(sys.prefix) / "lib" / "libdnnl.so").exists(),
+    reason="needs a C++ compiler and oneDNN's packages, which exist for Linux on x86-64",
+)
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def by_xla(images, kernel, stride, padding):
+    return jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+
+
+def drawn(*shapes):
+    keys = jax.random.split(jax.random.key(len(shapes)), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "channels", "outputs", "window", "stride"),
+    [
+        (4, 8, 16, 16, 3, 1),
+        (5, 9, 3, 16, 3, 1),  # no even split over threads
+        (3, 8, 16, 32, 3, 2),
+        (1, 7, 5, 7, 3, 2),
+        (2, 4, 8, 4, 1, 1),
+        (2, 8, 4, 4, 5, 1),
+    ],
+)
+def test_values_and_gradients(batch, size, channels, outputs, window, stride):
+    padding = window // 2
+    images, kernel = drawn((batch, size, size, channels), (window, window, channels, outputs))
+    want, pull = jax.vjp(lambda *args: by_xla(*args, stride, padding), images, kernel)
+    (cotangent,) = drawn(want.shape)
+    got, own_pull = jax.vjp(lambda *args: onednn.convolve(*args, stride, padding), images, kernel)
+    np.testing.assert_allclose(got, want, **CLOSE)
+    for mine, theirs in zip(own_pull(cotangent), pull(cotangent), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch():
+    images, kernel = jnp.ones((0, 8, 8, 4)), jnp.ones((3, 3, 4, 8))
+    loss = lambda k: onednn.convolve(images, k, 1, 1).sum()  # noqa: E731
+    assert loss(kernel) == 0
+    np.testing.assert_array_equal(jax.grad(loss)(kernel), jnp.zeros_like(kernel))
+
+
+def test_in_a_loop_and_under_vmap():
+    images, kernels = drawn((2, 6, 6, 4), (3, 3, 3, 4, 4))
+    want = jnp.stack([by_xla(images, kernel, 1, 1) for kernel in kernels])
+    one = lambda kernel: onednn.convolve(images, kernel, 1, 1)  # noqa: E731
+    np.testing.assert_allclose(jax.vmap(one)(kernels), want, **CLOSE)
+    np.testing.assert_allclose(jax.lax.map(one, kernels), want, **CLOSE)
+
+
+def test_equal_calls_give_equal_bits():
+    images, kernel = drawn((16, 8, 8, 8), (3, 3, 8, 8))
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(onednn.convolve(images, k, 1, 1) ** 2)))
+    first = gradient(kernel)
+    for _ in range(20):
+        np.testing.assert_array_equal(gradient(kernel), first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet8", "squeezenet"])
+def test_a_network_computes_the_same(name):
+    networks = [models.make(name, 10, (16, 16, 3), convolution=c) for c in ("xla", "onednn")]
+    params, state = networks[0].init(jax.random.key(0))
+    batch = jax.random.normal(jax.random.key(1), (4, 16, 16, 3)), jnp.arange(4)
+
+    def gradient(network):
+        loss = lambda p: network.loss_fn(p, state, batch, jax.random.key(0))[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
+        *map(gradient, networks),
+    )
+
+
+def test_bad_arguments():
+    images, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2))
+    with pytest.raises(TypeError, match="`images` must be float32 for oneDNN, got bfloat16"):
+        onednn.convolve(images, kernel, 1, 1)
+    with pytest.raises(ValueError, match="in float32, got cpu and bfloat16"):
+        models.make("resnet8", 10, (8, 8, 3), convolution="onednn", dtype=jnp.bfloat16)
+
+
+def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(onednn, "SOURCE", tmp_path / "bad.cc")
+    onednn.SOURCE.write_text("not C++", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r"could not compile .*bad\.cc"):
+        onednn.build(tmp_path / "libraries")
+    assert list((tmp_path / "libraries").iterdir()) == []
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"has no oneDNN: pip install -e '\.\[onednn\]'"):
+        onednn.build(tmp_path / "libraries")
