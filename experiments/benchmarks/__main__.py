@@ -27,6 +27,7 @@ from experiments.benchmarks import (
     field,
     gpu,
     kept_states,
+    networks,
     runtimes,
     scaling,
     server,
@@ -56,6 +57,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "memory": scaling.memory,
     "kept_states": kept_states.kept_states,
     "startup": startup.startup,
+    "compiling": networks.compiling,
     "threads": runtimes.threads,
     "race": runtimes.race,
     "ray": runtimes.ray_round_trips,
@@ -77,6 +79,8 @@ class Benchmarks:
     """JSONL file that the rows are appended to."""
     appfl: Path | None = None
     """Python of an environment with APPFL 1.12: also time its simulator at the small job."""
+    torch: Path | None = None
+    """Python of an environment with PyTorch: also time training steps of ResNets."""
     gpu: bool = False
     """Run the benchmarks of one GPU instead."""
     tiny: bool = False
@@ -123,9 +127,13 @@ def _of_cpu(settings: Benchmarks) -> Iterator[tuple[str, Row]]:
         )
     if settings.appfl is not None and not simulator.has_appfl(settings.appfl):
         raise SystemExit(f"--appfl must be a Python with APPFL, got {settings.appfl}")
+    if settings.torch is not None and not networks.has_torch(settings.torch):
+        raise SystemExit(f"--torch must be a Python with PyTorch, got {settings.torch}")
     groups = {name: GROUPS[name] for name in only}
     if settings.appfl is not None:
         groups["appfl"] = partial(simulator.against_appfl, python=settings.appfl)
+    if settings.torch is not None:
+        groups["torch"] = partial(networks.against_torch, python=settings.torch)
     for group, rows in groups.items():
         for row in rows(settings.repeats):
             yield group, row
