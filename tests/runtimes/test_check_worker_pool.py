@@ -132,7 +132,12 @@ class Shared(Faulty):
             "an exception in a worker's first round must reach the caller",
             marks=pytest.mark.slow,
         ),
-        (OtherException, TIMEOUT, "the exception must be the worker's own"),
+        pytest.param(
+            OtherException,
+            TIMEOUT,
+            "the exception must be the worker's own",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Stubborn, SHORT, "a run of prsgdm must finish, got WorkersLost", marks=pytest.mark.slow
         ),

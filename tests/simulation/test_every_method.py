@@ -32,7 +32,7 @@ from tests.support.every_method import (
 from tests.support.real_runs import Killed, killed_at
 from tests.support.toy import PARAMS, STATE, loss_fn
 
-QUICK = {"ordered_outer_momentum", "ringmaster"}
+QUICK = {"ordered_outer_momentum"}
 METHODS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL]
 
 

@@ -94,8 +94,8 @@ def test_what_is_sent_is_rounded_and_what_is_kept_is_not(dtype):
     assert (server.dispatch(0).start.params["w"] == server.params["w"].astype(dtype)).all()
 
 
-@pytest.mark.parametrize("engine", ["eager", "loop"])
-@pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
+@pytest.mark.parametrize("engine", [pytest.param("eager", marks=pytest.mark.slow), "loop"])
+@pytest.mark.parametrize("name", ["orlomo", pytest.param("prsgdm", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(name, engine, tmp_path):
     unbroken = run(name, jnp.bfloat16, engine, state_dtype=jnp.bfloat16)
 
