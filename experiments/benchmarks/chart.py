@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,19 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 Rows = Sequence[dict[str, Any]]
+QUESTIONS = {
+    "A server step": {"server_step", "rules", "masters"},
+    "Receiving a report": {"receive", "finite"},
+    "A simulated run": {"worker", "simulator", "optimizers", "uneven", "axes", "appfl"},
+    "A sweep of runs": {"sweep"},
+    "Networks": {"torch", "compiling"},
+    "Growing sizes": {"workers", "local_steps", "parameters", "arrivals", "memory", "kept_states"},
+    "Real runs": {"threads", "race", "ray", "wire"},
+    "Start": {"startup"},
+}
+"""The groups that answer each question, a panel of the plot."""
+LEFT, RIGHT = 0.2, 10.0
+"""The range of the plot; ratios beyond it are drawn at its edge."""
 FIELDS = {"group", "benchmark", "figure", "limit", "unit", "against", "ratio", "bar", "environment"}
 
 
@@ -43,33 +57,75 @@ def table(rows: Rows) -> list[str]:
     return [*lines, "", f"Measured on {'; '.join(sorted(places))}.", ""]
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """Draw each figure's share of its limit, as PNG and SVG.
+def by_question(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows that have a bar, grouped by question.
 
-    Bars show the ratio on a logarithmic axis, ticks the ratio asked for. A bar that misses its tick
-    is hatched, so that it is visible in greyscale too.
+    Example:
+        >>> row = {"group": "ray", "bar": 0.8}
+        >>> by_question([row, {"group": "ray", "bar": None}])
+        {'Real runs': [{'group': 'ray', 'bar': 0.8}]}
     """
-    figure, axes = plt.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
-    for place, row in enumerate(rows):
-        missed = row["bar"] is not None and row["ratio"] < row["bar"]
-        axes.barh(
-            place,
-            row["ratio"],
-            color="white" if missed else "0.65",
-            edgecolor="0.2",
-            hatch="///" if missed else None,
-        )
-        if row["bar"] is not None:
-            axes.plot([row["bar"]] * 2, [place - 0.45, place + 0.45], color="black", lw=2)
-    axes.axvline(1, color="black", lw=0.8, ls=":")
-    axes.set_xscale("log")
-    axes.set_yticks(
-        range(len(rows)), [f"{row['benchmark']}  ({row['against']})" for row in rows], fontsize=7
+    asked = [row for row in rows if row["bar"] is not None]
+    known = {group for groups in QUESTIONS.values() for group in groups}
+    questions = QUESTIONS | {"Others": {row["group"] for row in asked} - known}
+    found = {
+        question: [row for row in asked if row["group"] in groups]
+        for question, groups in questions.items()
+    }
+    return {question: of_question for question, of_question in found.items() if of_question}
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Draw each figure's share of its limit, one panel for each question, as PNG and SVG.
+
+    A dot is our figure, the dotted line the limit, a black tick the share that is asked for. The
+    dot of a figure below its tick is hollow. The text names figure, limit and unit.
+    """
+    panels = by_question(rows)
+    counts = [len(of_question) for of_question in panels.values()]
+    figure, axes = plt.subplots(
+        max(1, len(panels)),
+        figsize=(9.5, 0.22 * sum(counts) + 0.62 * len(counts) + 0.4),
+        height_ratios=[count + 0.8 for count in counts] or [1],
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
     )
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the limit; more is better, a black tick is what is asked for")
-    axes.grid(axis="x", color="0.85", lw=0.5)
-    axes.set_axisbelow(True)
+    for panel, (question, of_question) in zip(axes[:, 0], panels.items(), strict=False):
+        _draw_panel(panel, question, of_question)
+    axes[-1, 0].set_xlabel("share of the limit; more is better, a tick is what is asked for")
     for suffix in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=150)
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=110)
     plt.close(figure)
+
+
+def _draw_panel(panel: Any, question: str, rows: Rows) -> None:
+    for place, row in enumerate(rows):
+        missed = row["ratio"] < row["bar"]
+        ratio, bar = (min(max(x, LEFT), RIGHT) for x in (row["ratio"], row["bar"]))
+        panel.plot([1, ratio], [place, place], color="0.7", lw=1, zorder=1)
+        face = "white" if missed else "0.2"
+        panel.plot(ratio, place, "o", ms=5, color="0.2", markerfacecolor=face, zorder=3)
+        panel.plot([bar] * 2, [place - 0.35, place + 0.35], color="black", lw=2, zorder=2)
+        ours, limit = (
+            f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (row["figure"], row["limit"])
+        )
+        text = f"{ours} / {limit} {row['unit']}, {row['against']}"
+        panel.annotate(
+            textwrap.shorten(text, 52, placeholder=" …"),
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            fontsize=6.5,
+            va="center",
+        )
+    names = [textwrap.shorten(row["benchmark"], 62, placeholder=" …") for row in rows]
+    panel.set_yticks(range(len(rows)), names, fontsize=7)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_title(question, fontsize=9, loc="left")
+    panel.axvline(1, color="black", lw=0.8, ls=":")
+    panel.set_xscale("log")
+    panel.set_xlim(LEFT * 0.9, RIGHT * 1.1)
+    panel.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+    panel.minorticks_off()
+    panel.grid(axis="x", color="0.88", lw=0.5)
+    panel.set_axisbelow(True)
