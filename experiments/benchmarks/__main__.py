@@ -46,6 +46,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "memory": scaling.memory,
     "startup": startup.startup,
     "threads": runtimes.threads,
+    "int8_reports": runtimes.int8_reports,
     "race": runtimes.race,
     "ray": runtimes.ray_round_trips,
 }

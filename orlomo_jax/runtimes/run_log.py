@@ -30,6 +30,9 @@ class RunLog:
         """Start the clock."""
         self.journal, self.recorder = journal, recorder
         self.meter = Meter(recorder.source.server.num_workers)
+        rule_state = recorder.source.server.view().rule_state  # its structure stays
+        self._may_decline = contract.accepted_of(rule_state) is not True
+        self._counts = contract.version_of(rule_state, None) is not None
         self._began = time.monotonic()
         self._health_at: dict[int, float] = {}  # the next time, by the callback's index
 
@@ -66,11 +69,11 @@ class RunLog:
         if round_metrics is not None:
             loss, others = float(round_metrics.loss), round_metrics.metrics
         task_id = TaskId(*map(int, report.id))
-        state = self.recorder.source.server.view()
-        may_decline = contract.accepted_of(state.rule_state) is not True
-        accepted = bool(state.accepted) if may_decline else True  # reading it waits for the device
-        counts = contract.version_of(state.rule_state, None) is not None
-        version = int(np.asarray(task.start.version)) if counts and task is not None else None
+        accepted, version = True, None
+        if self._may_decline:  # reading it waits for the device
+            accepted = bool(self.recorder.source.server.view().accepted)
+        if self._counts and task is not None:
+            version = int(np.asarray(task.start.version))
         row = metric_rows.as_row(others)
         at = self.seconds()
         arrival = Arrival(*task_id, at, loss, row, version, accepted, received_bytes)
