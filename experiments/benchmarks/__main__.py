@@ -59,6 +59,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "startup": startup.startup,
     "compiling": networks.compiling,
     "threads": runtimes.threads,
+    "int8_reports": runtimes.int8_reports,
     "race": runtimes.race,
     "ray": runtimes.ray_round_trips,
 }

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import config, runner
 from experiments.benchmarks.measure import Row, of_pairs
 from experiments.models import mlp
 from orlomo_jax import RayWorkers, ThreadWorkers, make_method, train
+from orlomo_jax.worker import quantize_reports
 
 WARM = 0.2
 """Share of a run's reports that is not timed, while processes start and programs compile."""
@@ -41,11 +43,49 @@ def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
     return (num_steps - 1 - warm) / (stamps[-1] - stamps[warm])
 
 
-def threads(repeats: int) -> Iterator[Row]:
-    """Compare the reports per second of threads with a loop of the same rounds.
+def _bare_rates(job: tuple[Any, ...], batches: Any, num_steps: int) -> tuple[float, float]:
+    """Return the rounds per second of a loop of rounds, and of one of rounds and server steps.
 
-    The loop waits for each round, as a worker does. One thread alone shows the cost of driver and
-    server; with two, one computes while the other waits.
+    Both wait for each result, as worker and server do. A server step is only the rule and the
+    addition to the parameters: without a task table, checks, a journal and records.
+    """
+    method, round_fn, _, params = job
+    key = jax.random.key(0)  # made once, since making a key outside of a program is slow
+    begin = time.perf_counter()
+    for _ in range(num_steps):
+        jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
+    rounds = num_steps / (time.perf_counter() - begin)
+
+    @jax.jit
+    def server_step(params, rule_state, update, step):
+        updates, rule_state = method.rule.update(
+            update,
+            rule_state,
+            params,
+            dispatched_at=step,
+            dispatched_version=step,
+            worker=0,
+            num_local_steps=method.num_local_steps,
+            local_learning_rate=1e-3,
+            dispatched_params=None,
+        )
+        return optax.apply_updates(params, updates), rule_state
+
+    state = params, method.rule.init(params)
+    update = round_fn(params, None, batches, 1e-3, key).update
+    jax.block_until_ready(server_step(*state, update, np.int32(0)))  # compiles
+    begin = time.perf_counter()
+    for step in range(num_steps):
+        result = jax.block_until_ready(round_fn(state[0], None, batches, 1e-3, key))
+        state = jax.block_until_ready(server_step(*state, result.update, np.int32(step)))
+    return rounds, num_steps / (time.perf_counter() - begin)
+
+
+def threads(repeats: int) -> Iterator[Row]:
+    """Compare the reports per second of threads with loops of rounds, and of server steps too.
+
+    One thread alone shows the cost of driver and server; with two, one computes while the other
+    waits.
     """
     for widths, num_local_steps, batch_size, num_steps in (
         ((64, 512, 80), 8, 32, 400),
@@ -54,25 +94,40 @@ def threads(repeats: int) -> Iterator[Row]:
         params = mlp.init(jax.random.key(0), widths)
         shape = (num_local_steps, batch_size)
         batches = jnp.ones((*shape, widths[0])), jnp.zeros(shape, jnp.int32)
-        key = jax.random.key(0)  # made once, since making a key outside of a program is slow
         for num_workers in (1, 2):
             method = make_method("orlomo", num_workers, num_local_steps)
             round_fn = method.local_round(mlp.loss_fn)
             job = (method, round_fn, lambda key, worker, round, b=batches: b, params)
             figures, limits = [], []
             for _ in range(min(repeats, 5) + 1):  # the first compiles
-                begin = time.perf_counter()
-                for _ in range(num_steps):
-                    jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
-                limits.append(num_steps / (time.perf_counter() - begin))
+                limits.append(_bare_rates(job, batches, num_steps))
                 figures.append(_rate(job, ThreadWorkers(), num_steps))
+            alone, with_steps = zip(*limits[1:], strict=True)
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             name = (
                 f"threads, K={num_workers}, MLP of {size}, S={num_local_steps}, batch {batch_size}"
             )
-            yield of_pairs(
-                name, figures[1:], limits[1:], "reports/s", "a loop of the same rounds", 0.9
-            )
+            for against, rates in (
+                ("a loop of the same rounds", alone),
+                ("a loop of the same rounds and server steps", with_steps),
+            ):
+                yield of_pairs(name, figures[1:], list(rates), "reports/s", against, 0.9)
+
+
+def int8_reports(repeats: int) -> Iterator[Row]:
+    """Compare the bytes of a report in int8 with those in float32, on the network."""
+    del repeats
+    params = mlp.init(jax.random.key(0), (64, 512, 400, 10))  # 1 MB
+    round_fn = quantize_reports(make_method("orlomo", 2, 1).local_round(mlp.loss_fn))
+    batches = jnp.ones((1, 8, 64)), jnp.zeros((1, 8), jnp.int32)
+    update = round_fn(params, None, batches, 1e-3, jax.random.key(0)).update
+    sizes = [
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        for tree in (round_fn.wire.pack(update), update)
+    ]
+    name = f"a report of {sum(x.size for x in jax.tree.leaves(params))} parameters in int8"
+    sent, whole = (size / 1e6 for size in sizes)
+    yield Row(name, sent, whole, "MB", "float32", whole / sent, 1 / 0.27)
 
 
 class _Echo:

@@ -25,6 +25,7 @@ class StepRecord(NamedTuple):
         metrics: The metrics of ``loss_fn``, means over the local steps; on the same device.
         evaluation: The result of ``evaluate`` after this step, or None.
         accepted: Whether the rule accepted the report, bool[]; on the same device.
+        received_bytes: The size of the report as sent over the network; 0 without a network.
     """
 
     step: int
@@ -35,6 +36,7 @@ class StepRecord(NamedTuple):
     metrics: PyTree
     evaluation: dict[str, float] | None
     accepted: ArrayLike = True
+    received_bytes: int = 0
 
 
 class Evaluation(NamedTuple):

@@ -31,6 +31,7 @@ class Arrival(NamedTuple):
         version: How many updates the rule had made when the task was sent; None if that is
             ``dispatched_at``.
         accepted: Whether the rule accepted the report.
+        received_bytes: The size of the report as sent over the network; 0 without a network.
     """
 
     worker: int
@@ -41,6 +42,7 @@ class Arrival(NamedTuple):
     metrics: Sequence[Any] = ()
     version: int | None = None
     accepted: bool = True
+    received_bytes: int = 0
 
     @property
     def id(self) -> TaskId:

@@ -136,12 +136,15 @@ class RunRecorder:
         if self.step < end:
             self.check()
 
-    def applied(self, metrics: RoundMetrics, *, check: bool = False) -> None:
+    def applied(
+        self, metrics: RoundMetrics, *, check: bool = False, received_bytes: int = 0
+    ) -> None:
         """Record the next applied report: evaluate if it is due, and call the callbacks.
 
         Args:
             metrics: The metrics of the report's round.
             check: Whether to check for divergence first; callbacks get no step after one.
+            received_bytes: The size of the report as sent over the network.
         """
         self.step += 1
         self._columns.add(metrics)
@@ -150,9 +153,8 @@ class RunRecorder:
         evaluation = self._evaluate_if_due()
         if self.first_nonfinite < 0 and self.recording.callbacks:
             at = self._arrival(self.step - 1)
-            record = StepRecord(
-                self.step, *at, metrics.loss, metrics.metrics, evaluation, metrics.accepted
-            )
+            loss, others, accepted = metrics
+            record = StepRecord(self.step, *at, loss, others, evaluation, accepted, received_bytes)
             ends = [_ends_run(callback, record) for callback in self.recording.callbacks]
             self.stopped |= any(ends)
 

@@ -187,7 +187,7 @@ class Driver:
         self.untried.discard(worker)
         self.failures.forgive(worker)
         self.sent_at.pop(worker, None)  # the journal comes first: a resumed run repeats only that
-        arrival = self.log.arrived(report, outcome.metrics, task)
+        arrival = self.log.arrived(report, outcome.metrics, task, outcome.received_bytes)
         self._send(waiting)
         self._follow_policy()
         self.record(report, arrival)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from orlomo_jax import jax_settings, trees
-from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.runtimes.protocol import TaskOutcome, check_slowdowns
 from orlomo_jax.runtimes.ray_actor import Answer, Known, OrlomoWorker, Raised, import_ray, versions
 from orlomo_jax.server.placement import to_numpy
@@ -23,6 +22,7 @@ from orlomo_jax.server.reports import Report, Task
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.local_worker import KeptState
+from orlomo_jax.worker.wire import Wire, wire_of
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 _PATIENCE = 5.0
@@ -45,9 +45,9 @@ class RayWorkers:
 
     Ray never restarts or retries an actor, so no report can be applied twice; the driver starts a
     new actor instead. Data is sent as NumPy arrays: parameters once to each host, Δw and Δu in the
-    dtype of :func:`~orlomo_jax.cast_reports` if the round uses it. Actors compute with the JAX
-    settings of the caller of ``train``, including contexts such as ``jax.enable_x64(True)``, but
-    not with its default device.
+    form of :func:`~orlomo_jax.cast_reports` or :func:`~orlomo_jax.worker.quantize_reports` if the
+    round uses one. Actors compute with the JAX settings of the caller of ``train``, including
+    contexts such as ``jax.enable_x64(True)``, but not with its default device.
 
     Args:
         address: The address of a running cluster, ``"auto"`` for this host's; see ``ray.init``.
@@ -84,7 +84,7 @@ class RayWorkers:
         self._class: Any = None
         self._version: tuple[int, Any, int] | None = None
         self._dtypes: list[Any] = []
-        self._narrow: Any = None
+        self._wire: Wire | None = None
         self._free = threading.Lock()
         self._initialised_here = False
 
@@ -120,7 +120,7 @@ class RayWorkers:
 
     def _publish(self, workload: Workload) -> None:
         """Put the data for all actors into the object store."""
-        self._narrow = getattr(workload.round_fn, "wire_dtype", None)
+        self._wire = wire_of(workload.round_fn)
         impl = str(jax.random.key_impl(workload.data_key))
         keys = [jax.random.key_data(key) for key in (workload.data_key, workload.noise_key)]
         batch_fn, keys = workload.batch_fn, jax.device_get(keys)
@@ -131,7 +131,7 @@ class RayWorkers:
             versions=versions(),
             settings=jax_settings.portable(jax_settings.capture()),
             gpu=bool(self._options.get("num_gpus")),
-            narrow=self._narrow,
+            wire=self._wire,
             workload=[known],
         )
         groups = {"concurrency_groups": {_STATE_GROUP: 1}} if workload.keeps_state else {}
@@ -186,7 +186,9 @@ class RayWorkers:
             return TaskOutcome(task_id, None, error=payload.what, exception=payload.exception())
         result, metrics, seconds = payload
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((result.update, result.model_state)))
-        update = self._widen(result.update)
+        update = result.update
+        if self._wire is not None:
+            update = self._wire.unpack(update, self._dtypes)
         report = Report(task_id, update, result.model_state, result.loss, bool(result.finite))
         metrics = RoundMetrics(*metrics)
         return TaskOutcome(task_id, report, metrics, seconds=seconds, received_bytes=size)
@@ -209,15 +211,6 @@ class RayWorkers:
                 self._initialised_here = False
                 self._ray.shutdown()
             self._free.release()
-
-    def _widen(self, update: LocalUpdate) -> LocalUpdate:
-        """Return the update in the dtypes of reports: float32 or wider."""
-        if self._narrow is None:
-            return update
-        leaves, structure = jax.tree.flatten(update)
-        dtypes = self._dtypes * (len(leaves) // max(len(self._dtypes), 1))
-        wide = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-        return jax.tree.unflatten(structure, wide)
 
     def _wanted(self, resource: str) -> float:
         return self.num_workers * float(self._options.get(resource) or 0)

@@ -18,7 +18,7 @@ from orlomo_jax.server.placement import to_numpy
 from orlomo_jax.worker.host_batches import HostBatches
 from orlomo_jax.worker.local_worker import KeptState, LocalWorker
 from orlomo_jax.worker.step_loop import RoundResult
-from orlomo_jax.worker.wire import wire_dtype
+from orlomo_jax.worker.wire import Wire
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 
@@ -29,14 +29,14 @@ class Known(NamedTuple):
         versions: The driver's :func:`versions`.
         settings: The driver's JAX settings.
         gpu: Whether actors compute on GPUs.
-        narrow: The dtype in which reports are sent, or None.
+        wire: The form in which reports are sent, or None.
         workload: A reference to it, in a list so that Ray passes the reference itself.
     """
 
     versions: dict[str, str]
     settings: dict[str, Any]
     gpu: bool
-    narrow: Any
+    wire: Wire | None
     workload: list[Any]
 
 
@@ -90,7 +90,7 @@ class OrlomoWorker:
         self, known: Known, worker: int, slowdown: float, kept: KeptState | None = None
     ) -> None:
         """Prepare; an error is returned as the answer to the first task."""
-        self._slowdown, self._narrow = slowdown, known.narrow
+        self._slowdown, self._wire = slowdown, known.wire
         self._warm = False
         self._error: Exception | None = None
         try:
@@ -128,10 +128,10 @@ class OrlomoWorker:
 
     def _run(self, round: int, start: RoundInput, fresh: bool) -> Answer:
         begin = time.perf_counter()
-        result, metrics = to_numpy(self._worker.run(round, start, fresh=fresh))
-        if self._narrow is not None:
-            cast = lambda x: x.astype(wire_dtype(x.dtype, self._narrow))  # noqa: E731
-            result = result._replace(update=jax.tree.map(cast, result.update))
+        result, metrics = self._worker.run(round, start, fresh=fresh)
+        if self._wire is not None:
+            result = result._replace(update=self._wire.pack(result.update))
+        result, metrics = to_numpy((result, metrics))
         seconds = time.perf_counter() - begin
         if self._warm:  # the first round compiles
             time.sleep((self._slowdown - 1) * seconds)

@@ -30,6 +30,9 @@ class RunLog:
         """Start the clock."""
         self.journal, self.recorder = journal, recorder
         self.meter = Meter(recorder.source.server.num_workers)
+        rule_state = recorder.source.server.view().rule_state  # its structure stays
+        self._may_decline = contract.accepted_of(rule_state) is not True
+        self._counts = contract.version_of(rule_state, None) is not None
         self._began = time.monotonic()
         self._health_at: dict[int, float] = {}  # the next time, by the callback's index
 
@@ -48,7 +51,11 @@ class RunLog:
         self.meter.received_bytes += outcome.received_bytes
 
     def arrived(
-        self, report: Report, round_metrics: RoundMetrics | None, task: Task | None = None
+        self,
+        report: Report,
+        round_metrics: RoundMetrics | None,
+        task: Task | None = None,
+        received_bytes: int = 0,
     ) -> Arrival:
         """Log an applied report; call it before the report has any consequence.
 
@@ -56,18 +63,20 @@ class RunLog:
             report: The report.
             round_metrics: Its round's metrics, if they are known.
             task: Its task.
+            received_bytes: Its size as sent over the network.
         """
         loss, others = float("nan"), None
         if round_metrics is not None:
             loss, others = float(round_metrics.loss), round_metrics.metrics
         task_id = TaskId(*map(int, report.id))
-        state = self.recorder.source.server.view()
-        may_decline = contract.accepted_of(state.rule_state) is not True
-        accepted = bool(state.accepted) if may_decline else True  # reading it waits for the device
-        counts = contract.version_of(state.rule_state, None) is not None
-        version = int(np.asarray(task.start.version)) if counts and task is not None else None
+        accepted, version = True, None
+        if self._may_decline:  # reading it waits for the device
+            accepted = bool(self.recorder.source.server.view().accepted)
+        if self._counts and task is not None:
+            version = int(np.asarray(task.start.version))
         row = metric_rows.as_row(others)
-        arrival = Arrival(*task_id, self.seconds(), loss, row, version, accepted)
+        at = self.seconds()
+        arrival = Arrival(*task_id, at, loss, row, version, accepted, received_bytes)
         self.journal.arrived(arrival)
         return arrival
 
@@ -77,7 +86,8 @@ class RunLog:
         self.meter.applied(arrival.worker, delay)
         stacked = metric_rows.stacked([arrival.metrics], self.recorder.like.metrics)
         of_round = jax.tree.map(lambda x: x[0], stacked)
-        self.recorder.applied(RoundMetrics(arrival.loss, of_round, np.bool_(arrival.accepted)))
+        metrics = RoundMetrics(arrival.loss, of_round, np.bool_(arrival.accepted))
+        self.recorder.applied(metrics, received_bytes=arrival.received_bytes)
 
     def rejected(self, report: Any, error: RejectedReportError) -> None:
         """Count and log a rejected report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -21,6 +22,13 @@ from orlomo_jax.worker.workload import RoundMetrics, Workload
 
 _PATIENCE = 60.0
 """Seconds to wait for the current rounds of all threads at the end of a run."""
+
+_HEAD_START = 0.001
+"""Seconds that the driver waits at most until a thread has begun its task.
+
+Python runs one thread at a time. Without this wait the driver would record the last report first,
+and the worker could not start to compute meanwhile.
+"""
 
 _log = logging.getLogger("orlomo_jax")
 
@@ -117,7 +125,7 @@ class ThreadWorkers:
 
     def submit(self, task: Task) -> int:
         """Give the worker's thread a task; return 0, because no bytes are sent."""
-        self._threads[task.id.worker].inbox.put(task)
+        self._threads[task.id.worker].give(task)
         return 0
 
     def wait(self, timeout: float) -> TaskOutcome | None:
@@ -167,11 +175,20 @@ class _Thread:
         self._compiling, self._prepared = compiling, False
         self._slowdown, self._settings, self._outcomes = slowdown, settings, outcomes
         self.inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"orlomo worker {worker}", daemon=True
         )
         self._thread.start()
+
+    def give(self, task: Task) -> None:
+        """Give the thread a task, and let it begin before the caller continues."""
+        while not self._begun.empty():
+            self._begun.get()
+        self.inbox.put(task)
+        with contextlib.suppress(queue.Empty):
+            self._begun.get(timeout=_HEAD_START)
 
     def end(self) -> None:
         self._ending.set()
@@ -219,6 +236,7 @@ class _Thread:
             with self._compiling:  # otherwise each thread of a device would compile the program
                 self.local.workload.compile(worker, round, start)
             self._prepared = True
+        self._begun.put(None)
         result, metrics = self.local.run(round, start, fresh=task.fresh)
         jax.block_until_ready(result)  # otherwise reports would arrive in the order of dispatch
         finite, metrics = to_numpy((result.finite, metrics))

@@ -110,6 +110,7 @@ class ParameterServer:
             model_state if method.synchronous else None,
             *commit_like((jnp.asarray(first, float), jnp.int32(0), jnp.asarray(True)), params),
         )
+        self._sends_own_dtypes = leaf_dtypes((params, model_state)) == self.sent_dtypes
         self._share_all()
 
     @property
@@ -267,8 +268,7 @@ class ParameterServer:
         state = self.view()
         if self.method.synchronous:
             self._rule_state_shared = True  # the workers start from its momentum
-        is_rounded = leaf_dtypes((state.params, state.model_state)) != self.sent_dtypes
-        if self.method.dispatch is None and not is_rounded:
+        if self.method.dispatch is None and self._sends_own_dtypes:
             return self._newest(state._replace(params=self._hand_out()))
         if self._rounded is None:
             self._rounded = self._newest(state)

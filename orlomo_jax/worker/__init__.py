@@ -11,7 +11,9 @@ from orlomo_jax.worker.protocols import BatchFn as BatchFn
 from orlomo_jax.worker.protocols import Evaluate as Evaluate
 from orlomo_jax.worker.protocols import LossFn as LossFn
 from orlomo_jax.worker.protocols import RoundFn as RoundFn
+from orlomo_jax.worker.quantize import quantize_reports as quantize_reports
 from orlomo_jax.worker.step_loop import RoundResult as RoundResult
+from orlomo_jax.worker.wire import Wire as Wire
 from orlomo_jax.worker.wire import cast_reports as cast_reports
 from orlomo_jax.worker.workload import RoundInput as RoundInput
 from orlomo_jax.worker.workload import RoundMetrics as RoundMetrics

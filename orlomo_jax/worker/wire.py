@@ -1,16 +1,94 @@
-"""Rounds the reports of a local round to a narrower dtype."""
+"""Defines rounds that shorten their reports, and how worker pools send such reports.
+
+A round that shortens its reports has an attribute ``wire``, a :class:`Wire`. The round itself
+returns float32 arrays, so every engine and runtime gets the same numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from orlomo_jax.rules import LocalUpdate
 from orlomo_jax.trees import all_finite
+from orlomo_jax.worker.int8_blocks import Int8Blocks, decode_on_host, encode, is_smaller
 from orlomo_jax.worker.step_loop import RoundResult, init_state, keeps_state
+
+
+class Wire(Protocol):
+    """The form in which reports of a round are sent over a network, without further loss."""
+
+    def pack(self, update: LocalUpdate, /) -> Any:
+        """Return a round's Δw and Δu, JAX arrays, as a tree of arrays with fewer bytes."""
+        ...
+
+    def unpack(self, packed: Any, dtypes: list[Any], /) -> LocalUpdate:
+        """Return Δw and Δu as NumPy arrays.
+
+        Args:
+            packed: The result of :meth:`pack`, as NumPy arrays.
+            dtypes: The dtype of each leaf of Δw; those of Δu are the same.
+        """
+        ...
+
+
+def wire_of(round_fn: Callable[..., RoundResult]) -> Wire | None:
+    """Return the form of a round's reports on the network; None if they are sent as they are."""
+    return getattr(round_fn, "wire", None)
+
+
+@dataclass(frozen=True)
+class NarrowWire:
+    """Leaves in a narrower dtype; see :func:`cast_reports`."""
+
+    dtype: Any
+
+    def pack(self, update: LocalUpdate, /) -> Any:
+        """Return the leaves in the narrow dtype."""
+        narrow = lambda x: np.asarray(x).astype(wire_dtype(x.dtype, self.dtype))  # noqa: E731
+        return jax.tree.map(narrow, update)
+
+    def unpack(self, packed: Any, dtypes: list[Any], /) -> LocalUpdate:
+        """Return the leaves in their own dtypes."""
+        return _map_leaves(lambda x, dtype: x.astype(dtype), packed, dtypes)
+
+
+@dataclass(frozen=True)
+class Int8Wire:
+    """Leaves as int8 with one float32 scale per block; see :func:`quantize_reports`."""
+
+    block: int
+
+    def pack(self, update: LocalUpdate, /) -> Any:
+        """Return codes and scales; very small and complex leaves stay."""
+        return _encode_all(update, self.block)
+
+    def unpack(self, packed: Any, dtypes: list[Any], /) -> LocalUpdate:
+        """Return the leaves in their own dtypes."""
+
+        def leaf(x, dtype):
+            return decode_on_host(x, self.block, dtype) if isinstance(x, Int8Blocks) else x
+
+        return _map_leaves(leaf, packed, dtypes)
+
+
+@partial(jax.jit, static_argnums=1)
+def _encode_all(update: LocalUpdate, block: int) -> Any:
+    leaf = lambda x: encode(x, block) if is_smaller(x.size, x.dtype, block) else x  # noqa: E731
+    return jax.tree.map(leaf, update)
+
+
+def _map_leaves(function: Callable[[Any, Any], Any], packed: Any, dtypes: list[Any]) -> Any:
+    """Map the leaves of a packed update, each with its dtype."""
+    leaves, structure = jax.tree.flatten(packed, is_leaf=lambda x: isinstance(x, Int8Blocks))
+    dtypes = dtypes * (len(leaves) // max(len(dtypes), 1))
+    return jax.tree.unflatten(structure, map(function, leaves, dtypes))
 
 
 @dataclass(frozen=True)
@@ -19,6 +97,11 @@ class CastRound:
 
     round_fn: Callable[..., RoundResult]
     wire_dtype: Any
+
+    @property
+    def wire(self) -> NarrowWire:
+        """How reports are sent."""
+        return NarrowWire(self.wire_dtype)
 
     def init_state(self, params: Any) -> Any:
         """Return a new state of the round's optimizer."""
