@@ -213,14 +213,8 @@ def shape_of(run: Run) -> Run:
 
 @lru_cache(maxsize=8)
 def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
-    source = datasets.load(run.dataset, data_dir, pool=run.pool)
-    network = models.make(
-        run.model,
-        source.num_classes,
-        source.image_shape,
-        width=run.width,
-        dtype=jnp.dtype(run.dtype),
-        convolution=convolution,
+    source, network, evaluate = _learning_problem(
+        *(run.dataset, data_dir, run.pool, run.model, run.width, run.dtype, convolution)
     )
     method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
     loss_fn = source.training_loss(network.loss_fn)
@@ -234,8 +228,25 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
         loss_fn=loss_fn,
         batch_fn=datasets.shuffled_batches(source.train, run.batch_size, run.local_iterations),
         round_fn=round_fn,
-        evaluate=_evaluation(network, source),
+        evaluate=evaluate,
     )
+
+
+@lru_cache(maxsize=8)
+def _learning_problem(
+    dataset: str, data_dir: Path | None, pool: int, model: str, width: float, dtype: str, form: Any
+) -> tuple[datasets.Dataset, models.Network, Callable]:
+    """Return data set, network and evaluation; all methods share the compiled evaluation."""
+    source = datasets.load(dataset, data_dir, pool=pool)
+    network = models.make(
+        model,
+        source.num_classes,
+        source.image_shape,
+        width=width,
+        dtype=jnp.dtype(dtype),
+        convolution=form,
+    )
+    return source, network, _evaluation(network, source)
 
 
 def beginning(run: Run, parts: Parts) -> tuple[Any, Any, jax.Array]:
