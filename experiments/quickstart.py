@@ -210,7 +210,7 @@ def run_all(experiment: Experiment, console: Console) -> list[dict[str, Any]]:
     bar = SweepProgress(total, "train_loss", console=console)
     stop = threading.Event()
     sweeps = [partial(experiment.sweep, name, bar, stop) for name in METHOD_NAMES]
-    for rows in in_threads(sweeps, stop, len(sweeps)):
+    for rows in in_threads(sweeps, stop):
         records.append(path, *rows)
     return records.read(path)
 
@@ -290,7 +290,11 @@ def main(args: Sequence[str] | None = None) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    best = best_runs(run_all(experiment, console))
+    try:
+        rows = run_all(experiment, console)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; finished runs are in {config.output}") from None
+    best = best_runs(rows)
     draw(best, config.output / "quickstart.png")
     console.print(table(best))
     console.print(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def choose_way(settings: Reproduce, path: Path, run: Run, scale: tables.Scale, l
         return Way("processes", settings.at_once)
     small = run.model == "mlp" and jax.default_backend() == "cpu" and settings.budget is None
     if settings.together == "threads" or (settings.together == "auto" and small):
-        return Way("threads")
+        return Way("threads", count=sys.maxsize)
     measured = settings.budget is not None and jax.default_backend() == "gpu"
     if settings.together != "measured" and not (measured and settings.together == "auto"):
         return Way()
@@ -183,10 +184,11 @@ class Work:
             for runs in self.task.way.groups(wave):
                 if not self._is_in_time():
                     return False
-                label = label_of(runs)
-                bar = self._bar
-                callback = ProgressBar(label, self.console) if bar is None else bar.run(label)
-                new = self.task.carry_out(runs, [callback])
+                if self._bar is None:
+                    callbacks = [[ProgressBar(label_of(runs), self.console)]]
+                else:
+                    callbacks = [[self._bar.run(label_of([run]))] for run in runs]
+                new = self.task.carry_out(runs, callbacks)
                 self._record(new)
                 most -= len(new)
                 if len(new) < len(runs):

@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 
-def in_threads(
-    tasks: Sequence[Callable[[], Any]], stop: threading.Event, count: int | None = None
-) -> Iterator[Any]:
-    """Yield the results of tasks as they end.
+def in_threads(tasks: Sequence[Callable[[], Any]], stop: threading.Event) -> Iterator[Any]:
+    """Yield the results of tasks as they end; as many run at the same time as there are cores.
 
     After an error or Ctrl-C, ``stop`` is set and no further task starts. The running tasks must
     end when ``stop`` is set.
@@ -20,7 +18,6 @@ def in_threads(
     Args:
         tasks: At least one. A single one is called in this thread.
         stop: Tells running tasks to end.
-        count: How many run at the same time; by default one for each core.
 
     Example:
         >>> sorted(in_threads([lambda: 1, lambda: 2], threading.Event()))
@@ -29,7 +26,7 @@ def in_threads(
     if len(tasks) == 1:
         yield tasks[0]()
         return
-    with ThreadPoolExecutor(num_cores() if count is None else count) as pool:
+    with ThreadPoolExecutor(_num_cores()) as pool:
         try:
             for future in as_completed([pool.submit(task) for task in tasks]):
                 yield future.result()
@@ -39,7 +36,7 @@ def in_threads(
             raise
 
 
-def num_cores() -> int:
+def _num_cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

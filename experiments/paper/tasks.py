@@ -37,9 +37,9 @@ class Way:
     """How runs share a device.
 
     Attributes:
-        how: One after the other ("alone"), one after the other in each of several threads
-            ("threads"), as one program ("vmap"), or each in a separate process ("processes").
-        count: The largest number of runs at the same time.
+        how: One after the other ("alone"), as sweeps of such runs in several threads ("threads"),
+            as one program ("vmap"), or each in a separate process ("processes").
+        count: The largest number of runs that go together.
         convolution: How the runs compute convolutions.
     """
 
@@ -93,14 +93,17 @@ class Task:
         )
         return run.num_steps(len(parts.train.labels))
 
-    def carry_out(self, runs: Sequence[Run], callbacks: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def carry_out(
+        self, runs: Sequence[Run], callbacks: Sequence[Sequence[Any]] = ()
+    ) -> list[dict[str, Any]]:
         """Carry out runs that go together; return the rows of those that end before the deadline.
 
         The others are saved, and resume when they are carried out again. A failure is a row too.
 
         Args:
             runs: At most ``way.count`` runs of one family.
-            callbacks: They see the first run only, unless processes compute the runs.
+            callbacks: The callbacks of the first run, of the second, and so on. Processes ignore
+                them.
 
         Raises:
             DataError: If the data is missing or damaged.
@@ -116,7 +119,7 @@ class Task:
         return self._in_this_process([run])
 
     def _in_this_process(
-        self, runs: Sequence[Run], callbacks: Sequence[Any] = ()
+        self, runs: Sequence[Run], callbacks: Sequence[Sequence[Any]] = ()
     ) -> list[dict[str, Any]]:
         clock, folder = Clock(self.deadline), _folder(runs)
         note, checkpoint, before = folder / "seconds", None, 0.0
@@ -133,6 +136,7 @@ class Task:
                 checkpoint=checkpoint,
                 stop=lambda: clock.stop() or (self.stop is not None and self.stop()),
                 compute=self.way.compute_options(self.compute),
+                over_runs="vmap" if self.way.how == "vmap" else "loop",
             )
         except DataError:
             raise
