@@ -23,7 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records
-from experiments.benchmarks import field, gpu, runtimes, scaling, server, simulator, stages, startup
+from experiments.benchmarks import (
+    field,
+    gpu,
+    runtimes,
+    scaling,
+    server,
+    simulator,
+    stages,
+    startup,
+    sweep,
+)
 from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
 from experiments.terminal import accept_any_terminal
@@ -39,12 +49,14 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "optimizers": field.optimizers,
     "uneven": field.uneven,
     "axes": simulator.axes,
+    "sweep": sweep.sweep,
     "workers": scaling.workers,
     "local_steps": scaling.local_steps,
     "parameters": scaling.parameters,
     "arrivals": scaling.arrivals,
     "memory": scaling.memory,
     "startup": startup.startup,
+    "commands": sweep.commands,
     "threads": runtimes.threads,
     "race": runtimes.race,
     "ray": runtimes.ray_round_trips,
