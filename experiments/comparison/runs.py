@@ -120,16 +120,16 @@ def prepare(job: Job) -> Prepared:
     """Prepare a run. If the method's program can take η as an argument, it does."""
     setting, task, cluster = job
     K, steps = cluster.num_workers, cluster.local_steps(setting.local_steps)
-    default, rate = DEFAULTS[setting.method], DEFAULTS[setting.method].rate
-    shared = rate is not None and default.traced and task.model_state is None
-    eta_factor = 1.0 if shared else setting.eta_factor
+    default, eta = DEFAULTS[setting.method], {}
+    if default.rate is not None and default.traced and task.model_state is None:
+        eta[default.rate] = hyperparameters(setting.method, K, setting.eta_factor)[default.rate]
+    eta_factor = 1.0 if eta else setting.eta_factor
     method = make(setting.method, K, steps, eta_factor, setting.optimizer)
     if task.model_state is not None and method.model_state_weight is not None:
         weight = method.model_state_weight  # a larger η may raise it above 1
         method = method._replace(
             model_state_weight=lambda step, delay: jnp.clip(weight(step, delay), 0, 1)
         )
-    chosen = hyperparameters(setting.method, K, setting.eta_factor)
     params, model_state, key = task.start(setting.seed)
     start = RunStart(
         params,
@@ -137,7 +137,7 @@ def prepare(job: Job) -> Prepared:
         key,
         setting.learning_rate,
         model_state,
-        {rate: chosen[rate]} if shared else {},
+        eta,
     )
     batch_fn = task.batches(K, steps, setting.partition, setting.seed)
     return Prepared(job, method, batch_fn, start)

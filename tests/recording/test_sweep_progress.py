@@ -35,7 +35,9 @@ def starts(bar, count, *callbacks, rate=schedule):
 
 def sweep(runs, **options):
     options = {"evaluate": toy.evaluate, "evaluate_every": 8} | options
-    return simulate_many(method_of("orlomo"), loss_fn, batch_fn, runs, **options)
+    results = simulate_many(method_of("orlomo"), loss_fn, batch_fn, runs, **options)
+    assert results is not None
+    return results
 
 
 @pytest.mark.parametrize("over_runs", ["vmap", "loop"])
