@@ -5,6 +5,7 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import pytest
 import rich.console
 
@@ -69,9 +70,14 @@ def test_a_run_counts_when_it_has_ended():
 
 
 def test_a_diverged_run_is_never_the_best():
-    bar = SweepProgress(2, "a", every=0)
+    def diverging(step):
+        return jnp.where(step < 10, 1e-6, 1e30)
+
+    bar = SweepProgress(2, "a", highest=True, every=0)
     fine, bad = starts(bar, 2)
-    results = sweep([fine, bad._replace(local_learning_rate=lambda step: 1e30)], over_runs="loop")
+    results = sweep([fine, bad._replace(local_learning_rate=diverging)], over_runs="loop")
+    values = [result.history.evaluations[0].metrics["a"] for result in results]
+    assert values[1] > values[0], "it was the best before it diverged"
     assert [result.status for result in results] == ["finished", "diverged"]
     assert bar.best is not None
     assert bar.best[0] == "seed 0"
