@@ -133,7 +133,7 @@ class Comparison:
         config = self.config
         return [
             self._job(cluster, method, Point(rate, factor), local_steps, "tuning", seed)
-            for factor in config.eta_factors  # each η is a program of its own
+            for factor in config.eta_factors
             for rate in config.learning_rates
             for seed in range(config.tuning_seeds)
         ]
@@ -153,12 +153,12 @@ class Comparison:
         grid = len(config.learning_rates) * len(config.eta_factors) * config.tuning_seeds
         return len(self.candidates) * (grid + len(config.partition) * config.seeds)
 
-    def jobs(self, book: Book) -> Iterator[Job]:
-        """Yield the runs in order; a method's final runs depend on its tuning."""
+    def jobs(self, book: Book) -> Iterator[list[Job]]:
+        """Yield the runs in order, in groups; a method's final runs depend on its tuning."""
         for candidate in self.candidates:
-            yield from (tuning := self.tuning(*candidate))
+            yield (tuning := self.tuning(*candidate))
             if (point := best_point(book.of(tuning))) is not None:
-                yield from self.final(*candidate, point)
+                yield self.final(*candidate, point)
 
     def _job(self, cluster, method, point, local_steps, purpose, seed, partition=None) -> Job:
         config = self.config

@@ -9,9 +9,11 @@ and records each run as a JSON row.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import records
@@ -30,8 +31,17 @@ from experiments.data import datasets
 from experiments.models import mlp
 from experiments.paper.figures import LABELS, TITLES, draw_band
 from experiments.terminal import accept_any_terminal
-from orlomo_jax import heterogeneous, make_method, simulate
+from experiments.threads import in_threads
+from orlomo_jax import (
+    RunStart,
+    TrainingResult,
+    heterogeneous,
+    make_method,
+    sample_trace,
+    simulate_many,
+)
 from orlomo_jax.methods import METHOD_NAMES
+from orlomo_jax.recording import SweepProgress
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,10 @@ class Experiment:
     def __init__(self, config: Config) -> None:
         """Load the data and prepare the methods."""
         self.config = config
-        self.train, test = datasets.digits()
+        with ThreadPoolExecutor() as pool:  # compiles while scikit-learn is imported
+            beginnings = [pool.submit(self._beginning, seed) for seed in range(config.seeds)]
+            self.train, test = datasets.digits()
+        self.beginnings = [beginning.result() for beginning in beginnings]
         self.batch_fn = datasets.shuffled_batches(
             self.train, config.batch_size, config.local_iterations
         )
@@ -109,26 +122,55 @@ class Experiment:
 
         self.evaluate = evaluate
 
-    def run(self, name: str, learning_rate: float, seed: int, on_step) -> dict[str, Any]:
-        """Train once and return the run's row."""
-        config, method = self.config, self.methods[name]
+    def _beginning(self, seed: int) -> tuple[Any, jax.Array]:
+        """Return the initial parameters and the key of the runs of a seed."""
         init_key, run_key = jax.random.split(jax.random.key(seed))
+        return mlp.init(init_key, (64, self.config.hidden, 10)), run_key
+
+    def sweep(self, name: str, bar: SweepProgress, stop: threading.Event) -> list[dict[str, Any]]:
+        """Train with every learning rate and seed; return the runs' rows, [] after ``stop``.
+
+        The ``wall_time`` of a row is that of the whole sweep of ``together`` runs. The other
+        methods' sweeps run at the same time.
+        """
+        config, method = self.config, self.methods[name]
         start = time.perf_counter()
-        result = simulate(
+        points = [(rate, seed) for rate in config.learning_rates for seed in range(config.seeds)]
+        runs = []
+        for rate, seed in points:
+            trace = sample_trace(
+                self.compute_times,
+                config.workers,
+                self.num_steps,
+                config.local_iterations,
+                seed,
+                synchronous=method.synchronous,
+            )
+            params, key = self.beginnings[seed]
+            callback = bar.run(f"{TITLES[name]} γ={rate:g} seed {seed}")
+            runs.append(RunStart(params, trace, key, rate, callbacks=[callback]))
+        results = simulate_many(
             method,
             mlp.loss_fn,
             self.batch_fn,
-            mlp.init(init_key, (64, config.hidden, 10)),
-            num_steps=self.num_steps,
-            compute_times=self.compute_times,
-            trace_seed=seed,
-            key=run_key,
-            local_learning_rate=learning_rate,
+            runs,
             evaluate=self.evaluate,
             evaluate_every=max(1, self.num_steps // 20),
-            callbacks=[on_step],
+            stop=stop.is_set,
+            over_runs="loop",  # the same rows as single runs, and as fast as "vmap" here
         )
-        evaluations = result.history.evaluations
+        if results is None:
+            return []
+        wall_time = time.perf_counter() - start
+        return [
+            self._row(name, *point, result, wall_time)
+            for point, result in zip(points, results, strict=True)
+        ]
+
+    def _row(
+        self, name: str, learning_rate: float, seed: int, result: TrainingResult, wall_time: float
+    ) -> dict[str, Any]:
+        config, evaluations = self.config, result.history.evaluations
         curve: dict[str, list] = {"virtual_time": [evaluation.time for evaluation in evaluations]}
         for metric in ("train_loss", "test_accuracy"):
             values = [evaluation.metrics[metric] for evaluation in evaluations]
@@ -145,7 +187,8 @@ class Experiment:
             "num_steps": self.num_steps,
             "max_delay": int(result.trace.max_delay),
             "virtual_time": float(result.trace.times[-1]),
-            "wall_time": time.perf_counter() - start,
+            "wall_time": wall_time,
+            "together": len(config.learning_rates) * config.seeds,
             "train_loss": curve["train_loss"][-1] if finished else None,
             "test_accuracy": curve["test_accuracy"][-1] if finished else None,
             "curve": curve,
@@ -155,35 +198,20 @@ class Experiment:
 
 
 def run_all(experiment: Experiment, console: Console) -> list[dict[str, Any]]:
-    """Run every method × learning rate × seed, and record each run when it ends."""
+    """Run every method × learning rate × seed; record the runs of a method when they end.
+
+    Each method's runs are a sweep with programs of its own. Sweeps in several threads compile them
+    at the same time.
+    """
     config = experiment.config
     path = config.output / "runs.jsonl"
     path.unlink(missing_ok=True)
-    runs = [
-        (name, learning_rate, seed)
-        for name in METHOD_NAMES
-        for learning_rate in config.learning_rates
-        for seed in range(config.seeds)
-    ]
-    columns = (
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("reports"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("compiling", total=len(runs) * experiment.num_steps)
-        for number, (name, learning_rate, seed) in enumerate(runs):
-            done = number * experiment.num_steps
-            label = f"{TITLES[name]:<13} γ={learning_rate:<5g} seed {seed}"
-            progress.update(bar, completed=done, description=label)
-
-            def on_step(record, done=done):
-                if record.step % 16 == 0:  # redrawing costs more than a step
-                    progress.update(bar, completed=done + record.step)
-
-            records.append(path, experiment.run(name, learning_rate, seed, on_step))
+    total = len(METHOD_NAMES) * len(config.learning_rates) * config.seeds
+    bar = SweepProgress(total, "train_loss", console=console)
+    stop = threading.Event()
+    sweeps = [partial(experiment.sweep, name, bar, stop) for name in METHOD_NAMES]
+    for rows in in_threads(sweeps, stop):
+        records.append(path, *rows)
     return records.read(path)
 
 
@@ -262,7 +290,11 @@ def main(args: Sequence[str] | None = None) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    best = best_runs(run_all(experiment, console))
+    try:
+        rows = run_all(experiment, console)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; finished runs are in {config.output}") from None
+    best = best_runs(rows)
     draw(best, config.output / "quickstart.png")
     console.print(table(best))
     console.print(

@@ -14,9 +14,12 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +34,9 @@ from experiments.data.tfds_cache import DataError
 from experiments.paper import choice, search, tables, tasks
 from experiments.paper.tasks import Task, Way
 from experiments.terminal import accept_any_terminal
+from experiments.threads import in_threads
 from orlomo_jax import ProgressBar
+from orlomo_jax.recording import SweepProgress
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ class Reproduce:
     budget: float | None = None
     """Seconds after which to stop. Cells then run by importance, each first at one rate. Without
     --table and --figure they are the cells of Tables 1 and 2."""
-    together: Literal["auto", "measured", "alone", "vmap", "processes"] = "auto"
-    """How runs share the device: one after the other ("alone"), as one program ("vmap"), in
-    separate processes, or in the fastest of these ways ("measured"); "auto" is "measured" on a GPU
-    under a budget, else "alone"."""
+    together: Literal["auto", "measured", "alone", "threads", "vmap", "processes"] = "auto"
+    """How runs share the device: one after the other ("alone"), in a thread per core ("threads"),
+    as one program ("vmap"), in separate processes, or in the fastest of the other ways
+    ("measured"). "auto" is "measured" on a GPU under a budget, "threads" for an MLP on a CPU
+    without a budget, else "alone"."""
     at_once: int = 4
-    """The largest number of runs at the same time."""
+    """The largest number of runs at the same time, with "vmap" and "processes"."""
 
 
 def wanted_runs(settings: Reproduce, scale: tables.Scale) -> list[Run]:
@@ -94,6 +100,9 @@ def choose_way(settings: Reproduce, path: Path, run: Run, scale: tables.Scale, l
         return Way("vmap", settings.at_once, "matmul")
     if settings.together == "processes":
         return Way("processes", settings.at_once)
+    small = run.model == "mlp" and jax.default_backend() == "cpu" and settings.budget is None
+    if settings.together == "threads" or (settings.together == "auto" and small):
+        return Way("threads", count=sys.maxsize)
     measured = settings.budget is not None and jax.default_backend() == "gpu"
     if settings.together != "measured" and not (measured and settings.together == "auto"):
         return Way()
@@ -126,17 +135,89 @@ def label_of(runs: Sequence[Run]) -> str:
     return f"{run.dataset} {run.scenario} {name} seed {run.seed}{more}"
 
 
-def carry_out(task: Task, runs: Sequence[Run], console: Console) -> list[dict[str, Any]]:
-    """Carry out runs with a progress bar; print the outcome of each."""
-    rows = task.carry_out(runs, [ProgressBar(label_of(runs), console)])
-    for row in rows:
-        label = label_of([Run(**row["run"])])
-        if row["status"] == "failed":
-            console.print(f"[red]failed[/red] {label}: {row['error']}")
-            continue
-        loss = "diverged" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
-        console.print(f"{label}: {loss}, {row['wall_time']:.1f} s", highlight=False)
-    return rows
+class Work:
+    """Carries out the missing runs of cells, and records each when it ends.
+
+    Args:
+        task: Settings of the runs.
+        scale: The scale of the cells.
+        seeds: Number of seeds at a cell's chosen rate.
+        path: File of the records.
+        rows: The recorded runs; new ones are added.
+        console: Gets the outcomes.
+
+    Attributes:
+        done: The number of new runs.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        scale: tables.Scale,
+        seeds: int,
+        path: Path,
+        rows: search.Rows,
+        console: Console,
+    ) -> None:
+        """Keep the arguments."""
+        self.task, self.scale, self.seeds, self.path = task, scale, seeds, path
+        self.rows, self.console, self.done = rows, console, 0
+        self._lock = threading.Lock()
+        self._bar: SweepProgress | None = None
+
+    def carry_out(self, families: Sequence[Sequence[Run]], stop: threading.Event) -> bool:
+        """Carry out families of cells; return whether all runs ended in time."""
+        if self.task.way.how != "threads":
+            return self._complete(families)
+        if most := search.at_most(families, self.rows, self.scale, self.seeds):
+            self._bar = SweepProgress(most, "train_loss", console=self.console)
+        work = [partial(self._complete, [family]) for family in families]
+        return all([*in_threads(work, stop)])
+
+    def _complete(self, families: Sequence[Sequence[Run]]) -> bool:
+        """Carry out families one after the other."""
+        most = search.at_most(families, self.rows, self.scale, self.seeds)
+        breadth_first = self.task.deadline < math.inf
+        for wave in search.waves(
+            families, self.rows, self.scale, self.seeds, breadth_first=breadth_first
+        ):
+            for runs in self.task.way.groups(wave):
+                if not self._is_in_time():
+                    return False
+                if self._bar is None:
+                    callbacks = [[ProgressBar(label_of(runs), self.console)]]
+                else:
+                    callbacks = [[self._bar.run(label_of([run]))] for run in runs]
+                new = self.task.carry_out(runs, callbacks)
+                self._record(new)
+                most -= len(new)
+                if len(new) < len(runs):
+                    return False
+                tasks.forget(runs)
+        if self._bar is not None:
+            with self._lock:
+                self._bar.total -= most
+        return True
+
+    def _is_in_time(self) -> bool:
+        """Return whether a run that starts now can begin before the deadline."""
+        if self.task.deadline == math.inf:
+            return True
+        return time.time() + startup_time(self.rows) + tasks.SAVING < self.task.deadline
+
+    def _record(self, new: Sequence[dict[str, Any]]) -> None:
+        """Record rows and print their outcomes."""
+        with self._lock:
+            records.append(self.path, *new)
+            self.rows |= {Run(**row["run"]): row for row in new}
+            self.done += len(new)
+        for row in new:
+            label = label_of([Run(**row["run"])])
+            if row["status"] == "failed":
+                self.console.print(f"[red]failed[/red] {label}: {row['error']}")
+                continue
+            loss = "diverged" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
+            self.console.print(f"{label}: {loss}, {row['wall_time']:.1f} s", highlight=False)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -163,34 +244,26 @@ def main(args: Sequence[str] | None = None) -> None:
     if settings.retry_failed:
         rows = {run: row for run, row in rows.items() if row["status"] != "failed"}
     deadline = math.inf if settings.budget is None else begin + settings.budget
-    done, in_time = 0, True
+    stop = threading.Event()
+    work = None
     try:
         if settings.budget is not None:
             _prepare_device()
         way = choose_way(settings, path, wanted[0], scale, console.print)
-        task = Task(way, scale.compute, scale.checkpoint_every, settings.data_dir, deadline)
+        task = Task(
+            way, scale.compute, scale.checkpoint_every, settings.data_dir, deadline, stop.is_set
+        )
         families: dict[Run, list[Run]] = {}
         for run in wanted:
             families.setdefault(way.family(run), []).append(run)
-        waves = search.waves(
-            list(families.values()), rows, scale, seeds, breadth_first=settings.budget is not None
-        )
-        for runs in (group for wave in waves for group in way.groups(wave)):
-            in_time = time.time() + startup_time(rows) + tasks.SAVING < deadline
-            if not in_time:
-                break
-            new = carry_out(task, runs, console)
-            records.append(path, *new)
-            rows |= {Run(**row["run"]): row for row in new}
-            done += len(new)
-            in_time = len(new) == len(runs)
-            if not in_time:
-                break
-            tasks.forget(runs)
+        work = Work(task, scale, seeds, path, rows, console)
+        in_time = work.carry_out(list(families.values()), stop)
     except (DataError, OSError) as error:  # such as a full disk
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
+        done = 0 if work is None else work.done
         raise SystemExit(f"interrupted after {done} runs; they are in {path}") from None
+    done = work.done
     if not in_time:
         console.print(f"{done} runs done in the budget; run the same command to resume")
         return

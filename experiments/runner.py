@@ -104,21 +104,24 @@ def execute_together(
     data_dir: Path | None = None,
     *,
     evaluate_every: int | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Sequence[Any]] = (),
     checkpoint: Checkpointer | None = None,
     stop: Callable[[], bool] | None = None,
     compute: ComputeOptions | None = None,
+    over_runs: Literal["vmap", "loop"] = "vmap",
 ) -> list[dict[str, Any]] | None:
-    """Simulate runs of one shape, several of them as one program; return their rows.
+    """Simulate runs of one shape as a sweep; return their rows.
 
     Args:
         runs: Runs that differ only in seed, learning rate and scenario.
         data_dir: See :func:`execute`.
         evaluate_every: See :func:`execute`.
-        callbacks: They see the first run only.
+        callbacks: The callbacks of the first run, of the second, and so on.
         checkpoint: One for all runs.
         stop: Called after each compiled segment; True saves the runs and ends the call.
-        compute: How the rounds of a single run are computed; several runs use only its convolution.
+        compute: How the rounds of a run are computed; "vmap" uses only its convolution.
+        over_runs: See :func:`orlomo_jax.simulate_many`. The rows of "loop" are those of single
+            runs, bit for bit.
 
     Returns:
         The rows, or None if ``stop`` ended the call. Each row of several runs has their total
@@ -133,18 +136,21 @@ def execute_together(
     parts = assemble(runs[0], data_dir, compute.convolution)
     num_steps = runs[0].num_steps(len(parts.train.labels))
     start = time.perf_counter()
-    first, *others = [run_start(run, parts, num_steps) for run in runs]
+    starts = [run_start(run, parts, num_steps) for run in runs]
+    for index, own in enumerate(callbacks):
+        starts[index] = starts[index]._replace(callbacks=own)
+    one_by_one = len(runs) == 1 or over_runs == "loop"
     results = simulate_many(
         parts.method,
         None,
         parts.batch_fn,
-        [first._replace(callbacks=callbacks), *others],
+        starts,
         evaluate=parts.evaluate,
         evaluate_every=evaluate_every or max(1, num_steps // 20),
         checkpoint=checkpoint,
         stop=stop,
-        engine=compute.engine if len(runs) == 1 else "auto",
-        over_runs="auto" if len(runs) == 1 else "vmap",
+        engine=compute.engine if one_by_one else "auto",
+        over_runs="loop" if one_by_one else "vmap",
         round_fn=parts.round_fn,
     )
     if results is None:
@@ -215,14 +221,8 @@ def shape_of(run: Run) -> Run:
 
 @lru_cache(maxsize=8)
 def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
-    source = datasets.load(run.dataset, data_dir, pool=run.pool)
-    network = models.make(
-        run.model,
-        source.num_classes,
-        source.image_shape,
-        width=run.width,
-        dtype=jnp.dtype(run.dtype),
-        convolution=convolution,
+    source, network, evaluate = _learning_problem(
+        *(run.dataset, data_dir, run.pool, run.model, run.width, run.dtype, convolution)
     )
     method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
     loss_fn = source.training_loss(network.loss_fn)
@@ -236,8 +236,25 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
         loss_fn=loss_fn,
         batch_fn=datasets.shuffled_batches(source.train, run.batch_size, run.local_iterations),
         round_fn=round_fn,
-        evaluate=_evaluation(network, source),
+        evaluate=evaluate,
     )
+
+
+@lru_cache(maxsize=8)
+def _learning_problem(
+    dataset: str, data_dir: Path | None, pool: int, model: str, width: float, dtype: str, form: Any
+) -> tuple[datasets.Dataset, models.Network, Callable]:
+    """Return data set, network and evaluation; all methods share the compiled evaluation."""
+    source = datasets.load(dataset, data_dir, pool=pool)
+    network = models.make(
+        model,
+        source.num_classes,
+        source.image_shape,
+        width=width,
+        dtype=jnp.dtype(dtype),
+        convolution=form,
+    )
+    return source, network, _evaluation(network, source)
 
 
 def beginning(run: Run, parts: Parts) -> tuple[Any, Any, jax.Array]:

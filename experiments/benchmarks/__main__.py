@@ -34,6 +34,7 @@ from experiments.benchmarks import (
     simulator,
     stages,
     startup,
+    sweep,
 )
 from experiments.benchmarks.gpu_training import TINY, Sizes
 from experiments.benchmarks.measure import Row
@@ -50,6 +51,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "optimizers": field.optimizers,
     "uneven": field.uneven,
     "axes": simulator.axes,
+    "sweep": sweep.sweep,
     "workers": scaling.workers,
     "local_steps": scaling.local_steps,
     "parameters": scaling.parameters,
@@ -58,6 +60,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "kept_states": kept_states.kept_states,
     "startup": startup.startup,
     "compiling": networks.compiling,
+    "commands": sweep.commands,
     "threads": runtimes.threads,
     "int8_reports": runtimes.int8_reports,
     "race": runtimes.race,

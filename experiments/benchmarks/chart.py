@@ -17,8 +17,8 @@ QUESTIONS = {
     "A sweep of runs": {"sweep"},
     "Networks": {"torch", "compiling"},
     "Growing sizes": {"workers", "local_steps", "parameters", "arrivals", "memory", "kept_states"},
-    "Real runs": {"threads", "race", "ray", "wire"},
-    "Start": {"startup"},
+    "Real runs": {"threads", "race", "ray", "int8_reports"},
+    "Start and commands": {"startup", "commands"},
 }
 """The groups that answer each question, a panel of the plot."""
 LEFT, RIGHT = 0.2, 10.0

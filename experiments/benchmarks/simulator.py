@@ -42,12 +42,17 @@ class Job(NamedTuple):
     batches: Any
     trace: ArrivalTrace
 
+    @property
+    def batch_fn(self) -> Callable:
+        """The batch function."""
+        return jax.tree_util.Partial(_same, self.batches)
+
     def simulated(self, **options: Any) -> None:
         """Run the job in the simulator."""
         result = simulate(
             self.method,
             None,
-            jax.tree_util.Partial(_same, self.batches),
+            self.batch_fn,
             self.params,
             round_fn=self.round_fn,
             trace=self.trace,

@@ -37,12 +37,14 @@ class Default(NamedTuple):
         eta: η, or a function of K.
         others: The other hyperparameters that it needs, as a function of K.
         largest: The largest valid η.
+        traced: Whether one compiled program can serve several η.
     """
 
     rate: str | None = "learning_rate"
     eta: float | Callable[[int], float] = 1.0
     others: Callable[[int], dict[str, Any]] = lambda K: {}
     largest: float = float("inf")
+    traced: bool = True
 
 
 def _half(K: int) -> dict[str, Any]:
@@ -59,7 +61,7 @@ DEFAULTS = {
     "nesterov": Default(eta=0.7),
     "delayed_nesterov": Default(eta=0.7),
     "momentum_lookahead": Default(eta=0.7),
-    "heloco": Default(eta=0.7),
+    "heloco": Default(eta=0.7, traced=False),
     "ringmaster": Default(others=lambda K: {"max_delay": 2 * K}),
     "rennala": Default(others=_half),
     "rescaled_asgd": Default(),

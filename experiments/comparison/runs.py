@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import records
-from experiments.comparison.clusters import Cluster, hyperparameters, make
+from experiments.comparison.clusters import DEFAULTS, Cluster, hyperparameters, make
 from experiments.comparison.tasks import Task, partition_of
-from orlomo_jax import ArrivalTrace, delay_adaptive, simulate
+from orlomo_jax import (
+    ArrivalTrace,
+    Method,
+    RunStart,
+    TrainingResult,
+    delay_adaptive,
+    simulate_many,
+)
 from orlomo_jax.rules import rescaled
 
 EVALUATIONS = 10
@@ -86,46 +93,103 @@ def job(
     return Job(setting, task, cluster)
 
 
-def carry_out(job: Job) -> Row:
-    """Train once and return the run's row; runs for tuning have only their end in it."""
+class Prepared(NamedTuple):
+    """A run that is ready to start.
+
+    Attributes:
+        job: The run's job.
+        method: The method; ``start`` may have another η.
+        batch_fn: The batch function.
+        start: What the run has for itself in a sweep.
+    """
+
+    job: Job
+    method: Method
+    batch_fn: Callable
+    start: RunStart
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """A key that is equal for runs that can share a sweep."""
+        setting = self.job.setting
+        blank = replace(setting, learning_rate=0.0, eta_factor=0.0, seed=0, digest="")
+        return blank, self.method, id(self.batch_fn), self.start.trace.num_steps
+
+
+def prepare(job: Job) -> Prepared:
+    """Prepare a run. If the method's program can take η as an argument, it does."""
     setting, task, cluster = job
     K, steps = cluster.num_workers, cluster.local_steps(setting.local_steps)
-    method = make(setting.method, K, steps, setting.eta_factor, setting.optimizer)
+    default, eta = DEFAULTS[setting.method], {}
+    if default.rate is not None and default.traced and task.model_state is None:
+        eta[default.rate] = hyperparameters(setting.method, K, setting.eta_factor)[default.rate]
+    eta_factor = 1.0 if eta else setting.eta_factor
+    method = make(setting.method, K, steps, eta_factor, setting.optimizer)
     if task.model_state is not None and method.model_state_weight is not None:
         weight = method.model_state_weight  # a larger η may raise it above 1
         method = method._replace(
             model_state_weight=lambda step, delay: jnp.clip(weight(step, delay), 0, 1)
         )
-    trace = cluster.arrivals(method, setting.num_gradients, setting.seed)
     params, model_state, key = task.start(setting.seed)
-    tuning = setting.purpose == "tuning"
-    begin = time.perf_counter()
-    result = simulate(
-        method,
-        task.loss_fn,
-        task.batches(K, steps, setting.partition, setting.seed),
+    start = RunStart(
         params,
-        trace=trace,
-        key=key,
-        model_state=model_state,
-        local_learning_rate=setting.learning_rate,
-        evaluate=task.evaluate,
-        evaluate_every=None if tuning else max(1, trace.num_steps // EVALUATIONS),
-        engine="auto" if setting.task == "cifar" else "compiled",
+        cluster.arrivals(method, setting.num_gradients, setting.seed),
+        key,
+        setting.learning_rate,
+        model_state,
+        eta,
     )
-    evaluations = result.history.evaluations
+    batch_fn = task.batches(K, steps, setting.partition, setting.seed)
+    return Prepared(job, method, batch_fn, start)
+
+
+def carry_out(jobs: Iterable[Job]) -> Iterator[list[Row]]:
+    """Train once for each job; yield the rows of the runs that shared a sweep.
+
+    Rows of tuning have only the end of their run. ``wall_time`` is that of the whole sweep of
+    ``together`` runs.
+    """
+    sweeps: dict[Any, list[Prepared]] = defaultdict(list)
+    for one in map(prepare, jobs):
+        sweeps[one.shape].append(one)
+    for sweep in sweeps.values():
+        first = sweep[0]
+        setting, task, _ = first.job
+        begin = time.perf_counter()
+        num_steps = first.start.trace.num_steps
+        results = simulate_many(
+            first.method,
+            task.loss_fn,
+            first.batch_fn,
+            [one.start for one in sweep],
+            evaluate=task.evaluate,
+            evaluate_every=None
+            if setting.purpose == "tuning"
+            else max(1, num_steps // EVALUATIONS),
+            engine="auto" if setting.task == "cifar" else "compiled",
+            over_runs="loop",  # an interrupted sweep gives the same rows; tuning and final share it
+        )
+        assert results is not None
+        seconds = round(time.perf_counter() - begin, 2)
+        more = {"wall_time": seconds, "together": len(sweep)}
+        pairs = zip(sweep, results, strict=True)
+        yield [_row(one, result) | more for one, result in pairs]
+
+
+def _row(run: Prepared, result: TrainingResult) -> Row:
+    setting, task, cluster = run.job
+    evaluations, trace = result.history.evaluations, result.trace
     last = evaluations[-1].metrics if evaluations else {}
     finished = result.status == "finished" and math.isfinite(last.get("loss", math.nan))
     row: Row = {
         "setting": asdict(setting),
         "status": "finished" if finished else "diverged",
         "loss": short(last["loss"]) if finished else None,
-        "wall_time": round(time.perf_counter() - begin, 2),
     }
-    if tuning:
+    if setting.purpose == "tuning":
         return row
     updates = _updates(result.rule_state, trace)
-    done = np.cumsum(np.array(method.steps_of_worker)[trace.workers])
+    done = np.cumsum(np.array(run.method.steps_of_worker)[trace.workers])
     row |= {
         "accuracy": short(last["accuracy"]) if finished and "accuracy" in last else None,
         "mean_delay": short(float(trace.delays.mean())),
@@ -197,13 +261,15 @@ class Book:
             Setting(**row["setting"]): row for row in records.read(path)
         }
 
-    def complete(self, jobs: Iterable[Job], on_row: Callable[[Row], None]) -> None:
-        """Carry out the jobs that are not in the file, and append each row at once."""
-        for one in jobs:
-            if one.setting not in self.rows:
-                self.rows[one.setting] = row = carry_out(one)
-                records.append(self.path, row)
-            on_row(self.rows[one.setting])
+    def complete(self, groups: Iterable[Sequence[Job]], on_row: Callable[[Row], None]) -> None:
+        """Carry out the jobs that are not in the file; append the rows of each sweep at once."""
+        for jobs in groups:
+            missing = [one for one in jobs if one.setting not in self.rows]
+            for rows in carry_out(missing) if missing else ():
+                records.append(self.path, *rows)
+                self.rows |= {Setting(**row["setting"]): row for row in rows}
+            for one in jobs:
+                on_row(self.rows[one.setting])
 
     def of(self, jobs: Iterable[Job]) -> list[Row]:
         """Return the rows of jobs, without those that are not in the file."""

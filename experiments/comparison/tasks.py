@@ -106,8 +106,11 @@ def partition_of(labels: Any, num_workers: int, partition: str, seed: int) -> li
 def partitioned(data: Any, labels: np.ndarray, batch_size: int) -> Callable:
     """Return ``make_batch_fn`` of a labelled data set: random draws from a worker's examples."""
 
-    @lru_cache(maxsize=64)
     def make_batch_fn(num_workers, num_local_steps, partition, seed):
+        return make(num_workers, num_local_steps, partition, 0 if partition == "iid" else seed)
+
+    @lru_cache(maxsize=64)
+    def make(num_workers, num_local_steps, partition, seed):
         parts = partition_of(labels, num_workers, partition, seed)
         table = np.zeros((num_workers, len(labels)), np.int32)  # one shape for all partitions
         for worker, part in enumerate(parts):

@@ -66,7 +66,7 @@ def training(
         key,
     ]
     if together > 1:
-        run = over_runs(run, "vmap")
+        run, _ = over_runs(run, "vmap")
         pairs = zip(args, RUN_AXES, strict=True)
         args = [x if axis is None else abstract(x, None, (together,)) for x, axis in pairs]
     return run, args

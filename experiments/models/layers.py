@@ -98,7 +98,9 @@ class OneDNNConv(nnx.Conv):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map float32[batch, height, width, channels_in] to float32[batch, …, channels]."""
         del out_sharding  # one CPU
-        outputs = convolve(inputs, self.kernel[...], self.strides[0], self.padding[0][0])
+        strides: Any = self.strides
+        padding: Any = self.padding
+        outputs: Any = convolve(inputs, self.kernel[...], strides[0], padding[0][0])
         return outputs if self.bias is None else outputs + self.bias[...]
 
 

@@ -129,6 +129,16 @@ def waves(
             yield new
 
 
+def at_most(families: Sequence[Sequence[Run]], rows: Rows, scale: tables.Scale, seeds: int) -> int:
+    """Return an upper bound of the number of runs to do."""
+    count = 0
+    for run in (run for family in families for run in family):
+        found = search(rows, run, scale)
+        count += len(scale.learning_rates) - len(found.statuses) if found.untried else 0
+        count += sum(at(run, found.best, seed) not in rows for seed in range(1, seeds))
+    return count
+
+
 def missing(wanted: Sequence[Run], rows: Rows, scale: tables.Scale, seeds: int) -> Iterator[Run]:
     """Yield the runs to do one by one; the caller must add each to ``rows`` before the next."""
     for wave in waves([[run] for run in wanted], rows, scale, seeds):

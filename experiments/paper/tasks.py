@@ -1,4 +1,4 @@
-"""Runs that share a device: one after the other, as one program, or in separate processes.
+"""Runs that share a device: one after the other, in threads, as one program, or in processes.
 
 A batch of 64 small images leaves a large GPU nearly idle. Runs that differ in seed, learning rate
 or arrivals can go through one program ("vmap"). Any runs can share a device as separate processes
@@ -13,7 +13,7 @@ import multiprocessing
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,22 +37,22 @@ class Way:
     """How runs share a device.
 
     Attributes:
-        how: One after the other ("alone"), as one program ("vmap"), or each in a separate process
-            ("processes").
-        count: The largest number of runs at the same time.
+        how: One after the other ("alone"), as sweeps of such runs in several threads ("threads"),
+            as one program ("vmap"), or each in a separate process ("processes").
+        count: The largest number of runs that go together.
         convolution: How the runs compute convolutions.
     """
 
-    how: Literal["alone", "vmap", "processes"] = "alone"
+    how: Literal["alone", "threads", "vmap", "processes"] = "alone"
     count: int = 1
     convolution: Literal["auto", "xla", "matmul", "onednn"] = "auto"
 
     def family(self, run: Run) -> Run:
-        """Return a key that is equal for runs that can go together."""
+        """Return a key that is equal for runs that can go together, or in one thread."""
         if self.how == "alone":
             return run
         shape = runner.shape_of(run)
-        return shape if self.how == "vmap" else replace(shape, method="orlomo")
+        return replace(shape, method="orlomo") if self.how == "processes" else shape
 
     def compute_options(self, compute: ComputeOptions) -> ComputeOptions:
         """Return the options with this way's convolution, unless that is "auto"."""
@@ -76,6 +76,7 @@ class Task:
         checkpoint_every: Global iterations between checkpoints; 0 for one only at a deadline.
         data_dir: The TFDS data_dir.
         deadline: When to stop, on the clock ``time.time()``; infinite for never.
+        stop: Returns True when runs in threads must stop; None for never.
     """
 
     way: Way
@@ -83,6 +84,7 @@ class Task:
     checkpoint_every: int = 0
     data_dir: Path | None = None
     deadline: float = math.inf
+    stop: Callable[[], bool] | None = None
 
     def num_steps(self, run: Run) -> int:
         """Return T of a run."""
@@ -91,14 +93,17 @@ class Task:
         )
         return run.num_steps(len(parts.train.labels))
 
-    def carry_out(self, runs: Sequence[Run], callbacks: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def carry_out(
+        self, runs: Sequence[Run], callbacks: Sequence[Sequence[Any]] = ()
+    ) -> list[dict[str, Any]]:
         """Carry out runs that go together; return the rows of those that end before the deadline.
 
         The others are saved, and resume when they are carried out again. A failure is a row too.
 
         Args:
             runs: At most ``way.count`` runs of one family.
-            callbacks: They see the first run only, unless processes compute the runs.
+            callbacks: The callbacks of the first run, of the second, and so on. Processes ignore
+                them.
 
         Raises:
             DataError: If the data is missing or damaged.
@@ -114,7 +119,7 @@ class Task:
         return self._in_this_process([run])
 
     def _in_this_process(
-        self, runs: Sequence[Run], callbacks: Sequence[Any] = ()
+        self, runs: Sequence[Run], callbacks: Sequence[Sequence[Any]] = ()
     ) -> list[dict[str, Any]]:
         clock, folder = Clock(self.deadline), _folder(runs)
         note, checkpoint, before = folder / "seconds", None, 0.0
@@ -129,15 +134,17 @@ class Task:
                 evaluate_every=max(1, num_steps // tables.curve_points(runs[0])),
                 callbacks=callbacks,
                 checkpoint=checkpoint,
-                stop=clock.stop,
+                stop=lambda: clock.stop() or (self.stop is not None and self.stop()),
                 compute=self.way.compute_options(self.compute),
+                over_runs="vmap" if self.way.how == "vmap" else "loop",
             )
         except DataError:
             raise
         except Exception as error:
             return [_failure(run, error, clock.elapsed()) for run in runs]
         if rows is None:
-            records.write(note, f"{before + clock.elapsed():.3f}")
+            if checkpoint is not None:
+                records.write(note, f"{before + clock.elapsed():.3f}")
             return []
         times = {"wall_time": before + rows[0]["wall_time"], "startup": clock.startup or 0.0}
         return [row | {name: round(value, 3) for name, value in times.items()} for row in rows]

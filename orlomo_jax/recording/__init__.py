@@ -13,3 +13,4 @@ from orlomo_jax.recording.history import StepRecord as StepRecord
 from orlomo_jax.recording.history import TrainingResult as TrainingResult
 from orlomo_jax.recording.journal import Arrival as Arrival
 from orlomo_jax.recording.journal import Journal as Journal
+from orlomo_jax.recording.sweep_progress import SweepProgress as SweepProgress

@@ -95,7 +95,7 @@ class ProgressBar(Callback):
 
     def __init__(self, label: str = "", console: Any = None, every: float = 1.0) -> None:
         """Check that rich is installed."""
-        self._rich = _import("rich.progress", "ProgressBar", "rich")
+        self._rich = import_extra("rich.progress", "ProgressBar", "rich")
         self._label, self._console = label, console
         self._every = check_number("every", every, lambda x: x >= 0, "≥ 0")
         self._progress: Any = None
@@ -152,7 +152,7 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Check that tensorboardX is installed."""
-        self._module = _import("tensorboardX", "TensorBoard", "tensorboardX")
+        self._module = import_extra("tensorboardX", "TensorBoard", "tensorboardX")
         self._folder, self._writer = os.fspath(folder), None
 
     def on_start(self, step: int, num_steps: int) -> None:
@@ -260,7 +260,7 @@ def _scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
     yield from (record.evaluation or {}).items()
 
 
-def _import(module: str, what: str, package: str) -> Any:
+def import_extra(module: str, what: str, package: str) -> Any:
     """Import a module of an optional package; raise an ImportError that names the extra."""
     try:
         return importlib.import_module(module)

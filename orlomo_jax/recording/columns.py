@@ -16,7 +16,7 @@ class Stacked(NamedTuple):
 
     Attributes:
         metrics: NumPy arrays with a leading axis of rounds.
-        count: The number of rounds; further entries are padding.
+        num_rounds: The number of rounds; further entries are padding.
 
     Example:
         >>> rounds = Stacked(RoundMetrics(np.array([2.0, 1.0, 0.0]), {}, np.ones(3, bool)), 2)
@@ -25,12 +25,12 @@ class Stacked(NamedTuple):
     """
 
     metrics: RoundMetrics
-    count: int
+    num_rounds: int
 
     def by_round(self) -> Iterator[RoundMetrics]:
         """Yield the metrics of each round."""
         leaves, structure = jax.tree.flatten(self.metrics)
-        for row in zip(*(leaf[: self.count] for leaf in leaves), strict=True):
+        for row in zip(*(leaf[: self.num_rounds] for leaf in leaves), strict=True):
             yield jax.tree.unflatten(structure, row)
 
 
@@ -54,7 +54,7 @@ class MetricColumns:
     def add_all(self, rounds: Stacked) -> None:
         """Add consecutive rounds."""
         self.fetch()
-        self._blocks.append([leaf[: rounds.count] for leaf in jax.tree.leaves(rounds.metrics)])
+        self._blocks.append([leaf[: rounds.num_rounds] for leaf in jax.tree.leaves(rounds.metrics)])
 
     def fetch(self) -> None:
         """Wait for the newest rounds and move them to the host."""

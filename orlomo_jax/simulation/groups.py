@@ -23,9 +23,6 @@ RunAxis: TypeAlias = Literal["vmap", "map", "loop"]
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
 """The axis of runs in each argument of a segment's program."""
 
-_COMPILING = threading.Lock()
-"""Groups of one shape share a program: the first compiles it, the others wait."""
-
 
 class OneByOne:
     """Runs that advance one after another.
@@ -80,7 +77,7 @@ class Together:
         self.lanes = [Lane(self, index) for index in range(len(engines))]
         self.carry: Carry | None = None
         self._ended: set[int] = set()
-        self._program = over_runs(engines[0].program, axis)
+        self._program, self._compiling = over_runs(engines[0].program, axis)
         self._settings = self._stack([engine.settings for engine in engines])
         self._keys = [
             self._stack(keys) for keys in zip(*(e.workload.keys for e in engines), strict=True)
@@ -101,7 +98,7 @@ class Together:
         batch_fn = self.engines[0].workload.batch_fn
         args = (batch_fn, self._settings, self.carry, tables, first, groups, *self._keys)
         if not self._compiled:
-            with _COMPILING:
+            with self._compiling:
                 self._program.lower(*args).compile()
             self._compiled = True
         self.carry = carry = self._program(*args)
@@ -230,10 +227,14 @@ def make_alike(engines: Sequence[CompiledEngine]) -> None:
 
 
 @lru_cache(maxsize=32)
-def over_runs(program: Callable, axis: RunAxis) -> jax.stages.Wrapped:
-    """Return a segment's program for all lanes, which share batch function and step numbers."""
+def over_runs(program: Callable, axis: RunAxis) -> tuple[jax.stages.Wrapped, threading.Lock]:
+    """Return a segment's program for all lanes, which share batch function and step numbers.
+
+    Groups of one shape share the program and the lock: the first compiles, the others wait.
+    """
     if axis == "vmap":
-        return partial(jax.jit, donate_argnums=2)(jax.vmap(program, RUN_AXES))
+        vmapped = jax.vmap(program, RUN_AXES)
+        return partial(jax.jit, donate_argnums=2)(vmapped), threading.Lock()
 
     def mapped(batch_fn, settings, carry, tables, first, groups, *keys):
         def one(row):
@@ -242,7 +243,7 @@ def over_runs(program: Callable, axis: RunAxis) -> jax.stages.Wrapped:
 
         return jax.lax.map(one, (settings, carry, tables, *keys))
 
-    return partial(jax.jit, donate_argnums=2)(mapped)
+    return partial(jax.jit, donate_argnums=2)(mapped), threading.Lock()
 
 
 def _form(engine: CompiledEngine) -> Any:

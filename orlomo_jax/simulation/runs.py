@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -214,7 +213,9 @@ def _grouped(
     if axis != "loop":
         make_alike(engines)
         devices = devices_of_groups(len(parts))
-        groups = [Together(*args) for args in zip(parts, repeat(axis), repeat(width), devices)]
+        groups = [
+            Together(part, axis, width, device) for part, device in zip(parts, devices, strict=True)
+        ]
     identity = _identity(runs, settings)
     if len(runs) > 1:
         identity |= {"axis": axis, "groups": len(groups)}

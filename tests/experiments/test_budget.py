@@ -113,7 +113,9 @@ class TestCarryOut:
         raise AssertionError("it never ends")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("way", [Way(), Way("vmap", 3, "matmul")], ids=lambda way: way.how)
+    @pytest.mark.parametrize(
+        "way", [Way(), Way("threads", 3), Way("vmap", 3, "matmul")], ids=lambda way: way.how
+    )
     def test_stopped_runs_go_on_to_the_same_rows(self, way, monkeypatch):
         runs = RUNS[: way.count]
         whole = Task(way).carry_out(runs)
@@ -129,6 +131,20 @@ class TestCarryOut:
         assert not list((tasks.CACHE / "checkpoints").iterdir())
 
     @pytest.mark.slow
+    @pytest.mark.slow
+    def test_a_sweep_in_a_thread_has_the_rows_of_runs_alone_bit_for_bit(self):
+        runs = [replace(run, model="mlp", dataset="digits", epochs=6) for run in RUNS]
+        rows = Task(Way("threads", 3)).carry_out(runs)
+        assert len({row["parameters"] for row in rows}) == 3
+        for run, row in zip(runs, rows, strict=True):
+            (single,) = Task(Way()).carry_out([run])
+            assert without_times([row]) == without_times([single | {"together": 3}])
+
+    def test_runs_in_threads_stop_when_they_are_told(self):
+        runs = [replace(run, model="mlp", dataset="digits", epochs=6) for run in RUNS]
+        assert Task(Way("threads", 3), stop=lambda: True).carry_out(runs) == []
+        assert not tasks.CACHE.exists()
+
     @pytest.mark.slow
     def test_runs_together_are_runs_alone_to_rounding(self):
         rows = Task(Way("vmap", 3)).carry_out(RUNS)

@@ -48,6 +48,35 @@ class TestRuns:
         monkeypatch.setattr(runs, "carry_out", None)
         assert run(out) == rows
 
+    def test_a_sweep_has_the_rows_of_single_runs(self, tmp_path):
+        """Two η are arguments of one program; for PRSGDm and HeLoCo each is in the program."""
+        more = "--methods orlomo prsgdm heloco --eta-factors 0.5 1"
+        rows = run(tmp_path, f"{more} --partition iid classes:3")
+        tuning = {"orlomo": 4, "prsgdm": 2, "heloco": 2}
+        for row in rows:
+            setting = row["setting"]
+            final = 2 if setting["partition"] == "iid" else 1  # each seed has its own partition
+            shared = tuning[setting["method"]] if setting["purpose"] == "tuning" else final
+            assert row["together"] == shared
+        config = compare.Config(
+            **vars(compare.Config())
+            | {
+                "methods": ("orlomo", "prsgdm", "heloco"),
+                "local_steps": ("2",),
+                "num_gradients": 240,
+                "learning_rates": (0.05, 0.2),
+                "eta_factors": (0.5, 1.0),
+                "batch_size": 4,
+            }
+        )
+        comparison = compare.Comparison(config)
+        known = {runs.Setting(**row["setting"]): row for row in rows}
+        jobs = [job for candidate in comparison.candidates for job in comparison.tuning(*candidate)]
+        assert len(jobs) == 12
+        for job in jobs:
+            ((row,),) = runs.carry_out([job])
+            assert row["loss"] == pytest.approx(known[job.setting]["loss"], rel=1e-4)
+
     def test_an_interrupted_comparison_gives_the_same_rows(self, finished, tmp_path):
         out, rows = finished
         lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -55,7 +84,7 @@ class TestRuns:
         again = run(tmp_path)
 
         def timeless(row):
-            return {name: value for name, value in row.items() if name != "wall_time"}
+            return {k: value for k, value in row.items() if k not in ("wall_time", "together")}
 
         assert list(map(timeless, again)) == list(map(timeless, rows))
 

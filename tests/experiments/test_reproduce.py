@@ -1,5 +1,6 @@
 """Cells, what is missing of them, and the report: on made-up rows."""
 
+import threading
 from dataclasses import asdict, replace
 
 import pytest
@@ -154,13 +155,33 @@ class TestCommand:
             return row_of(run)
 
         with pytest.raises(SystemExit, match="interrupted after 3 runs"):
-            self.reproduce(monkeypatch, path, execute)
+            self.reproduce(monkeypatch, path, execute, "--together", "alone")
         first = list(executed)
         assert len(records.read(path)) == 3
         executed.append(None)  # past the interruption
-        self.reproduce(monkeypatch, path, execute)
+        self.reproduce(monkeypatch, path, execute, "--together", "alone")
         assert len(executed) == 4 + 3  # six cells in all, none twice
         assert not set(first) & set(executed[4:])
+
+    def test_a_killed_command_with_threads_goes_on(self, monkeypatch, tmp_path):
+        path, lock, executed = tmp_path / "rows.jsonl", threading.Lock(), []
+
+        def execute(run, *args, **options):
+            with lock:
+                if len(executed) == 3:
+                    raise KeyboardInterrupt
+                executed.append(run)
+            return row_of(run)
+
+        with pytest.raises(SystemExit, match=r"interrupted after \d runs"):
+            self.reproduce(monkeypatch, path, execute, "--together", "threads")
+        kept = search.recorded(path)
+        assert kept.keys() <= set(executed)
+        executed = [None] * 4  # past the interruption
+        self.reproduce(monkeypatch, path, execute, "--together", "threads")
+        assert len(executed) == 4 + 6 - len(kept)
+        assert not kept.keys() & set(executed)
+        assert len(records.read(path)) == len(search.recorded(path)) == 6
 
     def test_failures_are_recorded_and_retried_on_request(self, monkeypatch, tmp_path, capsys):
         path = tmp_path / "rows.jsonl"

@@ -70,7 +70,7 @@ def _call(kind: Any, left: jax.Array, right: jax.Array, shape: Any, *settings: i
     call = jax.ffi.ffi_call(
         _target(), jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
     )
-    stride, padding = np.int64(settings)
+    stride, padding = map(np.int64, settings)
     return call(left, right, kind=np.int64(kind), stride=stride, padding=padding)
 
 
