@@ -38,6 +38,8 @@ class RunSaver:
             parts = zip(self._recorders, saved.arrays["runs"], saved.metadata["runs"], strict=True)
             for recorder, arrays, notes in parts:
                 recorder.restore(arrays, notes, saved.step)
+        if len(self._recorders) == 1:  # a run that a callback has ended can be continued
+            self._recorders[0].stopped = False
         return saved.metadata
 
     def is_due(self) -> bool:

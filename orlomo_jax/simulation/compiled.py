@@ -94,15 +94,16 @@ class CompiledEngine:
         trace: ArrivalTrace,
         rounds: Rounds,
         batch: int,
-        method: Method,
-        hyperparameters: dict[str, float],
+        method: Method | None = None,
+        hyperparameters: dict[str, float] | None = None,
     ) -> None:
         """Keep the arguments; the first segment takes the state from the server."""
         self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
-        values = {name: jnp.asarray(value, float) for name, value in hyperparameters.items()}
+        own = hyperparameters or {}
+        values = {name: jnp.asarray(value, float) for name, value in own.items()}
         self.settings = Settings(server.schedule, values)
         self.program = segment_program(
-            method,
+            method or server.method,
             workload.round_fn,
             workload.local_steps,
             rounds,

@@ -118,8 +118,6 @@ def simulate_runs(
             saver = RunSaver(checkpoint, recorders, identity, partial(_arrivals, runs))
         if saved is not None and saver is not None:
             saver.restore(saved)
-            if len(runs) == 1:  # a run that a callback has ended can be continued
-                recorders[0].stopped = False
         else:
             for run in runs:
                 run.begin()

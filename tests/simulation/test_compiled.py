@@ -133,7 +133,8 @@ def test_the_servers_tables_are_those_of_the_eager_run(name, engine):
     one = EagerEngine(servers[0], workload_for(servers[0].method), trace_for(name))
     two = compiled_engine(servers[1], name, engine)
     for stop in (1, 9, 10, 11, 30, 58, 100):
-        losses = [[m.loss for m in e.advance(stop)] for e in (two, one)]
+        both = two.advance(stop).by_round(), one.advance(stop)
+        losses = [[metrics.loss for metrics in rounds] for rounds in both]
         np.testing.assert_allclose(*losses, **ROUNDING)
         two.sync_to_server()
         (arrays, table), (expected, expected_table) = (s.snapshot() for s in servers[::-1])
@@ -249,7 +250,7 @@ def compile_segment(name, num_workers, rounds, batch, size=20_000):
     batch_fn, keys = workload.batch_fn, workload.keys
     carry = engine.load()
     plan = np.zeros((len(Segment._fields), LENGTH), np.int32)
-    args = (batch_fn, None, carry, plan, np.int32(0), np.int32(1), *keys)
+    args = (batch_fn, engine.settings, carry, plan, np.int32(0), np.int32(1), *keys)
     compiled = engine.program.lower(*args).compile()
     return compiled.memory_analysis(), 4 * size, sum(x.nbytes for x in jax.tree.leaves(carry))
 
