@@ -12,8 +12,8 @@ from orlomo_jax.recording.checkpoint import Saved
 from orlomo_jax.simulation.engine_choice import Compiled, Eager
 from orlomo_jax.simulation.groups import RunAxis
 
-LARGE = 100_000
-"""From this number of parameters, ``vmap`` over runs is not faster on a CPU."""
+LARGE = 20_000
+"""From this number of parameters, ``vmap`` over runs is slower on a CPU than single runs."""
 
 
 def check_axis(axis: Any) -> RunAxis | None:

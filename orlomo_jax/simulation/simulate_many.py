@@ -64,7 +64,7 @@ def simulate_many(
             ("loop"). The runs are divided into groups, one for each device or CPU core, which
             compute at the same time. "auto" is "vmap", except for an S that differs between
             workers, for ``engine`` "eager" or with rounds computed together, and on a CPU from
-            100,000 parameters.
+            20,000 parameters.
         round_fn: The local round, if it is not ``method.local_round(loss_fn)``.
 
     Returns:
