@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import ray
 
 from orlomo_jax import (
     Checkpointer,
@@ -22,14 +21,6 @@ from tests.support.real_runs import Killed, killed_at, poison
 
 K, S, T = 2, 2, 24
 PARAMS = {"w": jnp.zeros((40, 25)), "b": jnp.zeros(25), "gain": jnp.ones(())}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """One local cluster for the tests that need it."""
-    ray.init(num_cpus=K, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def loss_fn(params, model_state, batch, key):
