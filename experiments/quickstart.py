@@ -157,7 +157,7 @@ class Experiment:
             evaluate=self.evaluate,
             evaluate_every=max(1, self.num_steps // 20),
             stop=stop.is_set,
-            over_runs="loop",  # the same rows as single runs, and as fast as "vmap" here
+            over_runs="loop",  # the same rows as single runs, bit for bit
         )
         if results is None:
             return []
