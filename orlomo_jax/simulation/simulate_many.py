@@ -71,7 +71,7 @@ def simulate_many(
         The result of each run, or None if ``stop`` ended the call.
 
     Raises:
-        ValueError: If there is no run, the runs cannot share a program, or as in
+        ValueError: If ``runs`` is empty, if the runs cannot share a program, or for the reasons of
             :func:`~orlomo_jax.simulate`.
         BlockingIOError, TypeError: As in :func:`~orlomo_jax.simulate`.
 
