@@ -225,7 +225,7 @@ def _globals(code: types.CodeType) -> Iterator[str]:
 
 
 def _numbers(value: Any) -> Iterator[complex | float]:
-    """Yield the numbers and flags that a function's code loads; small integers are in its instructions."""
+    """Yield the numbers and flags that a function's code loads, also in instructions."""
     if isinstance(value, types.CodeType):
         for instruction in dis.get_instructions(value):
             if instruction.opcode in dis.hasconst or instruction.opname == "LOAD_SMALL_INT":

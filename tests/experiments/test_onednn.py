@@ -114,5 +114,5 @@ def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
         onednn.build(tmp_path / "libraries")
     assert list((tmp_path / "libraries").iterdir()) == []
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"oneDNN is missing in .*: pip install -e '\.\[onednn\]'"):
+    with pytest.raises(RuntimeError, match=r"oneDNN is missing in .*: pip install -e"):
         onednn.build(tmp_path / "libraries")

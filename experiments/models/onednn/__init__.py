@@ -95,7 +95,7 @@ def build(folder: Path = Path(".cache/onednn")) -> Path:
     prefix, compiler = Path(sys.prefix), os.environ.get("CXX", "g++")
     if not (prefix / "lib" / "libdnnl.so").exists():
         raise RuntimeError(
-            f"oneDNN is missing in {prefix}: pip install -e '.[onednn]', or choose another convolution"
+            f"oneDNN is missing in {prefix}: pip install -e '.[onednn]', or change convolution"
         )
     digest = hashlib.sha256(f"{jax.__version__} {prefix} {compiler}".encode())
     digest.update(SOURCE.read_bytes())
