@@ -152,6 +152,9 @@ def _corrected(delta: Array, m: Array, k: Correction) -> tuple[Array, Array]:
     """Return the factors of Δ and m in Δ̂, each float[]."""
     dtype = trees.wide_dtype(delta, m)
     delta, m = jnp.asarray(delta, dtype), jnp.asarray(m, dtype)
+    # XLA for CPU computes each sum in its own pass, so the three sums read four arrays, not two.
+    # A sum of tuples, of complex numbers, or of chunks in a loop reads two, but is not vectorized
+    # and takes more than twice the time.
     dot = lambda x, y: jnp.sum((x.conj() * y).real).astype(float)  # noqa: E731
     length, norm = jnp.sqrt(dot(delta, delta)), jnp.sqrt(dot(m, m))
     small = (length < k.epsilon) | (norm < k.epsilon)
