@@ -212,8 +212,10 @@ class _Thread:
                 what = f"{type(error).__name__}: {error}"
                 outcome = TaskOutcome(task.id, None, error=what, exception=error)
             seconds = time.perf_counter() - begin
-            self._ending.wait((slowdown - 1) * seconds)
+            if slowdown > 1:
+                self._ending.wait((slowdown - 1) * seconds)
             self._outcomes.put(outcome._replace(seconds=seconds * slowdown))
+            del task, outcome  # frees their arrays now, not when the next task has come
             slowdown = self._slowdown
 
     def _newest_task(self) -> Task | None:
@@ -236,8 +238,8 @@ class _Thread:
             with self._compiling:  # otherwise each thread of a device would compile the program
                 self.local.workload.compile(worker, round, start)
             self._prepared = True
-        self._begun.put(None)
         result, metrics = self.local.run(round, start, fresh=task.fresh)
+        self._begun.put(None)
         jax.block_until_ready(result)  # otherwise reports would arrive in the order of dispatch
         finite, metrics = to_numpy((result.finite, metrics))
         report = task.report(result)._replace(finite=bool(finite))
