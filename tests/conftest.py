@@ -1,4 +1,4 @@
-"""Two virtual CPU devices on every machine, and one cache of compiled programs for a test run."""
+"""Two CPU devices on every machine; compiled programs are shared, and dropped in time."""
 
 import importlib.util
 import os
@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+COUNT = pytest.StashKey[int]()  # of the tests that a process has run
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 # The CUDA plugin compiles without a GPU, but asks libraries for versions that then do not answer.
@@ -24,6 +26,24 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+MANY_MAPS = 30_000
+"""Memory maps of a process from which on its compiled programs are dropped.
+
+Linux allows 65,530. Each program that XLA compiles for a CPU takes a few, and a process without a
+free one crashes.
+"""
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Drop the compiled programs before the process has too many memory maps."""
+    item.config.stash[COUNT] = count = item.config.stash.get(COUNT, 0) + 1
+    maps = Path("/proc/self/maps")
+    if count % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax  # not at the top: the environment above comes first
+
+        jax.clear_caches()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
