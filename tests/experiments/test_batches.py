@@ -49,7 +49,15 @@ class TestAugment:
 class TestBatches:
     split = datasets.Split(jax.numpy.arange(10.0), jax.numpy.arange(10))
 
-    @pytest.mark.parametrize(("batch_size", "steps"), [(2, 3), (5, 4), (1, 1), (10, 1)])
+    @pytest.mark.parametrize(
+        ("batch_size", "steps"),
+        [
+            (5, 4),
+            (1, 1),
+            pytest.param(2, 3, marks=pytest.mark.slow),
+            pytest.param(10, 1, marks=pytest.mark.slow),
+        ],
+    )
     def test_each_epoch_holds_every_example_once(self, batch_size, steps):
         batch_fn = jax.jit(datasets.shuffled_batches(self.split, batch_size, steps))
         for worker in (0, 3):
@@ -58,6 +66,7 @@ class TestBatches:
             for epoch in read[: len(read) // 10 * 10].reshape(-1, 10):
                 assert sorted(epoch) == list(range(10))
 
+    @pytest.mark.slow
     def test_workers_and_epochs_are_shuffled_apart(self):
         batch_fn = datasets.shuffled_batches(self.split, 10, 1)
         orders = {
@@ -67,6 +76,7 @@ class TestBatches:
         }
         assert len(orders) == 4
 
+    @pytest.mark.slow
     def test_late_rounds_do_not_overflow(self):
         batch_fn = datasets.shuffled_batches(self.split, 10, 100)
         labels = batch_fn(jax.random.key(0), 0, np.int32(2**31 - 1)).labels

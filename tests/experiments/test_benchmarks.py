@@ -28,6 +28,7 @@ def test_pairs_are_timed_in_turn(monkeypatch):
     assert timing == measure.Timing(2, 1, 0.5)
 
 
+@pytest.mark.slow
 def test_rows_are_appended_with_device_and_versions(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     main(["--only", "startup", "--repeats", "1", "--output", str(path)])
@@ -48,6 +49,7 @@ def test_bad_arguments(args, message):
         main(args)
 
 
+@pytest.mark.slow
 def test_appfl_is_timed_by_a_python_of_its_own(tmp_path, monkeypatch):
     stand_in = tmp_path / "job.py"
     stand_in.write_text("import sys; print(int(sys.argv[1]) / (2 if sys.argv[2] == 'True' else 4))")

@@ -140,6 +140,7 @@ class TestCarryOut:
             (single,) = Task(Way()).carry_out([run])
             assert without_times([row]) == without_times([single | {"together": 3}])
 
+    @pytest.mark.slow
     def test_runs_in_threads_stop_when_they_are_told(self):
         runs = [replace(run, model="mlp", dataset="digits", epochs=6) for run in RUNS]
         assert Task(Way("threads", 3), stop=lambda: True).carry_out(runs) == []

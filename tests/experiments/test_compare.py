@@ -180,6 +180,7 @@ def test_bad_settings_end_in_one_sentence(options, message, tmp_path, monkeypatc
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_the_files_are_there_and_the_best_is_named(self, finished, capsys):
         out, rows = finished
         run(out)

@@ -110,6 +110,7 @@ def test_stride_two_pads_as_pytorch_does(form):
     np.testing.assert_array_equal(row, [padded[:3, 2 * x : 2 * x + 3].sum() for x in range(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_the_shortcut_subsamples_and_pads_channels_with_zeros(form):
     block = resnet.Block(2, 4, Layers(form), nnx.Rngs(0))
@@ -162,6 +163,7 @@ def test_a_cpu_takes_matrix_products_of_its_own_accord():
     assert convolves == (jax.default_backend() != "cpu")
 
 
+@pytest.mark.slow
 def test_squeezenet_bypasses_fires_three_five_and_seven():
     """Where each bypassed fire gives zeros, the network is as if they were not there."""
     build = lambda: squeezenet.SqueezeNet(10, width=0.0625, layers=Layers(), rngs=nnx.Rngs(0))  # noqa: E731

@@ -41,11 +41,11 @@ def drawn(*shapes):
     ("batch", "size", "channels", "outputs", "window", "stride"),
     [
         (4, 8, 16, 16, 3, 1),
-        (5, 9, 3, 16, 3, 1),  # no even split over threads
+        pytest.param(5, 9, 3, 16, 3, 1, marks=pytest.mark.slow),  # no even split over threads
         (3, 8, 16, 32, 3, 2),
-        (1, 7, 5, 7, 3, 2),
-        (2, 4, 8, 4, 1, 1),
-        (2, 8, 4, 4, 5, 1),
+        pytest.param(1, 7, 5, 7, 3, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, 8, 4, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 8, 4, 4, 5, 1, marks=pytest.mark.slow),
     ],
 )
 def test_values_and_gradients(batch, size, channels, outputs, window, stride):
@@ -66,6 +66,7 @@ def test_an_empty_batch():
     np.testing.assert_array_equal(jax.grad(loss)(kernel), jnp.zeros_like(kernel))
 
 
+@pytest.mark.slow
 def test_in_a_loop_and_under_vmap():
     images, kernels = drawn((2, 6, 6, 4), (3, 3, 3, 4, 4))
     want = jnp.stack([by_xla(images, kernel, 1, 1) for kernel in kernels])
@@ -74,6 +75,7 @@ def test_in_a_loop_and_under_vmap():
     np.testing.assert_allclose(jax.lax.map(one, kernels), want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_equal_calls_give_equal_bits():
     images, kernel = drawn((16, 8, 8, 8), (3, 3, 8, 8))
     gradient = jax.jit(jax.grad(lambda k: jnp.sum(onednn.convolve(images, k, 1, 1) ** 2)))

@@ -24,6 +24,7 @@ def test_every_order_is_a_permutation(size):
         assert (orders[0] != np.arange(size)).any()
 
 
+@pytest.mark.slow
 def test_any_place_is_read_without_the_others():
     keys = jax.random.split(KEY, 1)
     whole = examples_at(keys, jnp.zeros(100, int), jnp.arange(100), 100)
@@ -31,6 +32,7 @@ def test_any_place_is_read_without_the_others():
     np.testing.assert_array_equal(some, whole[jnp.array([97, 3, 41])])
 
 
+@pytest.mark.slow
 def test_pairs_of_neighbours_are_uniform():
     """χ² over the 132 ordered pairs of 12 numbers: mean 131, standard deviation 16."""
     size, count = 12, 20_000

@@ -28,7 +28,7 @@ def metrics(row):
     return {key: value for key, value in row.items() if key not in ("wall_time", "environment")}
 
 
-@pytest.mark.parametrize("method", ["orlomo", "prsgdm"])
+@pytest.mark.parametrize("method", ["orlomo", pytest.param("prsgdm", marks=pytest.mark.slow)])
 def test_a_run_appends_its_row(tmp_path, capsys, method):
     path = tmp_path / "runs.jsonl"
     train.main([*FLAGS, "--method", method, "--output", str(path)])
@@ -152,6 +152,7 @@ def test_a_damaged_claim_to_a_folder_is_said(tmp_path, content):
         train.main([*FLAGS, "--checkpoint-dir", str(tmp_path), "--output", str(tmp_path / "r")])
 
 
+@pytest.mark.slow
 def test_a_diverged_real_run_leaves_its_row(tmp_path):
     """The norm of its momentum overflows before the momentum does."""
     output = tmp_path / "runs.jsonl"

@@ -246,6 +246,7 @@ print(json.dumps({name: tests.fingerprint(make(one)) for name, (make, one, _) in
 """
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process():
     texts = [
         subprocess.run(

@@ -84,7 +84,10 @@ def narrow(monkeypatch, name: str, content: bytes = b"") -> io.BytesIO:
     return buffer
 
 
-@pytest.mark.parametrize("arguments", [["--lemma", "eq-6"], ["--lemma", "eq-6", "--json", "-"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--lemma", "eq-6"], pytest.param(["--lemma", "eq-6", "--json", "-"], marks=pytest.mark.slow)],
+)
 def test_command_prints_to_a_terminal_that_is_not_utf_8(arguments, monkeypatch):
     written = narrow(monkeypatch, "stdout")
     assert main(arguments) == 0

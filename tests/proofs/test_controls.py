@@ -20,7 +20,14 @@ def test_is_caught(name):
     assert not any("Error" in outcome.note for outcome in outcomes), "caught by a crash"
 
 
-@pytest.mark.parametrize("check", [c.name for c in CHECKS.values() if c.rule_only])
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(c.name, marks=pytest.mark.slow if c.name == "random-runs" else ())
+        for c in CHECKS.values()
+        if c.rule_only
+    ],
+)
 def test_the_rule_without_a_fault_passes(check):
     outcomes = list(run(faulty_rules.intact(), SMALL, checks=[check]))
     assert [outcome for outcome in outcomes if not outcome.passed] == []

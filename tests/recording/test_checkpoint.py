@@ -98,6 +98,7 @@ def test_a_resumed_run_goes_on_where_its_parameters_were(place, engine, tmp_path
         assert resumed.params[name].devices() == params["a"].devices()
 
 
+@pytest.mark.slow
 def test_leaves_without_entries_and_of_16_bits_are_saved_too(tmp_path):
     params = PARAMS | {"b": jnp.ones(2, jnp.bfloat16), "empty": jnp.zeros((0, 3))}
     unbroken = run("orlomo", params=params)

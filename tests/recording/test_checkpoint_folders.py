@@ -14,7 +14,10 @@ from tests.support.small_runs import T, run
 
 
 @pytest.mark.parametrize("runtime", ["simulate", "train"])
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x == "orlomo" else pytest.mark.slow) for x in METHOD_NAMES],
+)
 def test_a_leaf_without_entries_resumes(tmp_path, runtime, name):
     options = {"method": {"name": name}, "params": {"a": jnp.zeros(1), "b": jnp.zeros((0, 3))}}
     options["num_steps"] = 14
@@ -34,7 +37,7 @@ with Checkpointer(sys.argv[1], every=1).alone():
 """
 
 
-@pytest.mark.parametrize("runtime", ["simulate", "train"])
+@pytest.mark.parametrize("runtime", ["simulate", pytest.param("train", marks=pytest.mark.slow)])
 def test_one_run_at_a_time_has_the_folder(tmp_path, runtime):
     held = "another run writes its checkpoints into .*: wait for its end, or choose another folder"
     with Checkpointer(tmp_path, every=1).alone(), pytest.raises(BlockingIOError, match=held):
@@ -94,7 +97,7 @@ EDITS = (without_server, a_text, another_step, unknown_version, wrong_evaluation
 EDITS += (divergence_in_words,)
 
 
-@pytest.mark.parametrize("runtime", ["simulate", "train"])
+@pytest.mark.parametrize("runtime", ["simulate", pytest.param("train", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", [*EDITS, no_identity, no_notes])
 def test_edited_notes_are_damage(tmp_path, runtime, change):
     run(tmp_path, runtime)

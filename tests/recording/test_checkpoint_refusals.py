@@ -127,7 +127,9 @@ def longer(folder, num_steps, events=EVENTS, order=ORDER, **options):
     )
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled", Compiled(rounds="vmap")])
+@pytest.mark.parametrize(
+    "engine", ["eager", "compiled", pytest.param(Compiled(rounds="vmap"), marks=pytest.mark.slow)]
+)
 def test_a_longer_trace_goes_on(tmp_path, engine):
     steps = []
     for num_steps in (9, 12, 24):

@@ -41,8 +41,15 @@ def sweep(runs, **options):
     return results
 
 
-@pytest.mark.parametrize("over_runs", ["vmap", "loop"])
-@pytest.mark.parametrize("highest", [False, True])
+@pytest.mark.parametrize(
+    ("over_runs", "highest"),
+    [
+        pytest.param("vmap", True, marks=pytest.mark.slow),
+        ("loop", False),
+        pytest.param("vmap", False, marks=pytest.mark.slow),
+        pytest.param("loop", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_bar_shows_all_runs_and_the_best(over_runs, highest):
     screen, console = terminal()
     bar = SweepProgress(3, "a", highest=highest, console=console, every=0)
@@ -58,6 +65,7 @@ def test_the_bar_shows_all_runs_and_the_best(over_runs, highest):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_counts_when_it_has_ended():
     screen, console = terminal()
     bar = SweepProgress(3, console=console, every=0)
@@ -84,6 +92,7 @@ def test_a_diverged_run_is_never_the_best():
     assert bar.finished == 2
 
 
+@pytest.mark.slow
 def test_the_bar_goes_after_an_error():
     screen, console = terminal()
     bar = SweepProgress(2, console=console)

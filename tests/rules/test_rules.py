@@ -43,7 +43,10 @@ def scanned(name: str, num_workers: int, constant: bool):
     return run
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize(
+    "num_workers",
+    [1, 5, 64, pytest.param(2, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", ["orlomo", "local_ormo_da", "al_sgd"])
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "delay_adaptive"])
 def test_exact_rational(name, num_workers, constant):

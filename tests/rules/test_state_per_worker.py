@@ -96,7 +96,7 @@ def by_hand(trace):
     return versions[-1], kept
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", [pytest.param("eager", marks=pytest.mark.slow), "compiled"])
 def test_the_simulator_trains_as_by_hand(engine):
     result = run(engine)
     params, kept = by_hand(result.trace)

@@ -117,7 +117,12 @@ class Shared(Faulty):
 @pytest.mark.parametrize(
     ("pool", "timeout", "message"),
     [
-        (WrongUpdate, TIMEOUT, "must repeat a run of orlomo bit for bit, not its params"),
+        pytest.param(
+            WrongUpdate,
+            TIMEOUT,
+            "must repeat a run of orlomo bit for bit, not its params",
+            marks=pytest.mark.slow,
+        ),
         (WrongModelState, TIMEOUT, "must repeat a run of orlomo bit for bit, not its model_state"),
         (WrongLoss, TIMEOUT, "losses of orlomo must be equal"),
         pytest.param(
@@ -141,7 +146,12 @@ class Shared(Faulty):
         pytest.param(
             Stubborn, SHORT, "a run of prsgdm must finish, got WorkersLost", marks=pytest.mark.slow
         ),
-        (Shared, TIMEOUT, "`open` of a pool that is open must raise RuntimeError"),
+        pytest.param(
+            Shared,
+            TIMEOUT,
+            "`open` of a pool that is open must raise RuntimeError",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -65,6 +65,7 @@ def poison_some(report):
     return [poison(report, "nan") if report.id.round == 4 else report]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm", "adam"])
 def test_threads_replay_also_after_lost_rounds(name):
     args, options = job(name)
@@ -74,6 +75,7 @@ def test_threads_replay_also_after_lost_rounds(name):
     assert_replays(result, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False], ids=["checkpoint", "journal alone"])
 def test_a_killed_run_resumes_with_the_kept_errors(tmp_path, saved):
     args, options = job("adam")
@@ -111,6 +113,7 @@ def test_ray_sends_a_quarter_resumes_and_replays(tmp_path, name):
     assert rest == 0
 
 
+@pytest.mark.slow
 def test_threads_send_no_bytes():
     args, options = job("orlomo")
     records = []

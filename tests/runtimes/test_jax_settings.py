@@ -58,6 +58,7 @@ def test_contexts_reach_ray_actors():
     assert result.params.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_a_thread_computes_on_the_default_device():
     with jax.default_device(jax.devices()[1]):
         workers = ThreadWorkers()

@@ -39,10 +39,8 @@ def method_of(policy):
     return make_method("al_sgd", K, S, policy=policy)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=() if x == "restart" else pytest.mark.slow) for x in POLICIES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_real_run_follows_its_policy(name, tmp_path):
     policy, checkpoint = POLICIES[name], Checkpointer(tmp_path, every=10)
     method = method_of(policy)

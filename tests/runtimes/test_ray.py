@@ -182,6 +182,7 @@ def test_workers_of_a_run_are_in_no_other_and_can_be_used_again():
     assert run(workers=workers, num_steps=5).status == "finished"
 
 
+@pytest.mark.slow
 def test_too_few_processors():
     with pytest.raises(ValueError, match="4 actors of num_cpus=1 need 4 CPU, the cluster has 3"):
         train(
@@ -195,6 +196,7 @@ def test_too_few_processors():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}:{}", "ray://{}:{}"])
 def test_an_address_that_does_not_answer_is_named_at_once(form):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -36,6 +36,7 @@ def test_they_are_the_simulators():
     assert_like_the_simulators(result, records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [5, 100])
 def test_they_survive_a_resumption(every, tmp_path):
     options = arguments() | {"num_steps": T, "checkpoint": Checkpointer(tmp_path, every=every)}

@@ -38,7 +38,13 @@ def compiled():
         run(num_steps=10**6, callbacks=[on_step])
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("orlomo", "prsgdm") else pytest.mark.slow)
+        for x in METHOD_NAMES
+    ],
+)
 def test_a_run_replays_in_the_simulator_to_the_bit(name):
     seen = []
     result = run(name, ThreadWorkers(slowdowns=[1, 1, 3]), callbacks=[seen.append])
@@ -156,6 +162,7 @@ def test_workers_join_late_and_leave():
     assert_replays(result)
 
 
+@pytest.mark.slow
 def test_one_leaves_as_another_joins():
     membership = Membership(absent=[1, 2])
 
@@ -169,6 +176,7 @@ def test_one_leaves_as_another_joins():
     assert_replays(result)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
 def test_a_slow_callback_is_nobodys_delay():
     result = run(round_timeout=0.6, callbacks=[lambda record: time.sleep(0.5)], num_steps=8)
@@ -194,6 +202,7 @@ class Watch(Callback):
         self.seen.append(health)
 
 
+@pytest.mark.slow
 def test_health_counts_what_happened():
     often, never = Watch(0.2), Watch(None)
     workers = Unreliable(failing={(1, 1)})

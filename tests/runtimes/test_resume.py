@@ -42,6 +42,7 @@ def test_a_killed_run_loses_nothing_that_was_applied(name, tmp_path):
     helpers.assert_trees_equal(again.params, result.params)
 
 
+@pytest.mark.slow
 def test_losses_around_a_checkpoint_are_repeated_too(tmp_path):
     failing = {(0, 1), (1, 2), (2, 2), (1, 3)}
     for step in (6, 12, 18):

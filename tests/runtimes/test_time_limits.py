@@ -32,6 +32,7 @@ def test_the_clock_of_a_round_begins_after_start_and_compilation(monkeypatch):
     assert result.health.lost == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_at_its_start_is_given_up():
     workers = Unreliable(hanging={(2, 0)})
     options = {"round_timeout": 0.4, "start_timeout": 0.3}

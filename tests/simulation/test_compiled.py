@@ -75,8 +75,9 @@ ENGINES = {
     "vmap": Compiled(rounds="vmap", max_batch=3),
 }
 ENGINE_ARGUMENTS = {"loop": ("loop", 1), "map": ("map", 2), "vmap": ("vmap", 2)}
-CASES = [(name, "loop") for name in METHOD_NAMES]
-CASES += [("orlomo", "map"), ("orlomo", "vmap"), ("prsgdm", "vmap")]
+QUICK = [("orlomo", "loop"), ("orlomo", "map"), ("orlomo", "vmap"), ("prsgdm", "loop")]
+SLOW = [("al_sgd", "loop"), ("local_ormo_da", "loop"), ("prsgdm", "vmap")]
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 def workload_for(method, loss_fn=loss_fn, batch_fn=batch_fn):
@@ -145,7 +146,9 @@ def test_the_servers_tables_are_those_of_the_eager_run(name, engine):
         assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize(("name", "engine"), [("orlomo", "vmap"), ("prsgdm", "loop")])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("orlomo", "vmap"), pytest.param("prsgdm", "loop", marks=pytest.mark.slow)]
+)
 def test_divergence_is_found_where_it_began(name, engine):
     trace = trace_for(name)
     poisoned = toy.poisoned(1, 2)
@@ -338,6 +341,7 @@ def test_bad_arguments(options, error, message):
         Compiled(**options)
 
 
+@pytest.mark.slow
 def test_a_rule_may_keep_a_random_key():
     method = make_method("al_sgd", K, S)
     noisy = method.with_rule(optax.chain(method.rule, optax.add_noise(0.01, 0.5, key=0)))

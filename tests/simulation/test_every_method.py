@@ -85,6 +85,7 @@ def test_kept_states_uneven_s_or_lost_rounds_alone(name, alone):
     assert_engines_agree(method, trace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_real_run_repeats_in_the_simulator(name):
     method = method_of(name)
@@ -124,6 +125,7 @@ def test_a_killed_simulation_resumes_with_its_kept_states(engine, tmp_path):
     helpers.assert_trees_equal(again.params, whole.params)
 
 
+@pytest.mark.slow
 def test_a_killed_real_run_resumes_with_its_kept_states(tmp_path):
     method, checkpoint = method_of("ordered_outer_momentum"), Checkpointer(tmp_path, every=5)
     with pytest.raises(Killed):

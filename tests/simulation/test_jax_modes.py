@@ -93,7 +93,10 @@ def test_meshes(engine, axis):
     helpers.assert_trees_close(result[:3], run("orlomo", engine)[:3], 1e-4, 1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(x, marks=() if x in ("eager", "vmap") else pytest.mark.slow) for x in ENGINES],
+)
 def test_debug_nans_names_the_operation(engine):
     def root(params, model_state, batch, key):
         return jnp.sqrt(params["w"] - 1).sum(), (model_state, {})
@@ -111,6 +114,7 @@ def test_debug_nans_names_the_operation(engine):
         )
 
 
+@pytest.mark.slow
 def test_threads_train_parameters_on_a_mesh_with_explicit_axes():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(AxisType.Explicit,))
     shardings = {

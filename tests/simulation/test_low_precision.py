@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(name, engine, tmp_path):
     helpers.assert_trees_equal(resumed[:3], unbroken[:3])
 
 
-@pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
+@pytest.mark.parametrize("name", ["orlomo", pytest.param("prsgdm", marks=pytest.mark.slow)])
 def test_a_real_run_is_its_replay_to_the_bit(name):
     params = {"w": jnp.full(4, 1.0, jnp.bfloat16)}
     job = (make_method(name, K, S), loss_fn, batch_fn, params)

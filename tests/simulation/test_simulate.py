@@ -176,7 +176,7 @@ def test_evaluation_does_not_change_the_run():
 
 
 @pytest.mark.parametrize("name", ["orlomo", "prsgdm"])
-@pytest.mark.parametrize("num_steps", [320, 40])
+@pytest.mark.parametrize("num_steps", [pytest.param(320, marks=pytest.mark.slow), 40])
 def test_divergence_is_found_where_it_began(name, num_steps):
     trace = trace_for(name, num_steps)
     result = run(
@@ -193,7 +193,7 @@ def test_divergence_is_found_where_it_began(name, num_steps):
     assert result.history.evaluations == ()
 
 
-@pytest.mark.parametrize("rate", [lambda step: jnp.nan, 1e38])
+@pytest.mark.parametrize("rate", [pytest.param(lambda step: jnp.nan, marks=pytest.mark.slow), 1e38])
 def test_a_merge_that_overflows_is_divergence(rate):
     """Every report is finite, the last one too; only what the server makes of it is not."""
 

@@ -115,6 +115,7 @@ def test_stopped_and_resumed_is_unbroken_to_the_bit(name, tmp_path):
         helpers.assert_trees_equal(trees(mine), trees(other))
 
 
+@pytest.mark.slow
 def test_one_run_stops_and_resumes_too(tmp_path):
     starts = [start("orlomo", 0)]
     stops = iter([False, True])
@@ -175,7 +176,8 @@ def test_hyperparameters_that_one_program_cannot_have_are_refused():
         simulate_many(bare, loss_fn, batch_fn, [one._replace(hyperparameters={"c": 0.5})])
 
 
-@pytest.mark.parametrize("over_runs", ["vmap", pytest.param("loop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("over_runs", ["vmap", "loop"])
 def test_a_run_that_its_callback_ends_keeps_its_state(over_runs, tmp_path):
     """It ends with the segment, as a compiled run alone; the others continue, also if resumed."""
     steps = []

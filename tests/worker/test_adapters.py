@@ -112,6 +112,7 @@ def test_streams_of_a_vmapped_module_are_split():
     assert len({tuple(mask.tolist()) for mask in masks}) == 4
 
 
+@pytest.mark.slow
 def test_jit_scan_and_vmap():
     model = from_nnx(net(), criterion)
     round_fn = local_momentum_sgd(model.loss_fn, num_local_steps=4)
@@ -127,6 +128,7 @@ def test_jit_scan_and_vmap():
     np.testing.assert_allclose(many[1], one, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_trains_in_the_simulator():
     model = from_nnx(net(rate=0.1), criterion)
     method = make_method("orlomo", num_workers=2, num_local_steps=4)

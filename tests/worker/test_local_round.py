@@ -56,7 +56,7 @@ def plain_loop(problem, optimizer, start=None):
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0, None])
-@pytest.mark.parametrize("unroll", [None, 1, True])
+@pytest.mark.parametrize("unroll", [None, 1, pytest.param(True, marks=pytest.mark.slow)])
 def test_round_is_optax_momentum_sgd(problem, momentum, unroll):
     params, model_state, batches, key = problem
     round_fn = local_momentum_sgd(

@@ -47,8 +47,26 @@ def bits(x):
     return np.asarray(x).view(np.uint32)
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 256, 1000])
-@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1.0, 1e35])
+@pytest.mark.parametrize(
+    "block",
+    [
+        1,
+        7,
+        256,
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(64, marks=pytest.mark.slow),
+        pytest.param(1000, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "scale",
+    [
+        1e-35,
+        1.0,
+        pytest.param(1e-20, marks=pytest.mark.slow),
+        pytest.param(1e35, marks=pytest.mark.slow),
+    ],
+)
 def test_the_codes_of_decoded_arrays_are_the_same(block, scale):
     for seed in range(3):
         x = random_tree(seed, scale)["matrix"]
@@ -89,7 +107,7 @@ def test_a_wrong_number_of_scales_is_refused():
         decode_on_host(Int8Blocks(np.zeros(8, np.int8), np.ones(3, np.float32)), 4, np.float32)
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(None, marks=pytest.mark.slow), 0.9])
 def test_reports_and_the_last_error_add_up_to_the_updates(momentum):
     plain = local_momentum_sgd(loss_fn, 2, momentum)
     round_fn = quantize_reports(plain, 64)
@@ -150,6 +168,7 @@ def test_entries_that_int8_would_not_shorten_stay_exact():
         assert not np.array_equal(ours.delta[name], exact.delta[name])
 
 
+@pytest.mark.slow
 def test_the_wire_returns_the_same_bits_in_a_quarter_of_the_bytes():
     params = {"w": jnp.zeros((500, 500)), "b": jnp.zeros(500), "gain": jnp.zeros(())}
     round_fn = quantize_reports(local_momentum_sgd(loss_fn, 1))
@@ -164,6 +183,7 @@ def test_the_wire_returns_the_same_bits_in_a_quarter_of_the_bytes():
     assert wire_of(local_momentum_sgd(loss_fn, 1)) is None
 
 
+@pytest.mark.slow
 def test_bfloat16_complex_and_frozen_leaves():
     params = {
         "narrow": jnp.zeros(300, jnp.bfloat16),
@@ -234,7 +254,14 @@ def test_a_round_of_your_own_with_or_without_a_momentum():
     assert any(np.any(x) for x in state.error)
 
 
-@pytest.mark.parametrize("name", ["orlomo", "prsgdm", "al_sgd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "orlomo",
+        pytest.param("prsgdm", marks=pytest.mark.slow),
+        pytest.param("al_sgd", marks=pytest.mark.slow),
+    ],
+)
 def test_both_engines_agree_and_error_feedback_helps(name):
     method = make_method(name, 3, 2)
     target = random_tree(5)
