@@ -7,8 +7,9 @@ height, width, batch]. In this layout the patches are copied in long contiguous 
 backend runs the gradient of its own convolution much slower inside a loop than outside. Matrix
 products are as fast in a loop, and stay matrix products under ``vmap``.
 
-``onednn`` computes convolutions on a CPU with the library oneDNN, in the layout of ``xla``; see
-:mod:`experiments.models.onednn`. It is as fast in a loop as outside.
+``onednn`` computes convolutions on a CPU with the library oneDNN, and batch normalisation with
+loops of our own, in the layout of ``xla``; see :mod:`experiments.models.onednn`. It is as fast in a
+loop as outside.
 
 Height and width are axes 1 and 2 in all forms, so that a network is written once.
 """
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models.onednn import convolve
+from experiments.models.onednn import batch_norm_relu, convolve
 
 ConvImpl = Literal["xla", "matmul", "onednn"]
 HE_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -75,9 +76,10 @@ class Layers:
             rngs=rngs,
         )
 
-    def norm(self, channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-        """Return batch normalisation."""
-        return nnx.BatchNorm(
+    def norm_relu(self, channels: int, rngs: nnx.Rngs) -> NormReLU:
+        """Return batch normalisation followed by ReLU."""
+        form = FusedNormReLU if self.convolution == "onednn" else NormReLU
+        return form(
             channels,
             axis=self.channel_axis,
             momentum=0.9,
@@ -90,6 +92,32 @@ class Layers:
         """Return the means over height and width, float32[batch, channels]."""
         means = features.mean((1, 2), dtype=jnp.float32)
         return means.T if self.convolution == "matmul" else means
+
+
+class NormReLU(nnx.BatchNorm):
+    """An ``nnx.BatchNorm`` followed by ReLU."""
+
+    def __call__(self, x: jax.Array, shortcut: jax.Array | None = None) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the ReLU of the normalised features, or of their sum with the shortcut."""
+        x = super().__call__(x)
+        return nnx.relu(x if shortcut is None else x + shortcut)
+
+
+class FusedNormReLU(NormReLU):
+    """The same in few passes over memory, on float32[batch, height, width, channels]."""
+
+    def __call__(self, x: jax.Array, shortcut: jax.Array | None = None) -> jax.Array:
+        """Return the same as :class:`NormReLU`, up to rounding."""
+        if self.use_running_average:
+            return super().__call__(x, shortcut)
+        scale, bias, mean, var = self.scale, self.bias, self.mean, self.var
+        assert scale is not None
+        assert bias is not None
+        result: Any = batch_norm_relu(x, scale[...], bias[...], shortcut, self.epsilon)
+        rest = 1 - self.momentum
+        mean[...] = self.momentum * mean[...] + rest * jax.lax.stop_gradient(result.mean)
+        var[...] = self.momentum * var[...] + rest * jax.lax.stop_gradient(result.variance)
+        return result.features
 
 
 class OneDNNConv(nnx.Conv):

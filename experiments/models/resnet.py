@@ -18,9 +18,9 @@ class Block(nnx.Module):
         self.channel_axis = layers.channel_axis
         stride = 2 if self.widen else 1
         self.conv1 = layers.conv(channels_in, channels, 3, stride=stride, bias=False, rngs=rngs)
-        self.norm1 = layers.norm(channels, rngs)
+        self.norm1 = layers.norm_relu(channels, rngs)
         self.conv2 = layers.conv(channels, channels, 3, bias=False, rngs=rngs)
-        self.norm2 = layers.norm(channels, rngs)
+        self.norm2 = layers.norm_relu(channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map features with ``channels_in`` channels to features with ``channels``."""
@@ -30,8 +30,8 @@ class Block(nnx.Module):
             pad = [(0, 0)] * 4
             pad[self.channel_axis] = (before, self.widen - before)
             shortcut = jnp.pad(x[:, ::2, ::2], pad)
-        x = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(self.norm2(self.conv2(x)) + shortcut)
+        x = self.norm1(self.conv1(x))
+        return self.norm2(self.conv2(x), shortcut)
 
 
 class ResNet(nnx.Module):
@@ -63,7 +63,7 @@ class ResNet(nnx.Module):
         """
         self.layers = layers
         self.stem = layers.conv(channels, width, 3, bias=False, rngs=rngs)
-        self.norm = layers.norm(width, rngs)
+        self.norm = layers.norm_relu(width, rngs)
         widths = [width * 2**stage for stage in range(3) for _ in range(blocks)]
         self.blocks = nnx.List(
             Block(before, after, layers, rngs)
@@ -73,7 +73,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return logits float32[batch, classes] of images float[batch, height, width, channels]."""
-        x = nnx.relu(self.norm(self.stem(self.layers.arrange(images))))
+        x = self.norm(self.stem(self.layers.arrange(images)))
         for block in self.blocks:
             x = block(x)
         return self.classifier(self.layers.average(x))

@@ -36,11 +36,11 @@ class Unit(nnx.Module):
     ) -> None:
         """Make the layers; the image keeps its size."""
         self.conv = layers.conv(channels_in, channels, kernel_size, bias=True, rngs=rngs)
-        self.norm = layers.norm(channels, rngs)
+        self.norm = layers.norm_relu(channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map features with ``channels_in`` channels to features with ``channels``."""
-        return nnx.relu(self.norm(self.conv(x)))
+        return self.norm(self.conv(x))
 
 
 class Fire(nnx.Module):

@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN are those of XLA, also in loops and under vmap."""
+"""Layers in C++ compute what XLA and Flax compute, also in loops and under vmap."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import pytest
 
 from experiments import models
 from experiments.models import onednn
+from experiments.models.onednn import library
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None
@@ -59,6 +60,37 @@ def test_values_and_gradients(batch, size, channels, outputs, window, stride):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def normalized(x, scale, bias, shortcut, epsilon=1e-5):
+    """The formula in jax.numpy."""
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    y = (x - mean) / jnp.sqrt(var + epsilon) * scale + bias
+    return (jax.nn.relu(y if shortcut is None else y + shortcut), mean, var)
+
+
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 8, 8, 16),  # the inner loops have a constant length
+        (3, 5, 5, 12),  # they have not, and their last piece is shorter
+        (2, 3, 3, 100),
+        (24, 16, 16, 16),  # on several threads
+    ],
+)
+def test_batch_norm_values_and_gradients(shape, with_shortcut):
+    x, shortcut, cotangent = drawn(shape, shape, shape)
+    scale, bias = drawn(shape[-1:], shape[-1:])
+    args = 2 * x + 1, scale, bias, shortcut if with_shortcut else None
+    want, pull = jax.vjp(lambda *args: normalized(*args)[0], *args)
+    got, own_pull = jax.vjp(lambda *args: onednn.batch_norm_relu(*args, 1e-5).features, *args)
+    np.testing.assert_allclose(got, want, **CLOSE)
+    for mine, theirs in zip(own_pull(cotangent), pull(cotangent), strict=True):
+        if theirs is not None:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * abs(theirs).max())
+    for mine, theirs in zip(onednn.batch_norm_relu(*args, 1e-5), normalized(*args), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_batch():
     images, kernel = jnp.ones((0, 8, 8, 4)), jnp.ones((3, 3, 4, 8))
     loss = lambda k: onednn.convolve(images, k, 1, 1).sum()  # noqa: E731
@@ -92,8 +124,8 @@ def test_a_network_computes_the_same(name):
     batch = jax.random.normal(jax.random.key(1), (4, 16, 16, 3)), jnp.arange(4)
 
     def gradient(network):
-        loss = lambda p: network.loss_fn(p, state, batch, jax.random.key(0))[0]  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+        loss = lambda p: network.loss_fn(p, state, batch, jax.random.key(0))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
@@ -105,16 +137,20 @@ def test_bad_arguments():
     images, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2))
     with pytest.raises(TypeError, match="`images` must be float32 for oneDNN, got bfloat16"):
         onednn.convolve(images, kernel, 1, 1)
+    with pytest.raises(TypeError, match="`scale` must be float32, got bfloat16"):
+        onednn.batch_norm_relu(
+            jnp.ones((1, 4, 4, 2)), jnp.ones(2, jnp.bfloat16), jnp.ones(2), None, 1e-5
+        )
     with pytest.raises(ValueError, match="in float32, got cpu and bfloat16"):
         models.make("resnet8", 10, (8, 8, 3), convolution="onednn", dtype=jnp.bfloat16)
 
 
 def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(onednn, "SOURCE", tmp_path / "bad.cc")
-    onednn.SOURCE.write_text("not C++", encoding="utf-8")
-    with pytest.raises(RuntimeError, match=r"could not compile .*bad\.cc"):
-        onednn.build(tmp_path / "libraries")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    (tmp_path / "bad.cc").write_text("not C++", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r"could not compile .*(\n.*)*bad\.cc"):
+        library.build(tmp_path / "libraries")
     assert list((tmp_path / "libraries").iterdir()) == []
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"oneDNN is missing in .*: pip install -e"):
-        onednn.build(tmp_path / "libraries")
+        library.build(tmp_path / "libraries")
