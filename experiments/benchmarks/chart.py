@@ -15,7 +15,7 @@ QUESTIONS = {
     "Receiving a report": {"receive", "finite"},
     "A simulated run": {"worker", "simulator", "optimizers", "uneven", "axes", "appfl"},
     "A sweep of runs": {"sweep"},
-    "Networks": {"torch", "compiling"},
+    "Networks": {"torch", "layers", "compiling"},
     "Growing sizes": {"workers", "local_steps", "parameters", "arrivals", "memory", "kept_states"},
     "Real runs": {"threads", "race", "ray", "int8_reports"},
     "Start and commands": {"startup", "commands"},
