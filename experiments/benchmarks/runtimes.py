@@ -15,7 +15,7 @@ import optax
 from experiments import config, runner
 from experiments.benchmarks.measure import Row, of_pairs
 from experiments.models import mlp
-from orlomo_jax import RayWorkers, ThreadWorkers, make_method, train
+from orlomo_jax import LocalUpdate, Method, RayWorkers, ThreadWorkers, make_method, train
 from orlomo_jax.worker import quantize_reports
 
 WARM = 0.2
@@ -43,18 +43,8 @@ def _rate(job: tuple[Any, ...], workers: Any, num_steps: int) -> float:
     return (num_steps - 1 - warm) / (stamps[-1] - stamps[warm])
 
 
-def _bare_rates(job: tuple[Any, ...], batches: Any, num_steps: int) -> tuple[float, float]:
-    """Return the rounds per second of a loop of rounds, and of one of rounds and server steps.
-
-    Both wait for each result, as worker and server do. A server step is only the rule and the
-    addition to the parameters: without a task table, checks, a journal and records.
-    """
-    method, round_fn, _, params = job
-    key = jax.random.key(0)  # made once, since making a key outside of a program is slow
-    begin = time.perf_counter()
-    for _ in range(num_steps):
-        jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
-    rounds = num_steps / (time.perf_counter() - begin)
+def _server_step(method: Method) -> Callable:
+    """Return the rule and the addition to the parameters as one program."""
 
     @jax.jit
     def server_step(params, rule_state, update, step):
@@ -71,6 +61,22 @@ def _bare_rates(job: tuple[Any, ...], batches: Any, num_steps: int) -> tuple[flo
         )
         return optax.apply_updates(params, updates), rule_state
 
+    return server_step
+
+
+def _bare_rates(job: tuple[Any, ...], batches: Any, num_steps: int) -> tuple[float, float]:
+    """Return the rounds per second of a loop of rounds, and of one of rounds and server steps.
+
+    Both wait for each result, as worker and server do.
+    """
+    method, round_fn, _, params = job
+    key = jax.random.key(0)  # made once, since making a key outside of a program is slow
+    begin = time.perf_counter()
+    for _ in range(num_steps):
+        jax.block_until_ready(round_fn(params, None, batches, 1e-3, key))
+    rounds = num_steps / (time.perf_counter() - begin)
+
+    server_step = _server_step(method)
     state = params, method.rule.init(params)
     update = round_fn(params, None, batches, 1e-3, key).update
     jax.block_until_ready(server_step(*state, update, np.int32(0)))  # compiles
@@ -146,21 +152,37 @@ class _Echo:
 
 
 def _bare_ray_rate(
-    size: int, num_workers: int, num_steps: int, round_fn: Callable | None, batches: Any
+    job: tuple[Any, ...], batches: Any, num_steps: int, *, rounds: bool, steps: bool
 ) -> float:
-    """Return the round trips per second of Ray alone: put, call, wait, get."""
+    """Return the round trips per second of Ray alone: put, call, wait, get.
+
+    Args:
+        job: As in :func:`_rate`.
+        batches: The batches of every round.
+        num_steps: The number of round trips.
+        rounds: Whether the actors compute rounds, or answer from memory.
+        steps: Whether the server step is computed after each answer.
+    """
     import ray
 
+    method, round_fn, _, params = job
     actor: Any = ray.remote(num_cpus=1)(_Echo)
-    actors: list[Any] = [actor.remote(size, round_fn, batches) for _ in range(num_workers)]
-    params, stamps = np.ones(size, np.float32), []
-    pending = {worker.answer.remote(ray.put(params)): worker for worker in actors}
-    for _ in range(num_steps):
+    actors: list[Any] = [
+        actor.remote(params.size, round_fn if rounds else None, batches)
+        for _ in range(method.num_workers)
+    ]
+    state, server_step = (params, method.rule.init(params)), _server_step(method)
+    sent, stamps = np.asarray(params), []
+    pending = {worker.answer.remote(ray.put(sent)): worker for worker in actors}
+    for step in range(num_steps):
         (ready,), _ = ray.wait(list(pending), num_returns=1)
         worker = pending.pop(ready)
-        ray.get(ready)
+        update = LocalUpdate(*ray.get(ready))
+        if steps:
+            state = server_step(*state, update, np.int32(step))
+            sent = np.asarray(state[0])
         stamps.append(time.perf_counter())
-        pending[worker.answer.remote(ray.put(params))] = worker
+        pending[worker.answer.remote(ray.put(sent))] = worker
     for worker in actors:
         ray.kill(worker)
     warm = int(WARM * num_steps)
@@ -174,30 +196,35 @@ def _vector_loss(params, model_state, batch, key):
 
 
 def ray_round_trips(repeats: int) -> Iterator[Row]:
-    """Compare the round trips per second on Ray with a bare Ray loop that moves the same bytes.
+    """Compare the round trips per second on Ray with bare Ray loops that move the same bytes.
 
-    In one row the bare actors answer from memory. In the other they compute the same round, so that
-    the difference is the cost of server, driver and journal.
+    The bare actors answer from memory, or compute the same rounds. The third loop computes server
+    steps too, so that the difference is the cost of driver, checks, journal and records.
     """
     import ray
 
     num_workers, batches = 2, jnp.ones((1, 1))
     method = make_method("orlomo", num_workers, 1)
     round_fn = method.local_round(_vector_loss)
-    job = (method, round_fn, lambda key, worker, round: batches)
     begun_here = not ray.is_initialized()
     if begun_here:
         ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False)
+    limits = {
+        "bare Ray, the same bytes, rounds and server steps": {"rounds": True, "steps": True},
+        "bare Ray, the same bytes and rounds": {"rounds": True, "steps": False},
+        "bare Ray, the same bytes alone": {"rounds": False, "steps": False},
+    }
     for megabytes, num_steps in ((1, 400), (44, 60)):
-        size = megabytes * 250_000
-        figures, bytes_alone, with_round = [], [], []
-        for _ in range(min(repeats, 3)):
-            bytes_alone.append(_bare_ray_rate(size, num_workers, num_steps, None, None))
-            with_round.append(_bare_ray_rate(size, num_workers, num_steps, round_fn, batches))
-            figures.append(_rate((*job, jnp.ones(size)), RayWorkers(), num_steps))
+        params = jnp.ones(megabytes * 250_000)
+        job = (method, round_fn, lambda key, worker, round: batches, params)
+        figures, bare = [], {against: [] for against in limits}
+        for _ in range(min(repeats, 9)):
+            for against, what in limits.items():
+                bare[against].append(_bare_ray_rate(job, batches, num_steps, **what))
+            figures.append(_rate(job, RayWorkers(), num_steps))
         name = f"Ray round trips, {megabytes} MB of parameters, K={num_workers}"
-        yield of_pairs(name, figures, with_round, "1/s", "bare Ray, the same bytes and rounds", 0.8)
-        yield of_pairs(name, figures, bytes_alone, "1/s", "bare Ray, the same bytes alone", 0.8)
+        for against, rates in bare.items():
+            yield of_pairs(name, figures, rates, "1/s", against, 0.95)
     if begun_here:
         ray.shutdown()
 
