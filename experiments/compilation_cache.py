@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from typing import Any
 
 import jax
 
@@ -19,8 +20,9 @@ def keep_compiled_programs() -> None:
     A folder that is already chosen (JAX_COMPILATION_CACHE_DIR) stays, and so does
     JAX_ENABLE_COMPILATION_CACHE=0. Without a writable folder, every command compiles anew.
     """
-    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir
-    if chosen or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config
+    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or config.jax_compilation_cache_dir
+    if chosen or not config.jax_enable_compilation_cache:
         return
     try:
         folder = (default_cache_dir() / "compiled").absolute()
@@ -35,5 +37,5 @@ def keep_compiled_programs() -> None:
     }
     for name, value in settings.items():
         if name.upper() not in os.environ:  # the user's choice counts
-            jax.config.update(name, value)  # this process has read its environment
+            config.update(name, value)  # this process has read its environment
             os.environ[name.upper()] = str(value)  # for child processes and local Ray actors
