@@ -25,6 +25,7 @@ from rich.table import Table
 from experiments import records
 from experiments.benchmarks import (
     field,
+    first_step,
     gpu,
     kept_states,
     networks,
@@ -59,6 +60,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "memory": scaling.memory,
     "kept_states": kept_states.kept_states,
     "startup": startup.startup,
+    "first_step": first_step.first_step,
     "compiling": networks.compiling,
     "commands": sweep.commands,
     "threads": runtimes.threads,
