@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.comparison import clusters, report, tasks
 from experiments.comparison.clusters import ALL_METHODS, Cluster
 from experiments.comparison.runs import Book, Job, Point, best_point, job
+from experiments.compilation_cache import keep_compiled_programs
 from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 
@@ -206,6 +207,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = tyro.cli(
             Config, prog="python -m experiments.compare", args=args, description=__doc__
         )
+        keep_compiled_programs()
         comparison = Comparison(config)
         book = Book(config.out / "rows.jsonl")
     except (ValueError, OSError, DataError) as error:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records
+from experiments.compilation_cache import keep_compiled_programs
 from experiments.data import datasets
 from experiments.models import mlp
 from experiments.paper.figures import LABELS, TITLES, draw_band
@@ -286,6 +287,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = tyro.cli(
             Config, prog="python -m experiments.quickstart", args=args, description=__doc__
         )
+        keep_compiled_programs()
         experiment = Experiment(config)
         config.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

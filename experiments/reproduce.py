@@ -29,6 +29,7 @@ from rich.console import Console
 
 from experiments import records
 from experiments.checks import check
+from experiments.compilation_cache import keep_compiled_programs
 from experiments.config import Run
 from experiments.data.tfds_cache import DataError
 from experiments.paper import choice, search, tables, tasks
@@ -239,6 +240,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if settings.budget is not None:
             check("budget", settings.budget, lambda x: x > 0, "> 0")
         records.check_writable(path)
+        keep_compiled_programs()
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     if settings.retry_failed:
@@ -248,7 +250,8 @@ def main(args: Sequence[str] | None = None) -> None:
     work = None
     try:
         if settings.budget is not None:
-            _prepare_device()
+            # So that processes can share the GPU's memory.
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         way = choose_way(settings, path, wanted[0], scale, console.print)
         task = Task(
             way, scale.compute, scale.checkpoint_every, settings.data_dir, deadline, stop.is_set
@@ -272,15 +275,6 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     again = f", {failed} runs failed: add --retry-failed to repeat them" if failed else ""
     console.print(f"{done} runs done, {len(wanted)} cells complete in {path}{again}")
-
-
-def _prepare_device() -> None:
-    """Let processes share the GPU's memory, and let later calls reuse compiled programs."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = str((tasks.CACHE / "compiled").absolute())
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 if __name__ == "__main__":

@@ -266,9 +266,10 @@ def beginning(run: Run, parts: Parts) -> tuple[Any, Any, jax.Array]:
 def _evaluation(
     network: models.Network, source: datasets.Dataset, batch_size: int = 100
 ) -> Callable:
-    """Return a jitted function of params and model state to training loss and test accuracy.
+    """Return a function of params and model state to training loss and test accuracy.
 
-    The training loss uses at most 10 000 fixed training examples, without augmentation.
+    The training loss uses at most 10 000 fixed training examples, without augmentation. The images
+    are arguments of the jitted function: as constants they would be part of its program.
     """
 
     def summed(params, model_state, split, statistic):
@@ -286,16 +287,16 @@ def _evaluation(
         return total / count
 
     @jax.jit
-    def evaluate(params, model_state):
-        sample = jax.tree.map(lambda x: x[:10_000], source.train)
+    def evaluate(train, test, params, model_state):
+        sample = jax.tree.map(lambda x: x[:10_000], train)
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         accuracy = lambda logits, labels: logits.argmax(-1) == labels  # noqa: E731
         return {
             "train_loss": summed(params, model_state, sample, cross_entropy),
-            "test_accuracy": 100 * summed(params, model_state, source.test, accuracy),
+            "test_accuracy": 100 * summed(params, model_state, test, accuracy),
         }
 
-    return evaluate
+    return jax.tree_util.Partial(evaluate, source.train, source.test)
 
 
 def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:

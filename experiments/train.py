@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from experiments import config, records, runner
+from experiments.compilation_cache import keep_compiled_programs
 from experiments.data.tfds_cache import DataError
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
@@ -191,6 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train once from the command line."""
     accept_any_terminal()
     settings = tyro.cli(Train, prog="python -m experiments.train", args=args, description=__doc__)
+    keep_compiled_programs()
     console, run = Console(), settings.run
     try:
         trace_path, checkpoint, replay, journal, callbacks = _prepare(settings)

@@ -25,6 +25,7 @@ from rich.table import Table
 from experiments import records
 from experiments.benchmarks import (
     field,
+    first_step,
     gpu,
     kept_states,
     layers,
@@ -61,6 +62,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "kept_states": kept_states.kept_states,
     "startup": startup.startup,
     "layers": layers.layers,
+    "first_step": first_step.first_step,
     "compiling": networks.compiling,
     "commands": sweep.commands,
     "threads": runtimes.threads,

@@ -18,7 +18,7 @@ QUESTIONS = {
     "Networks": {"torch", "layers", "compiling"},
     "Growing sizes": {"workers", "local_steps", "parameters", "arrivals", "memory", "kept_states"},
     "Real runs": {"threads", "race", "ray", "int8_reports"},
-    "Start and commands": {"startup", "commands"},
+    "Start and commands": {"startup", "first_step", "commands"},
 }
 """The groups that answer each question, a panel of the plot."""
 LEFT, RIGHT = 0.2, 10.0

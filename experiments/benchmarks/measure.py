@@ -83,13 +83,15 @@ def of_pairs(
     )
 
 
-def fresh_process(code: str) -> str:
+def fresh_process(code: str, **changes: str) -> str:
     """Run ``code`` in a fresh Python process and return its output.
 
-    The process may write bytecode, as for an installed package.
+    The process may write bytecode, as for an installed package. It does not inherit a folder of
+    compiled programs. ``changes`` are variables of its environment.
     """
     run = [sys.executable, "-c", code]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    dropped = ("PYTHONDONTWRITEBYTECODE", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in dropped} | changes
     return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
 
 

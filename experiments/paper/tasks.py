@@ -26,7 +26,7 @@ from experiments.paper import tables
 from orlomo_jax import Checkpointer
 
 CACHE = Path(".cache")
-"""Folder of checkpoints and compiled programs."""
+"""Folder of checkpoints."""
 
 SAVING = 2.0
 """Seconds reserved for a checkpoint before a deadline."""

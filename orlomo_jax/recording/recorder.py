@@ -12,6 +12,7 @@ import numpy as np
 from orlomo_jax.checks import check_count
 from orlomo_jax.recording.callbacks import AnyCallback, as_callback
 from orlomo_jax.recording.columns import MetricColumns, Stacked
+from orlomo_jax.recording.evaluation import check_evaluation, evaluated
 from orlomo_jax.recording.health import Health
 from orlomo_jax.recording.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.recording.state_source import StateSource
@@ -99,11 +100,11 @@ class RunRecorder:
         return min(self.recording.num_steps, *(self.step - self.step % n + n for n in periods))
 
     def start(self, trace: ArrivalTrace) -> None:
-        """Evaluate and build a result, so that errors in them occur before the first step."""
+        """Build a result and test the evaluation, so that errors occur before the first step."""
         if not self.ended:
             self.result(trace)
             if self.recording.evaluate is not None:
-                self._evaluated()
+                check_evaluation(self.recording.evaluate, *self.source.model())
         for callback in self.recording.callbacks:
             callback.on_start(self.step, self.recording.num_steps)
 
@@ -164,7 +165,7 @@ class RunRecorder:
         due = self.step % recording.evaluate_every == 0 or self.step == recording.num_steps
         if recording.evaluate is None or not due or self.first_nonfinite >= 0:
             return None
-        evaluation = self._evaluated()
+        evaluation = evaluated(recording.evaluate, *self.source.model())
         time = self._arrival(self.step - 1)[0]
         self.evaluations.append(Evaluation(self.step, time, evaluation))
         return evaluation
@@ -232,15 +233,6 @@ class RunRecorder:
             diverged_at=None if bad < 0 else bad,
             health=health,
         )
-
-    def _evaluated(self) -> dict[str, float]:
-        """Return the user's evaluation; raise TypeError unless it is ``{name: scalar}``."""
-        assert self.recording.evaluate is not None
-        values = self.recording.evaluate(*self.source.model())
-        try:
-            return {name: float(value) for name, value in values.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise TypeError(f"`evaluate` must return {{name: scalar}}, got {values!r}") from error
 
     def _history(self, times: Any, workers: Any, delays: Any) -> History:
         length = len(times)

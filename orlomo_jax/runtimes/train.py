@@ -89,8 +89,8 @@ def train(
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
         evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Workers
-            continue meanwhile, but their reports wait. It is also called once before the first
-            step, as a test.
+            continue meanwhile, but their reports wait. Before the first step it is
+            tested: compiled if it is jitted, otherwise called.
         evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
         callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
             :class:`~orlomo_jax.StepRecord`. A callback can end the run.

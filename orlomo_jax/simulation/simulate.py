@@ -69,8 +69,8 @@ def simulate(
         key: A ``jax.random.key``.
         model_state: See :class:`~orlomo_jax.ParameterServer`.
         local_learning_rate: γ, a float or a schedule of the server's step.
-        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. It is also
-            called once before the first step, as a test.
+        evaluate: ``evaluate(params, model_state) -> {name: scalar}``; jit it yourself. Before
+            the first step it is tested: compiled if it is jitted, otherwise called.
         evaluate_every: Steps between evaluations, ≥ 1; None evaluates only after the last step.
         callbacks: :class:`~orlomo_jax.Callback` objects, or functions of a
             :class:`~orlomo_jax.StepRecord`. A callback can end the run.

@@ -1,12 +1,13 @@
 """The benchmarks run, and their rows become a table and a plot."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from experiments import records, report
-from experiments.benchmarks import chart, measure, simulator
+from experiments.benchmarks import chart, first_step, measure, simulator
 from experiments.benchmarks.__main__ import GROUPS, main
 
 ENVIRONMENT = {"device": "cpu", "cpus": 2, "jax": "1", "jaxlib": "1", "python": "3"}
@@ -63,6 +64,35 @@ def test_appfl_is_timed_by_a_python_of_its_own(tmp_path, monkeypatch):
 def test_a_python_without_appfl_is_refused(python):
     with pytest.raises(SystemExit, match="--appfl must be a Python with APPFL"):
         main(["--only", "startup", "--appfl", python])
+
+
+def test_the_first_start_has_an_empty_folder_and_the_second_its_programs(monkeypatch):
+    seconds, folders = iter([8.0, 2.0, 9.0, 3.0] * 2), []
+
+    def start(code, folder):
+        folders.append((folder, list(Path(folder).iterdir())))
+        (Path(folder) / "program").touch()
+        return next(seconds)
+
+    monkeypatch.setattr(first_step, "seconds_to_first_step", start)
+    quickstart, resnet = first_step.first_step(2)
+    assert (quickstart.figure, quickstart.limit, quickstart.ratio) == (2.5, 8.5, 3.5)
+    assert "ResNet20" in resnet.benchmark
+    assert [len(kept) for _, kept in folders] == [0, 1] * 4
+    assert len({folder for folder, _ in folders}) == 4
+
+
+@pytest.mark.slow
+def test_a_command_is_timed_until_its_first_step(tmp_path):
+    _, settings, evaluate_every = first_step.RUNS[0]
+    code = first_step.COMMAND.format(run=settings, evaluate_every=evaluate_every)
+    start = time.time()
+    seconds = first_step.seconds_to_first_step(code, str(tmp_path))
+    assert 0 < seconds <= time.time() - start
+    kept = sorted((tmp_path / "orlomo_jax" / "compiled").iterdir())
+    assert any(path.name.startswith("jit_run-") for path in kept)
+    first_step.seconds_to_first_step(code, str(tmp_path))
+    assert sorted((tmp_path / "orlomo_jax" / "compiled").iterdir()) == kept
 
 
 def test_every_group_is_documented():

@@ -102,15 +102,58 @@ def test_what_evaluate_returns_is_checked_before_the_first_step(run, value):
 
 
 @runs
-def test_a_slip_in_evaluate_shows_before_the_first_step(run):
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jitted"])
+def test_a_slip_in_evaluate_shows_before_the_first_step(run, wrap):
     steps = []
     with pytest.raises(KeyError, match="kernel"):
         run(
-            evaluate=lambda params, model_state: {"a": model_state["kernel"]},
+            evaluate=wrap(lambda params, model_state: {"a": model_state["kernel"]}),
             model_state={"b": jnp.ones(1)},
             callbacks=[steps.append],
         )
     assert not steps
+
+
+@runs
+@pytest.mark.parametrize(
+    "value",
+    [{"loss": jnp.ones(2)}, {"loss": {"train": 1.0}}, {"loss": 1j}, 3.0, {"a": 0, "b": None}],
+)
+def test_what_a_jitted_evaluate_returns_is_checked_before_the_first_step(run, value):
+    steps = []
+    with pytest.raises(TypeError, match=r"`evaluate` must return \{name: scalar\}"):
+        run(evaluate=jax.jit(lambda params, model_state: value), callbacks=[steps.append])
+    assert not steps
+
+
+@runs
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.tree_util.Partial(f, scale=2.0)])
+def test_the_test_compiles_a_jitted_evaluate_that_later_calls_run(run, wrap):
+    """It is traced once before the first step, and only called when it is due."""
+    events = []
+
+    @jax.jit
+    def evaluate(params, model_state, scale=1.0):
+        events.append("traced")
+        jax.debug.callback(lambda: events.append("called"))
+        return {"sum": scale * params.sum(), "count": 3, "good": True}
+
+    result = run(
+        evaluate=wrap(evaluate), evaluate_every=5, callbacks=[lambda _: events.append("step")]
+    )
+    jax.effects_barrier()
+    assert events[:2] == ["traced", "step"]
+    assert (events.count("traced"), events.count("called")) == (1, 2)
+    assert [set(e.metrics) for e in result.history.evaluations] == [{"sum", "count", "good"}] * 2
+
+
+def test_without_jit_a_jitted_evaluate_is_called():
+    calls = []
+    with jax.disable_jit():
+        simulated("eager")(
+            evaluate=jax.jit(lambda params, _: calls.append(float(params.sum())) or {"a": 1.0})
+        )
+    assert calls[0] == 0
 
 
 @runs
