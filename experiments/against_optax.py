@@ -31,6 +31,7 @@ from rich.progress import track
 from experiments import config, runner
 from experiments.checks import check
 from experiments.data.tfds_cache import DataError
+from experiments.parts import Parts, assemble, beginning, schedule
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import ProgressBar
 
@@ -95,17 +96,17 @@ def compare(
     console: Console | None = None,
 ) -> Comparison:
     """Train by this library and by optax loops, with a progress bar for each on a console."""
-    parts = runner.assemble(run, data_dir)
+    parts = assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     every = max(1, num_steps // evaluations)
     bars = [] if console is None else [ProgressBar("simulated", console)]
     _, result = runner.execute(run, data_dir, evaluate_every=every, callbacks=bars)
-    params, model_state, key = runner.beginning(run, parts)
-    schedule = runner.schedule(run.learning_rate, num_steps)
+    params, model_state, key = beginning(run, parts)
+    rates = schedule(run.learning_rate, num_steps)
 
     def by_optax(label: str, params: Any) -> tuple[Any, dict[int, dict[str, float]]]:
         metrics, last = {}, params
-        states = islice(plain_optax(run, parts, schedule, params, model_state, key), num_steps)
+        states = islice(plain_optax(run, parts, rates, params, model_state, key), num_steps)
         shown = track(
             states, label, num_steps, console=console, transient=True, disable=console is None
         )
@@ -130,8 +131,8 @@ def compare(
 
 def plain_optax(
     run: config.Run,
-    parts: runner.Parts,
-    schedule: optax.Schedule,
+    parts: Parts,
+    rates: optax.Schedule,
     params: Any,
     model_state: Any,
     key: jax.Array,
@@ -145,7 +146,7 @@ def plain_optax(
     """
     optimizer = optax.chain(
         optax.add_decayed_weights(run.weight_decay),
-        optax.scale_by_schedule(schedule),
+        optax.scale_by_schedule(rates),
         optax.identity() if run.method == "al_sgd" else optax.trace(run.momentum),
         optax.scale(-1.0),
     )

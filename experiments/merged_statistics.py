@@ -23,6 +23,7 @@ import tyro
 
 from experiments import config, runner
 from experiments.data.tfds_cache import DataError
+from experiments.parts import Parts, assemble, beginning
 from experiments.terminal import accept_any_terminal
 
 
@@ -42,7 +43,7 @@ class MergedStatistics:
     """Largest allowed difference of the accuracies, in percentage points."""
 
 
-def recomputed(parts: runner.Parts, params: Any, model_state: Any, num_batches: int = 100) -> Any:
+def recomputed(parts: Parts, params: Any, model_state: Any, num_batches: int = 100) -> Any:
     """Return the statistics of one pass over the training set, with augmented images.
 
     They are running averages, so after 100 batches the weight of ``model_state`` is 0.9¹⁰⁰ = 3e-5.
@@ -68,12 +69,12 @@ def recomputed(parts: runner.Parts, params: Any, model_state: Any, num_batches: 
 
 def accuracies(run: config.Run, data_dir: Path | None = None) -> dict[str, float]:
     """Train, and return the test accuracy with merged, recomputed and initial statistics."""
-    parts = runner.assemble(run, data_dir)
+    parts = assemble(run, data_dir)
     num_steps = run.num_steps(len(parts.train.labels))
     _, result = runner.execute(run, data_dir, evaluate_every=num_steps)
     if result.status != "finished":
         raise ValueError(f"`learning_rate` must let the run finish, got {run.learning_rate:g}")
-    _, initial, _ = runner.beginning(run, parts)
+    _, initial, _ = beginning(run, parts)
     statistics = {
         "merged": result.model_state,
         "recomputed": recomputed(parts, result.params, initial),

@@ -22,6 +22,7 @@ from rich.console import Console
 from experiments import config, records, runner
 from experiments.compilation_cache import keep_compiled_programs
 from experiments.data.tfds_cache import DataError
+from experiments.parts import assemble
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
     ArrivalTrace,
@@ -169,7 +170,7 @@ def _prepare(settings: Train) -> _Prepared:
     """Check the settings and prepare the files before anything is computed."""
     run, trace_path = settings.run, settings.trace or _trace_path(settings)
     checkpoint = _checkpoints(settings)
-    num_steps = run.num_steps(len(runner.assemble(run, settings.data_dir).train.labels))
+    num_steps = run.num_steps(len(assemble(run, settings.data_dir).train.labels))
     replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
     _check_runtime(settings)
     run.trace(num_steps)  # raises if the scenario is impossible

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import models, runner
+from experiments import models
 from experiments.data import datasets
 from experiments.gpu_programs.targets import abstract
+from experiments.parts import schedule
 from orlomo_jax import make_method
 from orlomo_jax.server.state import ServerState, leaf_dtypes
 from orlomo_jax.simulation.compiled import LENGTH, Carry, Settings, segment_program
@@ -57,7 +58,7 @@ def training(
     run = segment_program(method, round_fn, None, "loop", 1, leaf_dtypes(sent))
     args = [
         _batches(images, labels),
-        Settings(runner.schedule(0.1, 7812), {}),
+        Settings(schedule(0.1, 7812), {}),
         jax.eval_shape(start, *sent),
         jax.ShapeDtypeStruct((len(Segment._fields), LENGTH), jnp.int32),
         jnp.int32(0),

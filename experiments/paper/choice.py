@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from experiments import records, runner
+from experiments import records
 from experiments.config import Run
 from experiments.paper.tasks import Way
+from experiments.parts import assemble, run_start
 from orlomo_jax import simulate_many
 
 SEGMENT = 32
@@ -103,7 +104,7 @@ def measure(
 
 def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: float) -> float:
     """Return the local steps per second of runs in this process, after the first segment."""
-    parts = runner.assemble(run, data_dir, way.convolution)
+    parts = assemble(run, data_dir, way.convolution)
     num_steps = run.num_steps(len(parts.train.labels))
     count = way.count if way.how == "vmap" else 1
     runs = [replace(run, seed=run.seed + index) for index in range(count)]
@@ -117,7 +118,7 @@ def _rate(run: Run, way: Way, *, data_dir: Path | None, segment: int, seconds: f
         parts.method,
         None,
         parts.batch_fn,
-        [runner.run_start(run, parts, num_steps) for run in runs],
+        [run_start(run, parts, num_steps) for run in runs],
         evaluate_every=segment,
         stop=stop,
         over_runs="auto" if len(runs) == 1 else "vmap",

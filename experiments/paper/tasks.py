@@ -23,6 +23,7 @@ from experiments import records, runner
 from experiments.config import ComputeOptions, Run
 from experiments.data.tfds_cache import DataError
 from experiments.paper import tables
+from experiments.parts import assemble, shape_of
 from orlomo_jax import Checkpointer
 
 CACHE = Path(".cache")
@@ -51,7 +52,7 @@ class Way:
         """Return a key that is equal for runs that can go together, or in one thread."""
         if self.how == "alone":
             return run
-        shape = runner.shape_of(run)
+        shape = shape_of(run)
         return replace(shape, method="orlomo") if self.how == "processes" else shape
 
     def compute_options(self, compute: ComputeOptions) -> ComputeOptions:
@@ -88,9 +89,7 @@ class Task:
 
     def num_steps(self, run: Run) -> int:
         """Return T of a run."""
-        parts = runner.assemble(
-            run, self.data_dir, self.way.compute_options(self.compute).convolution
-        )
+        parts = assemble(run, self.data_dir, self.way.compute_options(self.compute).convolution)
         return run.num_steps(len(parts.train.labels))
 
     def carry_out(

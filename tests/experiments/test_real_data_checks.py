@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import against_optax, merged_statistics, runner
+from experiments import against_optax, merged_statistics
 from experiments.config import Run
 from experiments.data import datasets
 
@@ -28,7 +28,7 @@ def made_up(name="cifar10", *_, **__) -> datasets.Dataset:
 @pytest.fixture
 def images(monkeypatch, tmp_path):
     """A data_dir of its own, since parts are cached by data_dir."""
-    monkeypatch.setattr(runner.datasets, "load", made_up)
+    monkeypatch.setattr(datasets, "load", made_up)
     return tmp_path
 
 

@@ -205,7 +205,7 @@ class TestCommand:
         points = {}
 
         def execute(run, *_, evaluate_every, **__):
-            num_steps = run.num_steps(len(tasks.runner.assemble(run).train.labels))
+            num_steps = run.num_steps(len(tasks.assemble(run).train.labels))
             points[run.local_iterations] = num_steps // evaluate_every
             return row_of(run)
 

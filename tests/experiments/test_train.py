@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import orlomo_jax
-from experiments import models, records, runner, train
+from experiments import models, parts, records, runner, train
 from experiments.config import ComputeOptions, Run
 from orlomo_jax import ArrivalTrace, Compiled
 from orlomo_jax.recording import Arrival, Journal
@@ -214,10 +214,10 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
         seen.append(convolution)
         return models.make(*args, **options)
 
-    monkeypatch.setattr(runner, "models", SimpleNamespace(make=make))
+    monkeypatch.setattr(parts, "models", SimpleNamespace(make=make))
     run = Run(model="mlp", dataset="digits", width=0.3)
     for convolution in ("auto", "xla", "matmul", "xla"):
-        runner.assemble(run, convolution=convolution)
+        parts.assemble(run, convolution=convolution)
     assert seen == ["auto", "xla", "matmul"]  # each once
 
 
