@@ -195,6 +195,7 @@ os._exit(9)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_rows_of_its_steps(tmp_path):
     path = tmp_path / "run.csv"
     for first, last, steps in ((0, 4, [1, 2, 3, 4]), (3, 3, [1, 2, 3]), (3, 5, [1, 2, 3, 4, 5])):

@@ -146,9 +146,8 @@ def test_the_servers_tables_are_those_of_the_eager_run(name, engine):
         assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "engine"), [("orlomo", "vmap"), pytest.param("prsgdm", "loop", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "engine"), [("orlomo", "vmap"), ("prsgdm", "loop")])
 def test_divergence_is_found_where_it_began(name, engine):
     trace = trace_for(name)
     poisoned = toy.poisoned(1, 2)

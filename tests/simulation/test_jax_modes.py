@@ -95,7 +95,7 @@ def test_meshes(engine, axis):
 
 @pytest.mark.parametrize(
     "engine",
-    [pytest.param(x, marks=() if x in ("eager", "vmap") else pytest.mark.slow) for x in ENGINES],
+    [pytest.param(x, marks=() if x == "eager" else pytest.mark.slow) for x in ENGINES],
 )
 def test_debug_nans_names_the_operation(engine):
     def root(params, model_state, batch, key):

@@ -64,7 +64,11 @@ def from_table(key, worker, round):
 
 @pytest.mark.parametrize(
     ("name", "maker"),
-    [("orlomo", from_memmap), ("prsgdm", from_memmap), ("orlomo", from_grain)],
+    [
+        ("orlomo", from_memmap),
+        pytest.param("prsgdm", from_memmap, marks=pytest.mark.slow),
+        ("orlomo", from_grain),
+    ],
 )
 def test_threads_train_as_the_eager_simulator(name, maker, tmp_path):
     make = maker(tmp_path)

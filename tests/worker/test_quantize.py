@@ -222,6 +222,7 @@ def test_what_is_not_finite_counts_as_such(bad):
     assert not round_fn(PARAMS, None, batches, 1.0, KEY, local_state=state).finite
 
 
+@pytest.mark.slow
 def test_it_keeps_the_state_of_the_optimizer_too():
     inner = local_round(loss_fn, 2, optax.scale_by_adam())
     round_fn = quantize_reports(cast_reports(inner, jnp.bfloat16), 64)
