@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from orlomo_jax.trees import Array
 from orlomo_jax.worker.host_batches import HostBatches
@@ -69,6 +68,8 @@ def _constants(batch_fn: Callable, key: Array, steps: int | None) -> list[Any]:
         )
     except StopIteration as error:
         raise TypeError(f"{_ADVICE}. It raised StopIteration") from error
+    from jax.extend.core import Literal  # slow to import: it loads Pallas
+
     atoms = [*closed.jaxpr.outvars, *(atom for eqn in closed.eqns for atom in eqn.invars)]
     return [*closed.consts, *(atom.val for atom in atoms if isinstance(atom, Literal))]
 
