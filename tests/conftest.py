@@ -28,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+SLOW_PAGES = ("docs/", "orlomo_jax/testing.py", "orlomo_jax/recording/sweep_progress.py")
+"""Examples that run with the slow tests."""
+
 MANY_MAPS = 30_000
 """Memory maps of a process from which on its compiled programs are dropped.
 
@@ -55,10 +58,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run pages of docs/, the check of worker pools and exact rules with the slow tests."""
+    """Run long examples and the tests of exact rules with the slow tests."""
     names = ("buffer_rules", "buffer_rules_input", "equal_momentum_rules", "momentum_rules")
     exact = tuple(f"tests/rules/test_{name}" for name in (*names, "momentum_rules_input"))
     for item in items:
         is_exact = item.nodeid.startswith(exact) and "bad" not in item.nodeid
-        if is_exact or item.nodeid.startswith(("docs/", "orlomo_jax/testing.py")):
+        if is_exact or item.nodeid.startswith(SLOW_PAGES):
             item.add_marker(pytest.mark.slow)

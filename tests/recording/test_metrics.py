@@ -36,7 +36,10 @@ def run(engine, **options):
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(x, marks=() if x in ("eager", "loop") else pytest.mark.slow) for x in ENGINES],
+)
 def test_means_over_the_local_steps(engine):
     records = []
     result = run(engine, callbacks=[records.append])

@@ -257,7 +257,13 @@ def compile_segment(name, num_workers, rounds, batch, size=20_000):
     return compiled.memory_analysis(), 4 * size, sum(x.nbytes for x in jax.tree.leaves(carry))
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("orlomo", "prsgdm") else pytest.mark.slow)
+        for x in METHOD_NAMES
+    ],
+)
 def test_slots_are_updated_in_place(name):
     """The program's own memory does not grow with the versions: nothing copies the slots."""
     temporary = set()
@@ -273,7 +279,7 @@ def test_slots_are_updated_in_place(name):
     assert len(temporary) == 1
 
 
-@pytest.mark.parametrize("rounds", ["map", "vmap"])
+@pytest.mark.parametrize("rounds", [pytest.param("map", marks=pytest.mark.slow), "vmap"])
 def test_the_batch_bounds_the_memory(rounds):
     """Each round of a group adds its task's parameters and its report, not the slots."""
     temporary = [

@@ -71,7 +71,13 @@ def chained(name, *others):
     return method.with_rule(optax.chain(*others, method.rule))
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("orlomo", "prsgdm") else pytest.mark.slow)
+        for x in METHOD_NAMES
+    ],
+)
 def test_a_state_with_several_momentums_loses_no_run(name):
     steps = []
     method = chained(name, optax.zero_nans(), with_momentum())
