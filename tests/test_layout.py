@@ -25,7 +25,7 @@ LEVELS = (
     {"server"},
     {"recording"},
     {"simulation", "runtimes"},
-    {"adapters", "testing"},
+    {"adapters", "inspect", "testing"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 PUBLIC_MODULES = {"testing", "trees"}  # the others are read through their packages
