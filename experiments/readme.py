@@ -66,7 +66,10 @@ def verdict(statement: str) -> str:
     """Return how a statement was checked, and whether it holds, in one line."""
     outcomes = json.loads((RESULTS / "proofs.json").read_text(encoding="utf-8"))
     own = [outcome for outcome in outcomes if outcome["statement"] == statement]
-    checks = ", ".join(f"`{o['check']}` ({o['strength']}, {_strength([o])})" for o in own)
+    by_check: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for o in own:
+        by_check.setdefault((o["check"], o["strength"]), []).append(o)
+    checks = ", ".join(f"`{c}` ({kind}, {_strength(of)})" for (c, kind), of in by_check.items())
     holds = bool(own) and all(outcome["passed"] for outcome in own)
     return f"**Check:** {checks or 'none'}. **Verdict:** {'holds' if holds else 'DOES NOT HOLD'}."
 
@@ -123,8 +126,8 @@ def best_methods() -> str:
     """Return the best methods of each cell of the comparison, from its reports."""
     shown = ("orlomo", "al_sgd", "diloco")
     lines = [
-        f"| cluster, data | first | second | third | {' | '.join(f'`{name}`' for name in shown)} |",
-        "|---|---|---|---|---|---|---|",
+        f"| cluster, data | first | second | {' | '.join(f'`{name}`' for name in shown)} |",
+        "|---|---|---|---|---|---|",
     ]
     for folder, note in (("", ""), ("tuned_on_dirichlet", ", tuned on this data")):
         text = (RESULTS / "compare" / folder / "report.md").read_text(encoding="utf-8")
@@ -132,10 +135,11 @@ def best_methods() -> str:
             title, _, body = cell.partition("\n")
             rows = re.findall(r"^\| (\w+) \| \d+ \|[^|]*\|[^|]*\| (\S+) ±", body, re.M)
             loss = {name: value for name, value in rows if name != "local_ormo_da"}
-            best = [f"`{name}` {value}" for name, value in list(loss.items())[:3]]
-            places = [f"{loss[name]} ({list(loss).index(name) + 1}.)" for name in shown]
+            names = list(loss)
+            best = [f"`{name}`<br>{float(loss[name]):.2g}" for name in names[:2]]
+            places = [f"{float(loss[name]):.2g}<br>place {names.index(name) + 1}" for name in shown]
             cluster, data = re.fullmatch(r"(\w+) \(K = \d+\), (\S+)", title).groups()
-            lines.append(f"| `{cluster}`, {data}{note} | {' | '.join([*best, *places])} |")
+            lines.append(f"| `{cluster}`,<br>{data}{note} | {' | '.join([*best, *places])} |")
     return "\n".join(lines)
 
 

@@ -42,8 +42,17 @@ PUBLIC = public()
 def test_every_public_name_is_on_one_page_of_the_api():
     listed = []
     for page in sorted(API.glob("*.md")):
-        listed += re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.M)
+        for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.M):
+            module, name = path.rsplit(".", 1)
+            value = getattr(importlib.import_module(module), name)
+            assert not inspect.ismodule(value), f"{page.name}: {path} is a module"
+            listed += [public for public in names_of(name) if PUBLIC[public] is value]
     assert sorted(listed) == sorted(PUBLIC)
+
+
+def names_of(name):
+    """Return the public paths that end in a name."""
+    return [path for path in PUBLIC if path.rsplit(".", 1)[1] == name]
 
 
 def gaps(value) -> list[str]:
