@@ -137,8 +137,10 @@ def best_methods() -> str:
             loss = {name: value for name, value in rows if name != "local_ormo_da"}
             names = list(loss)
             best = [f"`{name}`<br>{float(loss[name]):.2g}" for name in names[:2]]
-            places = [f"{float(loss[name]):.2g}<br>place {names.index(name) + 1}" for name in shown]
-            cluster, data = re.fullmatch(r"(\w+) \(K = \d+\), (\S+)", title).groups()
+            places = [
+                f"{float(loss[name]):.2g}<br>place\u00a0{names.index(name) + 1}" for name in shown
+            ]
+            cluster, data = re.findall(r"(\w+) \(K = \d+\), (\S+)", title)[0]
             lines.append(f"| `{cluster}`,<br>{data}{note} | {' | '.join([*best, *places])} |")
     return "\n".join(lines)
 
