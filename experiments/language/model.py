@@ -148,7 +148,7 @@ class GPT(nnx.Module):
 
     Example:
         >>> model = GPT(SIZES["tiny"], rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((2, 8), jnp.uint8)).shape
+        >>> jax.eval_shape(model, jnp.zeros((2, 8), jnp.uint8)).shape
         (2, 8, 256)
     """
 
@@ -198,7 +198,7 @@ class Network(NamedTuple):
         init: ``init(key) -> params``, float32, nested dicts.
         loss_fn: ``loss_fn(params, model_state, windows, key)``, with the library's signature;
             ``model_state`` is ``{}``.
-        logits: ``logits(params, text) -> float32[batch, length, 256]``.
+        logits: ``logits(params, text) -> float32[batch, length, 256]``, jitted.
     """
 
     init: Callable
@@ -222,6 +222,8 @@ def network(config: GPTConfig) -> Network:
     def init(key):
         return from_nnx(build(rngs=nnx.Rngs(key)), cross_entropy).params
 
-    return Network(
-        init, model.loss_fn, lambda params, text: model.predict(params, model.model_state, text)
-    )
+    @jax.jit
+    def logits(params, text):
+        return model.predict(params, model.model_state, text)
+
+    return Network(init, model.loss_fn, logits)
