@@ -70,6 +70,7 @@ def test_a_later_byte_does_not_change_earlier_logits(dtype):
     assert np.abs(one[:, 5:] - other[:, 5:]).max(axis=(0, 2)).min() > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     logits = []
     for dtype in ("float32", "bfloat16"):
