@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.comparison.clusters import ALL_METHODS, DEFAULTS
 from experiments.language import optimizers, text
 from experiments.language.model import SIZES, GPTConfig, network
-from experiments.language.parts import LanguageRun, assemble
+from experiments.language.parts import WITH_MOMENTUM, LanguageRun, assemble
 from orlomo_jax import simulate_many
 
 TINY = SIZES["tiny"]
@@ -340,6 +341,22 @@ def test_other_optimizers_learn(corpus, name):
     )
     history = simulated(run)[1].history
     assert history.loss[-5:].mean() < history.loss[:5].mean() - 0.3
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_is_assembled_with_its_settings(corpus, method):
+    eta = None if DEFAULTS[method].rate is None else 0.375
+    mu = 0.8125 if method in WITH_MOMENTUM else None
+    settings = {"size": "tiny", "text": (corpus,), "local_steps": "2", "num_reports": 8}
+    run = LanguageRun(method, server_learning_rate=eta, server_momentum=mu, **settings)
+    parts = assemble(run)
+    chosen = parts.method
+    if parts.start.hyperparameters:
+        chosen = chosen.with_hyperparameters(**parts.start.hyperparameters)
+    values = " ".join(text for _, text in chosen.fingerprint)
+    assert eta is None or "0.375" in values
+    assert mu is None or "0.8125" in values
+    assert (chosen.local_optimizer is None) == (method in ("orlomo", "prsgdm"))
 
 
 def test_uneven_local_steps_have_the_same_budget_of_tokens(corpus):
