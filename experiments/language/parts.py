@@ -33,8 +33,11 @@ from orlomo_jax import Method, RunStart, make_method
 WITH_MOMENTUM = (
     *("orlomo", "prsgdm", "local_ormo_da", "nesterov", "delayed_nesterov", "momentum_lookahead"),
     *("heloco", "fedavgm", "slowmo", "diloco", "ordered_outer_momentum"),
+    "delay_lookahead",
 )
 """The methods whose server has a momentum."""
+WITH_BUFFER = ("fedbuff", "delayed_nesterov", "rennala", "ca2fl", "fadas")
+"""The methods whose server takes a step, or updates its momentum, once in several reports."""
 MOMENTA = {"ordered_outer_momentum": 0.5}
 """The server's momentum, if it is not the method's default in the library."""
 
@@ -51,6 +54,8 @@ class LanguageRun:
     """The server's η; None is the method's default."""
     server_momentum: float | None = None
     """The server's momentum; None is 0.5 for ordered_outer_momentum, else the method's default."""
+    buffer_size: int | None = None
+    """Reports that the server collects before a step, if the method does; None is the default."""
     size: str = "0.1m"
     """The model: tiny, 0.1m, 1m, 10m or 35m, after its number of parameters."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -92,7 +97,7 @@ class LanguageRun:
         """Raise ValueError for settings that are invalid in every run."""
         for names, valid, wanted in (
             ("num_reports batch_size", _is_count, "an integer ≥ 1"),
-            ("workers", lambda x: x is None or _is_count(x), "an integer ≥ 1"),
+            ("workers buffer_size", lambda x: x is None or _is_count(x), "an integer ≥ 1"),
             ("seed", lambda x: x == 0 or _is_count(x), "an integer in [0, 2³¹)"),
             ("learning_rate server_learning_rate", _is_rate, "finite and ≥ 0"),
             ("weight_decay clip", _is_rate, "finite and ≥ 0"),
@@ -108,6 +113,7 @@ class LanguageRun:
         for name, value, valid in (
             ("server_momentum", self.server_momentum, self.method in WITH_MOMENTUM),
             ("server_learning_rate", self.server_learning_rate, self._rate is not None),
+            ("buffer_size", self.buffer_size, self.method in WITH_BUFFER),
         ):
             if value is not None and not valid:
                 raise ValueError(f"`{name}` must be None for {self.method}, got {name}={value!r}")
@@ -159,6 +165,8 @@ class LanguageRun:
             momentum = MOMENTA.get(self.method)
         if momentum is not None:
             chosen["momentum"] = momentum
+        if self.buffer_size is not None:
+            chosen["buffer_size"] = self.buffer_size
         method = make_method(self.method, K, cluster.local_steps(self.local_steps), **chosen)
         if method.worker_momentum is not None:  # orlomo and prsgdm
             return method
