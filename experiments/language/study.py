@@ -41,7 +41,7 @@ class Arm(NamedTuple):
         rates: The local learning rates γ to try.
         factors: The factors of η to try.
         buffer: Reports in a buffer, divided by K; 0 for none.
-        references: Whether it is synchronous: its losses are the same on every cluster.
+        reference: Whether it is synchronous.
     """
 
     name: str
@@ -51,6 +51,11 @@ class Arm(NamedTuple):
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     buffer: float = 0
     reference: bool = False
+
+    @property
+    def same_on(self) -> tuple[str, ...]:
+        """The clusters on which a reference has the losses that it has on ``equal``."""
+        return CLUSTERS[1:] if self.name == "data_parallel" else CLUSTERS[1:3]
 
     def points(self) -> Iterator[tuple[float, float]]:
         """Return the points to try: γ and the factor of η."""
@@ -160,7 +165,7 @@ def missing(arms: Sequence[Arm], rows: Rows) -> Iterator[Job]:
             yield from (job for job in tuning(arm) if job.key not in rows)
         for seed in SEEDS:
             for arm in group:
-                if arm.reference and cluster not in ("equal", "warm"):
+                if arm.reference and cluster in arm.same_on:
                     continue
                 point = chosen(arm, rows)
                 assert point is not None
