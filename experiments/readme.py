@@ -70,8 +70,10 @@ def verdict(statement: str) -> str:
     for o in own:
         by_check.setdefault((o["check"], o["strength"]), []).append(o)
     checks = ", ".join(f"`{c}` ({kind}, {_strength(of)})" for (c, kind), of in by_check.items())
-    holds = bool(own) and all(outcome["passed"] for outcome in own)
-    return f"**Check:** {checks or 'none'}. **Verdict:** {'holds' if holds else 'DOES NOT HOLD'}."
+    if not own:
+        return "**Check:** none recorded yet. **Verdict:** open."
+    holds = "holds" if all(outcome["passed"] for outcome in own) else "DOES NOT HOLD"
+    return f"**Check:** {checks}. **Verdict:** {holds}."
 
 
 def field_verdicts() -> str:

@@ -26,10 +26,10 @@ def row(
     virtual = float(run.trace(result.trace.num_steps).times.max(initial=0.0)) if real else end
     curve: dict[str, list] = {
         "step": [e.step for e in evaluations],
-        "real_time" if real else "virtual_time": [_short(e.time) for e in evaluations],
+        "real_time" if real else "virtual_time": [short(e.time) for e in evaluations],
     }
     for metric in ("train_loss", "test_accuracy"):
-        curve[metric] = [_short(e.metrics[metric]) for e in evaluations]
+        curve[metric] = [short(e.metrics[metric]) for e in evaluations]
     # Finite parameters may still give an infinite loss, which counts as diverged.
     finished = result.status == "finished" and curve["train_loss"][-1:] != [None]
     return {
@@ -39,8 +39,8 @@ def row(
         "diverged_at": result.diverged_at,
         "num_steps": result.trace.num_steps,
         "max_delay": result.trace.max_delay,
-        "virtual_time": _short(virtual),
-        **({"real_time": _short(end), "health": _summary(result.health)} if real else {}),
+        "virtual_time": short(virtual),
+        **({"real_time": short(end), "health": health_summary(result.health)} if real else {}),
         "wall_time": round(wall_time, 3),
         "parameters": digest(result.params),
         "train_loss": curve["train_loss"][-1] if finished else None,
@@ -58,13 +58,14 @@ def digest(params: Any) -> str:
     return content.hexdigest()[:16]
 
 
-def _summary(health: Health | None) -> dict[str, Any] | None:
+def health_summary(health: Health | None) -> dict[str, Any] | None:
+    """Return the health of a real run as JSON can write it."""
     if health is None:
         return None
     norm = health.momentum_norm  # the norm may overflow although u is finite
-    return health._asdict() | {"momentum_norm": None if norm is None else _short(norm)}
+    return health._asdict() | {"momentum_norm": None if norm is None else short(norm)}
 
 
-def _short(value: float) -> float | None:
+def short(value: float) -> float | None:
     """Round to six significant digits, so that rows stay small; None for NaN and Inf."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

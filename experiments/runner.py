@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from experiments import rows
 from experiments.config import ComputeOptions, Run
 from experiments.parts import assemble, beginning, run_start, schedule, shape_of
@@ -75,7 +77,8 @@ def execute(
         else:  # by the same programs that the workers ran
             result = simulate(*job, trace=replay, engine="eager", **shared)
     else:
-        workers = _workers(run, Ray() if ray is None else ray)
+        times = run.compute_times().mean_times(run.workers)
+        workers = real_workers(run.runtime, times, Ray() if ray is None else ray)
         result = train(*job, workers, num_steps=num_steps, **shared, **supervision)
     row = rows.row(run, compute, result, time.perf_counter() - start)
     if replay is not None:
@@ -158,11 +161,16 @@ class Ray:
     """GPUs that Ray reserves for each worker; with 0 it computes on the CPU."""
 
 
-def _workers(run: Run, ray: Ray) -> WorkerPool:
-    """Return real workers, slowed down as the scenario says."""
-    times = run.compute_times().mean_times(run.workers)
-    slowdowns = (times / times.min()).tolist()
-    if run.runtime == "threads":
+def real_workers(runtime: str, mean_times: np.ndarray, ray: Ray) -> WorkerPool:
+    """Return real workers, slowed down as their seconds per gradient say.
+
+    Args:
+        runtime: "threads" or "ray".
+        mean_times: The seconds of each worker, float64[K].
+        ray: Where Ray's workers run.
+    """
+    slowdowns = (mean_times / mean_times.min()).tolist()
+    if runtime == "threads":
         return ThreadWorkers(slowdowns=slowdowns)
     options: dict[str, Any] = {"num_cpus": ray.cpus_per_worker}
     if ray.gpus_per_worker:

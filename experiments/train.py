@@ -23,6 +23,7 @@ from experiments import config, records, runner
 from experiments.compilation_cache import keep_compiled_programs
 from experiments.data.tfds_cache import DataError
 from experiments.parts import assemble
+from experiments.run_folder import claim, open_checkpoints
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import (
     ArrivalTrace,
@@ -70,28 +71,6 @@ class Train:
     """Where Ray's workers run, and with which resources."""
 
 
-def _claim(path: Path, settings: Train, checkpoint: Checkpointer) -> None:
-    """Write a run's settings to its checkpoint folder, or raise ValueError if others are there."""
-    mine = asdict(settings.run) | {"convolution": settings.compute.convolution}
-    if not path.exists():
-        if checkpoint.steps():
-            raise ValueError(
-                f"{path} is missing, so these checkpoints cannot be matched to a run; choose "
-                "another --checkpoint-dir"
-            )
-        records.write(path, json.dumps(mine))
-        return
-    try:
-        theirs = {"convolution": "auto"} | dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged; remove it if the folder belongs to this run: {error}"
-        ) from None
-    others = [name for name, value in mine.items() if theirs.get(name) != value]
-    if others:
-        raise ValueError(f"{path} is of a run with another {', '.join(others)}")
-
-
 def _arrivals(path: Path, run: config.Run, num_steps: int) -> ArrivalTrace:
     """Read the arrivals to repeat; raise ValueError unless they fit the run."""
     try:
@@ -133,21 +112,6 @@ def _check_runtime(settings: Train) -> None:
         RayWorkers()  # raises if Ray is not installed
 
 
-def _checkpoints(settings: Train) -> Checkpointer | None:
-    folder = settings.checkpoint_dir
-    if folder is None:
-        if settings.resume:
-            raise ValueError("--resume needs --checkpoint-dir")
-        return None
-    checkpoint = Checkpointer(folder, settings.checkpoint_every)
-    if not settings.resume and (checkpoint.steps() or (folder / "arrivals.jsonl").exists()):
-        raise ValueError(
-            f"{folder} holds checkpoints: add --resume to continue from the newest, or choose "
-            "another --checkpoint-dir"
-        )
-    return checkpoint
-
-
 def _trace_path(settings: Train) -> Path:
     run = settings.run
     what = (run,) if settings.replay is None else (run, str(settings.replay))
@@ -169,7 +133,9 @@ class _Prepared(NamedTuple):
 def _prepare(settings: Train) -> _Prepared:
     """Check the settings and prepare the files before anything is computed."""
     run, trace_path = settings.run, settings.trace or _trace_path(settings)
-    checkpoint = _checkpoints(settings)
+    checkpoint = open_checkpoints(
+        settings.checkpoint_dir, settings.checkpoint_every, settings.resume
+    )
     num_steps = run.num_steps(len(assemble(run, settings.data_dir).train.labels))
     replay = None if settings.replay is None else _arrivals(settings.replay, run, num_steps)
     _check_runtime(settings)
@@ -180,7 +146,8 @@ def _prepare(settings: Train) -> _Prepared:
     records.check_writable(trace_path)
     journal = None  # by default next to the checkpoints
     if checkpoint is not None:
-        _claim(checkpoint.directory / "run.json", settings, checkpoint)
+        mine = asdict(run) | {"convolution": settings.compute.convolution}
+        claim(checkpoint, mine, older={"convolution": "auto"})
     elif run.runtime != "simulated":  # so that a run that dies can be repeated
         journal = trace_path.with_suffix(".arrivals.jsonl")
         Journal.set_aside(journal)

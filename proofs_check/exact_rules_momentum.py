@@ -200,6 +200,31 @@ class LookAheadOriginal(MomentumLookAhead):
         return super().dispatch()._replace(params=ahead)
 
 
+class DelayLookAhead(Server):
+    """m ← ρm + η(1−ρ)/(K(1−ρ^K))Δ; w ← w − m; w − hKm is sent."""
+
+    def __init__(
+        self, w: Vector, num_workers: int, rho: Fraction, eta: Rate, rounds: Fraction
+    ) -> None:
+        """Start with zero momentum."""
+        super().__init__(w)
+        self.K, self.rho, self.eta, self.rounds = num_workers, rho, eta, rounds
+
+    def dispatch(self) -> Sent:
+        """Return w − hKm."""
+        ahead = add((1, self.w), (-self.rounds * self.K, self.m))
+        return super().dispatch()._replace(params=ahead)
+
+    def apply(self, delta: Vector, sent: Sent) -> None:
+        """Take one step."""
+        del sent
+        lasting = self.K * (1 - self.rho**self.K)
+        gain = self.eta(self.step) * (1 - self.rho) / lasting
+        self.m = add((self.rho, self.m), (gain, delta))
+        self.w = add((1, self.w), (-1, self.m))
+        self.version += 1
+
+
 class HeLoCo(MomentumLookAhead):
     """MLA with a corrected Δ; w − ημm is sent.
 

@@ -18,7 +18,14 @@ import numpy as np
 import optax
 
 from orlomo_jax import LocalUpdate
-from orlomo_jax.rules import Correction, constant, contract, hinge, look_ahead
+from orlomo_jax.rules import (
+    Correction,
+    constant,
+    contract,
+    hinge,
+    look_ahead,
+    look_ahead_over_delay,
+)
 from proofs_check import exact_rules_buffers as buffers
 from proofs_check import exact_rules_momentum as exact
 
@@ -98,6 +105,10 @@ MOMENTUM = {
     "momentum_lookahead": Compared(
         "momentum_lookahead", (K, 0.9, rate),
         lambda w: exact.MomentumLookAhead(w, _MU, exact_rate, _RHO)),
+    "delay_lookahead": Compared(
+        "delay_lookahead", (K, 0.5**K, rate),
+        lambda w: exact.DelayLookAhead(w, K, Fraction(1, 2), exact_rate, Fraction(3, 2)),
+        (), look_ahead_over_delay(K, 1.5)),
     "heloco": Compared(
         "heloco", (K, 0.9, rate), lambda w: exact.HeLoCo(w, _MU, exact_rate, _RHO), (), _AHEAD),
     "heloco, strong": Compared(

@@ -34,6 +34,15 @@ FIELD_STATEMENTS: dict[str, Statement] = {
         "MLA", "m ← μm + (1−μ)G; w ← w − η(G + μm)", r"w ← w − η\(G \+ μm\), with the new m"
     ),
     "heloco": Statement("HeLoCo", "MLA with Δ turned towards m; w − ημm is sent", r"G = ρΔ̂"),
+    "delay-lookahead": Statement(
+        "Delay look-ahead", "m ← ρm + η(1−ρ)/(K(1−μ))Δ; w ← w − m; w − hKm is sent",
+        r"m ← ρm \+ η \(1−ρ\)/\(K\(1−μ\)\) Δw",
+    ),
+    "delay-lookahead-rate": Statement(
+        "Delay look-ahead, rate",
+        "if Δ is linear, momentum helps only with look-ahead, then it divides the time by 3",
+        r"converge faster than μ = 0",
+    ),
     "ringmaster": Statement(
         "Ringmaster ASGD", "w ← w − ηΔ if the delay in accepted reports is below R",
         r"w ← w − ηΔ if the delay is below R",
@@ -73,7 +82,7 @@ FIELD_STATEMENTS: dict[str, Statement] = {
     ),
     "one-worker": Statement(
         "K = S = 1", "each rule is its sequential optimizer",
-        r"def (fedasync|fedbuff|(delayed_)?nesterov|momentum_lookahead|ringmaster|rennala"
+        r"def (fedasync|fedbuff|(delayed_)?nesterov|(momentum|delay)_lookahead|ringmaster|rennala"
         r"|rescaled_asgd|ca2fl|fadas|local_sgd|fedavgm|slowmo|diloco)\(",
     ),
     "ordered-outer-momentum": Statement(

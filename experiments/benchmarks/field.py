@@ -32,6 +32,7 @@ MOVED = {
     "delayed_nesterov": 7,
     "momentum_lookahead": 5,
     "heloco": 7,  # two of them for the norms
+    "delay_lookahead": 5,
     "ringmaster": 3,
     "rennala": 5,
     "rescaled_asgd": 3,

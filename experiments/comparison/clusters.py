@@ -62,6 +62,7 @@ DEFAULTS = {
     "delayed_nesterov": Default(eta=0.7),
     "momentum_lookahead": Default(eta=0.7),
     "heloco": Default(eta=0.7, traced=False),
+    "delay_lookahead": Default(eta=0.5),
     "ringmaster": Default(others=lambda K: {"max_delay": 2 * K}),
     "rennala": Default(others=_half),
     "rescaled_asgd": Default(),

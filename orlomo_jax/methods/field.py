@@ -88,6 +88,20 @@ def _heloco(
     return Method("heloco", rule, K, S, model_state_weight=share, dispatch=dispatch)
 
 
+def _delay_lookahead(
+    K, S, momentum=0.85, learning_rate=0.5, rounds=1.75, accumulator_dtype=None
+) -> Method:
+    rule = rules.delay_lookahead(K, momentum, learning_rate, accumulator_dtype=accumulator_dtype)
+    return Method(
+        "delay_lookahead",
+        rule,
+        K,
+        S,
+        model_state_weight=share_of(1.0, 1 / K),
+        dispatch=rules.look_ahead_over_delay(K, rounds),
+    )
+
+
 def _ringmaster(K, S, max_delay, learning_rate=1.0, stops=False) -> Method:
     rule = rules.ringmaster(max_delay, learning_rate)
     policy, stops = None, check_flag("stops", stops)
@@ -188,6 +202,7 @@ _FACTORIES = {
     "delayed_nesterov": _delayed_nesterov,
     "momentum_lookahead": _momentum_lookahead,
     "heloco": _heloco,
+    "delay_lookahead": _delay_lookahead,
     "ringmaster": _ringmaster,
     "rennala": _rennala,
     "rescaled_asgd": _rescaled_asgd,

@@ -91,13 +91,23 @@ class ProgressBar(Callback):
         label: Text before the bar.
         console: A ``rich.console.Console``; None is a new one.
         every: Seconds ≥ 0 between two updates; each update waits for the device.
+        tokens_per_step: The tokens > 0 of a report, or their mean; with it, tokens/s are shown.
     """
 
-    def __init__(self, label: str = "", console: Any = None, every: float = 1.0) -> None:
+    def __init__(
+        self,
+        label: str = "",
+        console: Any = None,
+        every: float = 1.0,
+        tokens_per_step: float | None = None,
+    ) -> None:
         """Check that rich is installed."""
         self._rich = import_extra("rich.progress", "ProgressBar", "rich")
         self._label, self._console = label, console
         self._every = check_number("every", every, lambda x: x >= 0, "≥ 0")
+        if tokens_per_step is not None:
+            check_number("tokens_per_step", tokens_per_step, lambda x: x > 0, "> 0")
+        self._tokens = tokens_per_step
         self._progress: Any = None
 
     def on_start(self, step: int, num_steps: int) -> None:
@@ -128,11 +138,12 @@ class ProgressBar(Callback):
             return
         self._updated = now
         rate = (record.step - self._first) / max(now - self._began, 1e-9)
+        tokens = "" if self._tokens is None else f" {rate * self._tokens:,.0f} tokens/s"
         parts = (self._label, f"loss {float(record.loss):.4f}", self._evaluation)
         self._progress.update(
             self._bar,
             completed=record.step,
-            rate=f"{rate:.1f}/s",
+            rate=f"{rate:.1f}/s{tokens}",
             description="  ".join(filter(None, (*parts, f"delay {record.delay}"))),
         )
 

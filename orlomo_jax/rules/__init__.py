@@ -9,6 +9,10 @@ from orlomo_jax.rules.delay_adaptive_rate import delay_adaptive as delay_adaptiv
 from orlomo_jax.rules.delay_adaptive_rate import global_learning_rate as global_learning_rate
 from orlomo_jax.rules.delay_adaptive_rate import one_over_delay as one_over_delay
 from orlomo_jax.rules.delay_adaptive_rate import scheduled as scheduled
+from orlomo_jax.rules.delay_lookahead import DelayLookAheadState as DelayLookAheadState
+from orlomo_jax.rules.delay_lookahead import LookAheadOverDelay as LookAheadOverDelay
+from orlomo_jax.rules.delay_lookahead import delay_lookahead as delay_lookahead
+from orlomo_jax.rules.delay_lookahead import look_ahead_over_delay as look_ahead_over_delay
 from orlomo_jax.rules.delayed_nesterov import DelayedNesterovState as DelayedNesterovState
 from orlomo_jax.rules.delayed_nesterov import delayed_nesterov as delayed_nesterov
 from orlomo_jax.rules.diloco import diloco as diloco

@@ -54,6 +54,7 @@ SEQUENTIAL: dict[str, tuple[tuple, Any]] = {
     "nesterov": ((1, 0.5, 0.25), _NESTEROV),
     "delayed_nesterov": ((1, None, 0.5, 0.25), _NESTEROV),
     "momentum_lookahead": ((1, 0.5, 0.25), _averaged(0.5, 0.25)),
+    "delay_lookahead": ((1, 0.5, 0.25), _HEAVY),
     "ringmaster": ((1, 0.25), _SGD),
     "rennala": ((1, 0.25), _SGD),
     "rescaled_asgd": ((1, 0.25), _SGD),

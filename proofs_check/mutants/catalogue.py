@@ -181,7 +181,7 @@ def controls() -> dict[str, Control]:
     rows += [(check, name, tuple(held.split()), how) for check, name, held, how in OTHERS]
     for rule, fault, held, factory in field_rules.FAULTY:
         how = {"field_rule": field_rules.replaced(rule, factory)}
-        for check in ("field-momentum-rules", "field-buffer-rules", "field-identities"):
+        for check in field_rules.CHECKED_BY:
             caught = tuple(key for key in held.split() if key in CHECKS[check].statements)
             if caught:
                 rows.append((check, f"{rule}: {fault}", caught, how))

@@ -176,6 +176,8 @@ FAULTY: tuple[tuple[str, str, str, Factory], ...] = (
      lambda k, mu, eta, rho=None: rules.momentum_lookahead(k, mu, eta)),
     ("heloco", "no correction", "heloco",
      lambda k, mu, eta, correction=None: rules.momentum_lookahead(k, mu, eta)),
+    ("delay_lookahead", "μ for ρ", "delay-lookahead delay-lookahead-rate",
+     lambda k, mu, eta: rules.delay_lookahead(k, mu**k, eta)),
     ("ringmaster", "declined reports in the delay", "ringmaster",
      _before("ringmaster", steps_as_delays)),
     ("ringmaster", "a limit of 2 if there is none", "ringmaster-without-limit",
@@ -200,6 +202,8 @@ FAULTY: tuple[tuple[str, str, str, Factory], ...] = (
     ("diloco", "η = 0.7 always", "diloco-without-momentum",
      lambda k, mu, eta: rules.diloco(k, mu)),
 )  # fmt: skip
+CHECKED_BY = ("field-momentum-rules", "field-buffer-rules", "field-identities", "look-ahead-rates")
+"""The checks that compare these rules."""
 KEPT = {
     "Adam's step counter restarted in each round": Mutant(
         "orlomo_jax.worker.step_loop:LocalRound._run", _restarts_counts),

@@ -262,9 +262,9 @@ def test_tensorboard_has_every_evaluation(run, tmp_path):
 def test_a_progress_bar_shows_the_run_and_goes(run):
     screen = io.StringIO()
     console = rich.console.Console(file=screen, force_terminal=True, width=150)
-    run(callbacks=[ProgressBar("my run", console, every=0)])
+    run(callbacks=[ProgressBar("my run", console, every=0, tokens_per_step=1000)])
     shown = screen.getvalue()
-    for part in ("my run", f"{T}/{T}", "loss ", "delay ", "a "):
+    for part in ("my run", f"{T}/{T}", "loss ", "delay ", "a ", "tokens/s"):
         assert part in shown
     with console.status("the terminal is free again"):
         pass
@@ -320,6 +320,7 @@ def test_a_simulated_run_has_no_health():
     [
         (lambda: HealthLog(0), "`every` must be > 0, got every=0"),
         (lambda: ProgressBar(every=-1), "`every` must be ≥ 0, got every=-1"),
+        (lambda: ProgressBar(tokens_per_step=0), "`tokens_per_step` must be > 0, got tokens"),
     ],
 )
 def test_bad_periods(make, message):

@@ -14,6 +14,7 @@ from orlomo_jax.rules import (
     MomentumLookAheadState,
     constant,
     contract,
+    delay_lookahead,
     delayed_nesterov,
     fedasync,
     fedbuff,
@@ -81,6 +82,7 @@ MUTANTS = {
     "no weight": ("fedasync", fedasync(rate, constant())),
     "ρ = 1/√K": ("nesterov", nesterov(K, 0.9, rate, K**-0.5)),
     "sum, not average": ("momentum_lookahead", nesterov(K, 0.9, rate, K**-0.5)),
+    "μ for ρ": ("delay_lookahead", delay_lookahead(K, 0.5, rate)),
     "no correction": ("heloco", momentum_lookahead(K, 0.9, rate)),
     "Δ after ρ": (
         "heloco",
@@ -102,8 +104,9 @@ def test_mutants_disagree(mutant):
     assert error > 1e-4
 
 
-def test_heloco_sends_the_point_ahead():
-    rule, make_exact, _ = of("heloco")
+@pytest.mark.parametrize("name", ["heloco", "delay_lookahead"])
+def test_the_point_ahead_is_sent(name):
+    rule, make_exact, _ = of(name)
     error, _ = disagreement(rule, make_exact, 0, without_look_ahead)
     assert error > 1e-4
 

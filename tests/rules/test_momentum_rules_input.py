@@ -8,12 +8,14 @@ import pytest
 from orlomo_jax import LocalUpdate
 from orlomo_jax.rules import (
     Correction,
+    delay_lookahead,
     delayed_nesterov,
     fedasync,
     fedbuff,
     heloco,
     hinge,
     look_ahead,
+    look_ahead_over_delay,
     momentum_lookahead,
     nesterov,
     polynomial,
@@ -47,6 +49,10 @@ from tests.support import helpers
         (lambda: heloco(2, correction=Correction(kappa=-1)), ValueError, "kappa=-1"),
         (lambda: look_ahead(1.0), ValueError, "momentum=1.0"),
         (lambda: look_ahead(0.9, -1), ValueError, "learning_rate=-1"),
+        (lambda: delay_lookahead(0), ValueError, "`num_workers` must be ≥ 1, got num_workers=0"),
+        (lambda: delay_lookahead(2, 1.0), ValueError, r"`momentum` must be in \[0, 1\)"),
+        (lambda: look_ahead_over_delay(0), ValueError, "num_workers=0"),
+        (lambda: look_ahead_over_delay(2, np.inf), ValueError, "`rounds` must be .* rounds=inf"),
         (lambda: polynomial(-1), ValueError, "`a` must be finite and ≥ 0, got a=-1"),
         (lambda: hinge(1, np.nan), ValueError, "b=nan"),
     ],
@@ -63,6 +69,7 @@ RULES = {
     "delayed_nesterov": delayed_nesterov(2),
     "momentum_lookahead": momentum_lookahead(2),
     "heloco": heloco(2),
+    "delay_lookahead": delay_lookahead(2),
 }
 
 

@@ -61,6 +61,7 @@ CASES = {
     "delayed_nesterov": Case(rules.delayed_nesterov, {"momentum": 0.5, "c": 0.25}),
     "momentum_lookahead": Case(rules.momentum_lookahead, {"momentum": 0.5}),
     "heloco": Case(rules.heloco, {"momentum": 0.5}),
+    "delay_lookahead": Case(rules.delay_lookahead, {"momentum": 0.0625}),
     "rescaled_asgd": Case(rules.rescaled_asgd),
     "ca2fl": Case(rules.ca2fl, {"buffer_size": 2}, costly=("slice(",)),
     "fadas": Case(

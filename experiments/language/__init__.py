@@ -1,0 +1,1 @@
+"""Trains a byte-level GPT with asynchronous workers."""
