@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from experiments.paper import tables
 from experiments.paper.search import recorded
 from experiments.records import RESULTS
 from proofs_check.registry import STATEMENTS
+from proofs_check.statements import FIELD_STATEMENTS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -58,6 +60,27 @@ def _strength(outcomes: list[dict[str, Any]]) -> str:
         return "–"
     count = sum(outcome["cases"] for outcome in outcomes)
     return f"{count:,}".replace(",", " ") + ("" if all(o["passed"] for o in outcomes) else " FAILS")
+
+
+def verdict(statement: str) -> str:
+    """Return how a statement was checked, and whether it holds, in one line."""
+    outcomes = json.loads((RESULTS / "proofs.json").read_text(encoding="utf-8"))
+    own = [outcome for outcome in outcomes if outcome["statement"] == statement]
+    by_check: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for o in own:
+        by_check.setdefault((o["check"], o["strength"]), []).append(o)
+    checks = ", ".join(f"`{c}` ({kind}, {_strength(of)})" for (c, kind), of in by_check.items())
+    if not own:
+        return "**Check:** none recorded yet. **Verdict:** open."
+    holds = "holds" if all(outcome["passed"] for outcome in own) else "DOES NOT HOLD"
+    return f"**Check:** {checks}. **Verdict:** {holds}."
+
+
+def field_verdicts() -> str:
+    """Return a table of the checks and verdicts of the rules of the field."""
+    lines = ["| statement | check and verdict |", "|---|---|"]
+    lines += [f"| {s.title}: {s.says} | {verdict(key)} |" for key, s in FIELD_STATEMENTS.items()]
+    return "\n".join(lines)
 
 
 def results_tables() -> str:
@@ -101,6 +124,29 @@ def _both_metrics(entry: report.Entry | None) -> str:
     return f"{accuracy.mean():.2f}{accuracy.spread()} / {loss.mean():.3g}"
 
 
+def best_methods() -> str:
+    """Return the best methods of each cell of the comparison, from its reports."""
+    shown = ("orlomo", "al_sgd", "diloco")
+    lines = [
+        f"| cluster, data | first | second | {' | '.join(f'`{name}`' for name in shown)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder, note in (("", ""), ("tuned_on_dirichlet", ", tuned on this data")):
+        text = (RESULTS / "compare" / folder / "report.md").read_text(encoding="utf-8")
+        for cell in re.split(r"^## ", text, flags=re.M)[1:]:
+            title, _, body = cell.partition("\n")
+            rows = re.findall(r"^\| (\w+) \| \d+ \|[^|]*\|[^|]*\| (\S+) ±", body, re.M)
+            loss = {name: value for name, value in rows if name != "local_ormo_da"}
+            names = list(loss)
+            best = [f"`{name}`<br>{float(loss[name]):.2g}" for name in names[:2]]
+            places = [
+                f"{float(loss[name]):.2g}<br>place\u00a0{names.index(name) + 1}" for name in shown
+            ]
+            cluster, data = re.findall(r"(\w+) \(K = \d+\), (\S+)", title)[0]
+            lines.append(f"| `{cluster}`,<br>{data}{note} | {' | '.join([*best, *places])} |")
+    return "\n".join(lines)
+
+
 def benchmark_table() -> str:
     """Return the table of benchmarks that have a bar."""
     rows = chart.newest(records.read(RESULTS / "benchmarks" / "benchmarks.jsonl"))
@@ -110,8 +156,14 @@ def benchmark_table() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "theory": theory_table,
+    "verdicts-field": field_verdicts,
     "results": results_tables,
+    "which-method": best_methods,
     "benchmarks": benchmark_table,
+} | {
+    f"verdict-{key}": functools.partial(verdict, key)
+    for key in STATEMENTS
+    if key not in FIELD_STATEMENTS
 }
 
 

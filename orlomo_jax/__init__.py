@@ -4,6 +4,8 @@ The sub-packages ``methods``, ``rules``, ``server``, ``worker``, ``traces``, ``r
 ``runtimes`` have more names, for authors of rules, loops and runtimes.
 """
 
+from importlib import metadata as _metadata
+
 from orlomo_jax.adapters import from_loss, from_nnx
 from orlomo_jax.methods import Method, make_method, register_method, with_fingerprint
 from orlomo_jax.recording import (
@@ -79,3 +81,8 @@ __all__ = [
     "train",
     "with_fingerprint",
 ]
+
+try:
+    __version__ = _metadata.version("orlomo-jax")
+except _metadata.PackageNotFoundError:  # imported from its folder, not installed
+    __version__ = "unknown"

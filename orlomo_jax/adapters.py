@@ -30,6 +30,9 @@ class PlainLoss:
 def from_loss(function: Callable[[Any, Any], Array]) -> PlainLoss:
     """Return ``function(params, batch) -> loss`` as a ``loss_fn`` without model state and metrics.
 
+    Args:
+        function: Returns the scalar loss of a batch; the round differentiates it.
+
     Example:
         >>> loss_fn = from_loss(lambda params, batch: (params - batch) ** 2)
         >>> loss_fn(1.0, None, 3.0, None)

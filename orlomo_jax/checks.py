@@ -31,6 +31,22 @@ def check_count(name: str, value: Any, low: int = 0, high: int | None = None) ->
     return count
 
 
+def check_format_version(found: Any, known: int) -> None:
+    """Raise ValueError unless a file has the format version that this library reads.
+
+    Example:
+        >>> check_format_version(2, known=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: its format version is 2, but this orlomo_jax reads 1: use the one that wrote it
+    """
+    if found != known or isinstance(found, bool):
+        raise ValueError(
+            f"its format version is {found!r}, but this orlomo_jax reads {known}: use the one that "
+            "wrote it"
+        )
+
+
 def check_local_steps(value: Any, num_workers: int | None = None) -> int | tuple[int, ...]:
     """Return S as an int, or as a tuple with one for each worker if they are given so.
 

@@ -3,10 +3,11 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import typing
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ LEVELS = (
     {"server"},
     {"recording"},
     {"simulation", "runtimes"},
-    {"adapters", "testing"},
+    {"adapters", "inspect", "testing"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 PUBLIC_MODULES = {"testing", "trees"}  # the others are read through their packages
@@ -62,6 +63,13 @@ def test_imports_point_one_way(path):
         if name.startswith("orlomo_jax.") and (other := name.split(".")[1]) in LEVEL:
             allowed = other == package or LEVEL[other] < LEVEL[package]
             assert allowed, f"{path.name} imports {name}"
+
+
+def test_the_version_has_one_place():
+    assert orlomo_jax.__version__ == version("orlomo-jax")
+    assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
+    code = (ROOT / "orlomo_jax" / "__init__.py").read_text("utf-8")
+    assert not re.search(r"__version__ = [\"'][\d.]+", code)
 
 
 def test_traces_need_numpy_alone():

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orlomo_jax.checks import check_count, check_same
+from orlomo_jax.checks import check_count, check_format_version, check_same
 from orlomo_jax.recording.identity import versions
 from orlomo_jax.recording.locks import open_alone
 
 JOURNAL = "arrivals.jsonl"
 """The name of a real run's journal in its checkpoint folder."""
+
+_FORMAT_VERSION = 1
 
 
 class Saved(NamedTuple):
@@ -104,15 +106,8 @@ class Checkpointer:
                 f"`directory` must be a folder on this machine, got {os.fspath(directory)!r}: "
                 "mount the bucket, or copy the folder there after the run"
             )
-        try:
-            import orbax.checkpoint as orbax
-        except ModuleNotFoundError as error:
-            if error.name not in ("orbax", "orbax.checkpoint"):
-                raise
-            raise ImportError(
-                "checkpoints need Orbax: pip install 'orlomo-jax[checkpoint]'"
-            ) from error
-        self._orbax, self.directory = orbax, Path(directory).expanduser().absolute()
+        self._orbax = orbax = _import_orbax()
+        self.directory = Path(directory).expanduser().absolute()
         self._manager = orbax.CheckpointManager(
             self.directory,
             options=orbax.CheckpointManagerOptions(
@@ -153,7 +148,10 @@ class Checkpointer:
             OSError: If it cannot be written (a full disk); earlier ones are unchanged.
         """
         args = self._orbax.args
-        items = {"arrays": args.StandardSave(arrays), "notes": args.JsonSave([step, notes])}
+        items = {
+            "arrays": args.StandardSave(arrays),
+            "notes": args.JsonSave([step, notes, _FORMAT_VERSION]),
+        }
         if step in self.steps():  # a damaged one that was skipped
             self._manager.delete(step)
         self._manager.save(step, args=args.Composite(**items), force=True)
@@ -170,18 +168,70 @@ class Checkpointer:
         return saved
 
     def newest(self) -> Saved | None:
-        """Return the newest readable checkpoint, or None; warn about damaged ones."""
+        """Return the newest readable checkpoint, or None; warn about damaged ones.
+
+        Raises:
+            ValueError: If it has another format version.
+        """
         args = self._orbax.args
         items = {"arrays": args.StandardRestore(), "notes": args.JsonRestore()}
         for step in reversed(self.steps()):
             where = self.directory / str(step)
             try:
                 saved = self._manager.restore(step, args=args.Composite(**items))
-                [of_step, notes] = saved["notes"]
-                if of_step != step or not isinstance(notes, dict):
-                    raise ValueError(f"its notes are of step {of_step}")
+                notes, version = _notes(step, saved["notes"])
             except Exception as error:  # Orbax may raise anything for a damaged checkpoint.
                 warnings.warn(f"{where} is damaged and skipped: {error}", stacklevel=2)
             else:
+                _check_version(where, version)
                 return Saved(step, saved["arrays"], notes, where)
         return None
+
+
+def read_notes(directory: str | os.PathLike[str]) -> dict[int, tuple[dict[str, Any], int]]:
+    """Return the notes and the format version of each complete checkpoint, by step.
+
+    The folder is only read; a run may be writing to it.
+
+    Raises:
+        ValueError: If a checkpoint is damaged, or has another format version.
+        ImportError: If Orbax is not installed.
+    """
+    orbax, directory = _import_orbax(), Path(directory).absolute()
+    options = orbax.CheckpointManagerOptions(read_only=True, create=False)
+    found = {}
+    with orbax.CheckpointManager(directory, options=options) as manager:
+        for step in sorted(manager.all_steps()):
+            where, items = directory / str(step), {"notes": orbax.args.JsonRestore()}
+            try:
+                saved = manager.restore(step, args=orbax.args.Composite(**items))
+                found[step] = _notes(step, saved["notes"])
+            except Exception as error:  # Orbax may raise anything for a damaged checkpoint.
+                raise ValueError(f"{where} is damaged: {error}") from error
+            _check_version(where, found[step][1])
+    return found
+
+
+def _import_orbax() -> Any:
+    try:
+        import orbax.checkpoint as orbax
+    except ModuleNotFoundError as error:
+        if error.name not in ("orbax", "orbax.checkpoint"):
+            raise
+        raise ImportError("checkpoints need Orbax: pip install 'orlomo-jax[checkpoint]'") from error
+    return orbax
+
+
+def _notes(step: int, saved: Any) -> tuple[dict[str, Any], Any]:
+    """Return a checkpoint's notes and format version; early checkpoints do not state it."""
+    of_step, notes, *version = saved
+    if of_step != step or not isinstance(notes, dict) or len(version) > 1:
+        raise ValueError(f"its notes are of step {of_step}")
+    return notes, version[0] if version else _FORMAT_VERSION
+
+
+def _check_version(where: Path, version: Any) -> None:
+    try:
+        check_format_version(version, _FORMAT_VERSION)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {where} cannot be read: {error}") from None

@@ -40,7 +40,13 @@ class StepRecord(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Metrics of the server's parameters after ``step`` reports, at virtual ``time`` (seconds)."""
+    """Metrics of the server's parameters.
+
+    Attributes:
+        step: How many reports had been applied.
+        time: Seconds of the run, or virtual seconds of a simulated run.
+        metrics: What ``evaluate`` returned, as floats.
+    """
 
     step: int
     time: float

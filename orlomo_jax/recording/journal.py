@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orlomo_jax.checks import check_same
+from orlomo_jax.checks import check_format_version, check_same
 from orlomo_jax.recording.locks import open_alone
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.traces.trace_validation import TraceEvent
 
-_FORMAT = "orlomo_jax.Journal"
+_FORMAT, _FORMAT_VERSION = "orlomo_jax.Journal", 1
 
 
 class Arrival(NamedTuple):
@@ -68,10 +68,11 @@ class Journal:
         arrivals: Every :class:`Arrival`, in order.
         events: Every :class:`~orlomo_jax.traces.TraceEvent`, in order.
         rejected: Pairs (step, reason and message), in order.
+        format_version: The version of the file's format.
 
     Raises:
-        ValueError: If the file is not a journal, or of another run; the message names file and
-            line.
+        ValueError: If the file is not a journal, of another run or of another format version; the
+            message names file and line.
         BlockingIOError: If another process writes to the file, or has written since it was read.
 
     Example:
@@ -93,6 +94,7 @@ class Journal:
         self.arrivals: list[Arrival] = []
         self.events: list[TraceEvent] = []
         self.rejected: list[tuple[int, str]] = []
+        self.format_version = _FORMAT_VERSION
         self._file: IO[bytes] | None = None
         self._size = 0  # bytes of the complete lines that were read
         if self.path is None or not self.path.exists() or not self._read(self.path):
@@ -174,7 +176,8 @@ class Journal:
         if self.path is not None and self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
-            self._write({"format": _FORMAT} | self.identity)
+            header = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
+            self._write(header | self.identity)
         if self._file is not None:
             self._write(line)
         self._remember(line)
@@ -222,7 +225,9 @@ class Journal:
                     self._remember(line)
                 elif line.pop("format") != _FORMAT:
                     raise ValueError("it must begin with a journal's header")
-                else:
+                else:  # files of earlier releases do not state their version
+                    self.format_version = line.pop("format_version", _FORMAT_VERSION)
+                    check_format_version(self.format_version, _FORMAT_VERSION)
                     self._header = line
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number} is not a line of a journal: {error}") from None

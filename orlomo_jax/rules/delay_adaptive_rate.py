@@ -109,6 +109,11 @@ def scheduled(name: str, value: float | optax.Schedule) -> Callable[[ArrayLike],
         ValueError: If a concrete value is out of range. The returned function raises it if a
             schedule does not return a scalar.
         TypeError: If the value is neither a number nor a function.
+
+    Example:
+        >>> rate = scheduled("learning_rate", lambda step: 1 / (1 + step))
+        >>> float(rate(3))
+        0.25
     """
     if not callable(value):
         contract.check_learning_rate(name, value)

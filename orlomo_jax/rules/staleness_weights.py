@@ -38,7 +38,10 @@ class StalenessWeight:
 
 
 def polynomial(a: float = 0.5) -> StalenessWeight:
-    """Return the weight (1 + τ)^−a; ``a`` ≥ 0.
+    """Return the weight (1 + τ)^−a.
+
+    Args:
+        a: How fast the weight falls, ≥ 0.
 
     Example:
         >>> float(polynomial(0.5)(3))
@@ -60,7 +63,11 @@ def constant() -> StalenessWeight:
 
 
 def hinge(a: float = 10.0, b: float = 4.0) -> StalenessWeight:
-    """Return the weight that is 1 up to a delay of b, then 1/(a(τ − b) + 1); ``a``, ``b`` ≥ 0.
+    """Return the weight that is 1 up to a delay of b, then 1/(a(τ − b) + 1).
+
+    Args:
+        a: How fast the weight falls, ≥ 0.
+        b: The largest delay that counts fully, ≥ 0.
 
     Example:
         >>> [round(float(hinge(10, 4)(delay)), 4) for delay in (0, 4, 5, 6)]

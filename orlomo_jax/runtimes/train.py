@@ -125,7 +125,16 @@ def train(
             not numeric, or ``batch_fn`` returns a different batch each time it is called.
 
     Example:
-        See :class:`~orlomo_jax.ThreadWorkers`.
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from orlomo_jax import ThreadWorkers, from_loss, make_method, train
+        >>> method = make_method("orlomo", num_workers=2, num_local_steps=4)
+        >>> loss_fn = from_loss(lambda params, batch: jnp.mean((params - batch) ** 2))
+        >>> result = train(
+        ...     method, loss_fn, lambda key, worker, round: jnp.ones((4, 8)), jnp.zeros(8),
+        ...     ThreadWorkers(), num_steps=40, key=jax.random.key(0), local_learning_rate=0.1)
+        >>> result.status, bool(abs(result.params - 1).max() < 0.5)
+        ('finished', True)
     """
     check_type("method", method, Method, "a Method, as from make_method")
     check_type("checkpoint", checkpoint, Checkpointer, "a Checkpointer")

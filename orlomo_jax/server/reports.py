@@ -60,9 +60,11 @@ class Task(NamedTuple):
 class RejectedReportError(ValueError):
     """Raised for a report that the server does not apply; the server is unchanged.
 
-    Attributes:
-        reason: ``"stale"`` if the worker does not hold the report's task (for example a duplicate),
-            ``"not finite"`` if there is a NaN or an Inf, else ``"malformed"``.
+    Args:
+        message: What is wrong.
+        reason: Kept as an attribute: ``"stale"`` if the worker does not hold the report's task (for
+            example a duplicate), ``"not finite"`` if there is a NaN or an Inf, else
+            ``"malformed"``.
     """
 
     def __init__(self, message: str, reason: Reason = "malformed") -> None:

@@ -41,6 +41,15 @@ def apply_report(
         start: What the worker was sent; ``params`` may be None if the rule does not read them.
         step: t, int32[].
         schedule: γ as a function of the step, or None if γ is constant.
+
+    Example:
+        >>> from orlomo_jax import LocalUpdate, ParameterServer, Report, make_method
+        >>> method = make_method("al_sgd", num_workers=2, num_local_steps=4)
+        >>> server = ParameterServer(method, jnp.ones(2), local_learning_rate=0.1)
+        >>> task = server.dispatch(0)
+        >>> report = Report(task.id, LocalUpdate(jnp.ones(2)))
+        >>> apply_report(method, server.state, report, task.start, 0).params  # η = 1/K
+        Array([0.5, 0.5], dtype=float32)
     """
     worker, _, dispatched_at = report.id
     update: Any = report.update

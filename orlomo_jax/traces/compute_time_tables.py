@@ -21,6 +21,9 @@ _FORGATHER_4TO1 = 0.156, 0.312, 0.469, 0.625
 def deepmind_toy(variation: float = 0.0) -> ComputeTimes:
     """Return the 4 workers of the notebook of Liu et al., 2024 (arXiv 2401.09135).
 
+    Args:
+        variation: As in :class:`ComputeTimes`.
+
     Example:
         >>> deepmind_toy().mean_times(4)
         array([0.58, 0.75, 1.51, 3.33])
@@ -33,6 +36,9 @@ def halos_16(variation: float = 0.0) -> ComputeTimes:
 
     The source gives relative speeds; a gradient takes 1/speed seconds.
 
+    Args:
+        variation: As in :class:`ComputeTimes`.
+
     Example:
         >>> (1 / halos_16().mean_times(16)[:4]).round(3).tolist()
         [0.232, 0.907, 0.828, 0.347]
@@ -42,6 +48,9 @@ def halos_16(variation: float = 0.0) -> ComputeTimes:
 
 def forgather_4to1(variation: float = 0.0) -> ComputeTimes:
     """Return the 4 workers of the project forgather, the slowest 4 times slower than the fastest.
+
+    Args:
+        variation: As in :class:`ComputeTimes`.
 
     Example:
         >>> forgather_4to1().mean_times(4)
@@ -54,6 +63,10 @@ def sqrt_k(num_workers: int, variation: float = 0.05) -> ComputeTimes:
     """Return K workers that take √k · (1 + variation · |Z|) seconds, Z ~ N(0, 1) and k = 1, …, K.
 
     These are the workers of Ringmaster LMO (Sadiev et al., 2026, arXiv 2605.18174).
+
+    Args:
+        num_workers: K ≥ 1.
+        variation: The factor of |Z|, ≥ 0.
 
     Example:
         >>> sqrt_k(4, variation=0.0).mean_times(4).round(3)

@@ -140,6 +140,10 @@ def homogeneous(variation: float = _VARIATION, gradient_time: float = 1.0) -> Co
     The paper says that gradient times vary within a range, but does not give the range. The default
     ``variation`` reproduces the maximum delay of its Table 3.
 
+    Args:
+        variation: As in :class:`ComputeTimes`.
+        gradient_time: The mean seconds of a gradient, > 0.
+
     Example:
         >>> homogeneous(gradient_time=0.5).mean_times(3)
         array([0.5, 0.5, 0.5])
@@ -157,6 +161,12 @@ def heterogeneous(
 
     This is the setting of Tables 1, 2, 4 and 5; ``slowdown=4`` is the setting of Table 6.
 
+    Args:
+        slow_fraction: The share of slow workers, in [0, 1]; they are the last ones.
+        slowdown: How many times slower they are, ≥ 1.
+        variation: As in :class:`ComputeTimes`.
+        gradient_time: The mean seconds of a fast worker's gradient, > 0.
+
     Example:
         >>> heterogeneous().mean_times(4)
         array([1., 1., 1., 2.])
@@ -172,6 +182,14 @@ def one_slow_worker(
     The maximum delays are much smaller than those of the paper's Table 3: its slow worker fell
     further behind than its ratio alone explains.
 
+    Args:
+        ratio: How many times slower the last worker is, ≥ 1.
+        variation: As in :class:`ComputeTimes`.
+        gradient_time: The mean seconds of a gradient of the others, > 0.
+
+    Raises:
+        ValueError: If a number is out of range; also of the other functions here.
+
     Example:
         >>> one_slow_worker(10).mean_times(3)
         array([ 1.,  1., 10.])
@@ -184,6 +202,10 @@ def per_worker_times(
     gradient_times: Sequence[float], variation: float = _VARIATION
 ) -> ComputeTimes:
     """Return a model with each worker's mean seconds per gradient, all > 0.
+
+    Args:
+        gradient_times: The mean seconds of a gradient, > 0, for each worker.
+        variation: As in :class:`ComputeTimes`.
 
     Example:
         >>> per_worker_times([1.0, 3.0]).mean_times(2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_format_version
 from orlomo_jax.traces.trace_validation import (
     ArrivalOrder,
     TraceEvent,
@@ -23,6 +23,9 @@ from orlomo_jax.traces.trace_validation import (
 )
 
 _FORMAT = "orlomo_jax.ArrivalTrace"
+
+FORMAT_VERSION = 1
+"""The version of the format of a trace's file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +180,7 @@ class ArrivalTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to a JSON file, atomically."""
-        data: dict[str, Any] = {"format": _FORMAT, "version": 1}
+        data: dict[str, Any] = {"format": _FORMAT, "version": FORMAT_VERSION}
         for name in _FIELDS:
             value = getattr(self, name)
             data[name] = value.tolist() if isinstance(value, np.ndarray) else value
@@ -204,22 +207,24 @@ class ArrivalTrace:
         :meth:`from_workers`.
 
         Raises:
-            ValueError: If the file is not a trace; the message names the file and the error.
+            ValueError: If the file is not a trace, or of another format version; the message names
+                the file and the error.
         """
         path = Path(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
                 raise ValueError(f'it must be an object with "format": "{_FORMAT}"')
+            check_format_version(data.get("version", FORMAT_VERSION), FORMAT_VERSION)
             by_hand = data.keys().isdisjoint(("rounds", "dispatched_at"))
             required = (
                 {"num_workers", "workers"} if by_hand else {"version", *_FIELDS} - {"max_wait"}
             )
             if missing := required - data.keys():
                 raise ValueError(f"it lacks the fields {sorted(missing)}")
-            if unknown := data.keys() - {"version", *_FIELDS}:
+            data.pop("version", None)
+            if unknown := data.keys() - set(_FIELDS):
                 raise ValueError(f"it has the unknown fields {sorted(unknown)}")
-            check_count("version", data.pop("version", 1), 1, 1)
             return cls.from_workers(**data) if by_hand else cls(**data)
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not an arrival trace: {error}") from error

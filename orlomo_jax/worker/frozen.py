@@ -34,7 +34,7 @@ class Mask(NamedTuple):
         """Return the mask of a tree of bools, or of a function that returns one."""
         if isinstance(frozen, Mask):
             return frozen
-        if callable(frozen):
+        if _is_function(frozen):
             return cls(frozen)
         for path, leaf in jax.tree.leaves_with_path(frozen):
             if not isinstance(leaf, bool | np.bool_):
@@ -57,3 +57,14 @@ class Mask(NamedTuple):
                 f"`frozen` must be a tree of bools like params or like its first levels: {error}"
             ) from None
         return jax.tree.leaves(spread)
+
+
+def _is_function(frozen: Any) -> bool:
+    """Return whether it is a function, and not a tree of bools that can be called.
+
+    A module of Equinox is a tree, and one with bools instead of arrays can still be called.
+    """
+    if not callable(frozen) or isinstance(frozen, jax.tree_util.Partial):
+        return callable(frozen)
+    leaves = jax.tree.leaves(frozen)
+    return not leaves or not all(isinstance(leaf, bool | np.bool_) for leaf in leaves)

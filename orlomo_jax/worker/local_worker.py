@@ -10,7 +10,12 @@ from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload
 
 
 class KeptState(NamedTuple):
-    """The state of a worker's optimizer after a round, from which its next round starts."""
+    """The state of a worker's optimizer after a round, from which its next round starts.
+
+    Attributes:
+        round: The worker's round.
+        state: The optimizer's state, a tree of arrays.
+    """
 
     round: int
     state: Any

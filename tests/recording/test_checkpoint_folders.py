@@ -56,9 +56,9 @@ def test_one_run_at_a_time_has_the_folder(tmp_path, runtime):
 def edit(folder, change):
     """Change the notes of the newest checkpoint as an editor would."""
     path = folder / str(T) / "notes" / "metadata"
-    step, notes = json.loads(path.read_text())
+    step, notes, *version = json.loads(path.read_text())
     change(notes, notes["runs"][0])
-    path.write_text(json.dumps([step, notes]))
+    path.write_text(json.dumps([step, notes, *version]))
 
 
 def without_server(notes, run):

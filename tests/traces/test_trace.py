@@ -198,9 +198,9 @@ class TestFiles:
         ("change", "message"),
         [
             ({"format": "json"}, "it must be an object"),
-            ({"version": 2}, r"`version` must be in \[1, 1\], got version=2"),
-            ({"version": True}, "`version` must be an integer"),
-            ({"version": None}, "`version` must be an integer"),
+            ({"version": 2}, "its format version is 2, but this orlomo_jax reads 1"),
+            ({"version": True}, r"its format version is True, but this orlomo_jax reads 1"),
+            ({"version": None}, r"its format version is None, but this orlomo_jax reads 1"),
             ({"seed": 1}, r"unknown fields \['seed'\]"),
             ({"num_workers": 2.0}, "`num_workers` must be an integer"),
             ({"num_workers": 1}, r"workers\[1\]=1"),

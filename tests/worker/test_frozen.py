@@ -1,5 +1,6 @@
 """Frozen parameters: they stay to the bit, and the others train as if they were constants."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +117,26 @@ def test_bad_masks(frozen, error, message):
 
     with pytest.raises(error, match=message):
         run()
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_parameters_that_can_be_called_are_no_mask_function(engine):
+    """A module of Equinox with bools instead of arrays is a tree of bools."""
+    params = equinox.nn.Linear(5, 1, key=jax.random.key(0))
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.mean((jax.vmap(params)(X) - Y) ** 2), (model_state, {})
+
+    def run(frozen):
+        return simulate(
+            make_method("orlomo", K, 2, frozen=frozen), loss_fn,
+            lambda key, worker, round: jnp.zeros(2), params, engine=engine,
+            trace=ArrivalTrace.from_workers([0, 1, 1, 0], K), key=jax.random.key(0),
+            local_learning_rate=0.1,
+        ).params  # fmt: skip
+
+    assert not np.array_equal(run(None).weight, params.weight)
+    bias = equinox.tree_at(lambda p: (p.weight, p.bias), params, (False, True))
+    for frozen in (bias, lambda params: bias):
+        assert not np.array_equal(run(frozen).weight, params.weight)
+        np.testing.assert_array_equal(run(frozen).bias, params.bias)
