@@ -38,6 +38,11 @@ FIELD_STATEMENTS: dict[str, Statement] = {
         "Delay look-ahead", "m ← ρm + η(1−ρ)/(K(1−μ))Δ; w ← w − m; w − hKm is sent",
         r"m ← ρm \+ η \(1−ρ\)/\(K\(1−μ\)\) Δw",
     ),
+    "ordered-momentum-rate": Statement(
+        "Ordered momentum, rate",
+        "if Δ is linear, momentum in the order of dispatch is as fast as the best look-ahead",
+        r"as fast as the best look-ahead",
+    ),
     "delay-lookahead-rate": Statement(
         "Delay look-ahead, rate",
         "if Δ is linear, momentum helps only with look-ahead, then it divides the time by 3",

@@ -42,6 +42,10 @@ def local_ormo_da(
 
     With one local step (S = 1) this is OrMo-DA. It can be chained and wrapped like ``orlomo``.
 
+    For workers in turn and linear Δ, momentum in the order of arrival does not help at all. In the
+    order of dispatch it is as fast as the best look-ahead, see
+    :func:`~orlomo_jax.rules.delay_lookahead`.
+
     Args:
         num_workers: K ≥ 1.
         momentum: β in [0, 1). The Python constant 0 compiles to AL-SGD's computation (Remark 1).

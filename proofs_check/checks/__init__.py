@@ -8,7 +8,7 @@ from proofs_check.checks import defaults_and_examples as defaults_and_examples  
 from proofs_check.checks import random_runs as random_runs  # isort: skip
 from proofs_check.checks import server_events as server_events  # isort: skip
 from proofs_check.checks import long_server_runs as long_server_runs  # isort: skip
-from proofs_check.checks import look_ahead_rates as look_ahead_rates  # isort: skip
+from proofs_check.checks import momentum_rates as momentum_rates  # isort: skip
 from proofs_check.checks import long_simulations as long_simulations  # isort: skip
 from proofs_check.checks import worker_details as worker_details  # isort: skip
 from proofs_check.checks import bounds_measured as bounds_measured  # isort: skip

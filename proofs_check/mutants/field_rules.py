@@ -176,6 +176,8 @@ FAULTY: tuple[tuple[str, str, str, Factory], ...] = (
      lambda k, mu, eta, rho=None: rules.momentum_lookahead(k, mu, eta)),
     ("heloco", "no correction", "heloco",
      lambda k, mu, eta, correction=None: rules.momentum_lookahead(k, mu, eta)),
+    ("local_ormo_da", "order of arrival", "ordered-momentum-rate",
+     faulty(Faults(swap=True, group=lambda index, num_workers: 0 * index))),
     ("delay_lookahead", "μ for ρ", "delay-lookahead delay-lookahead-rate",
      lambda k, mu, eta: rules.delay_lookahead(k, mu**k, eta)),
     ("ringmaster", "declined reports in the delay", "ringmaster",
@@ -202,7 +204,7 @@ FAULTY: tuple[tuple[str, str, str, Factory], ...] = (
     ("diloco", "η = 0.7 always", "diloco-without-momentum",
      lambda k, mu, eta: rules.diloco(k, mu)),
 )  # fmt: skip
-CHECKED_BY = ("field-momentum-rules", "field-buffer-rules", "field-identities", "look-ahead-rates")
+CHECKED_BY = ("field-momentum-rules", "field-buffer-rules", "field-identities", "momentum-rates")
 """The checks that compare these rules."""
 KEPT = {
     "Adam's step counter restarted in each round": Mutant(

@@ -1,4 +1,4 @@
-"""Checks what momentum gains if workers start from the point at which they will arrive.
+"""Checks what momentum gains under delay: in the order of dispatch, or with look-ahead.
 
 K workers report in turn. Their changes are linear: Δ = λ·(the parameters that were sent). λ is near
 1 if a round converges along a direction, and small if it hardly moves. A method's rate is the
@@ -7,8 +7,10 @@ largest factor by which an error shrinks in one report, over λ in [0.02, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ LAMBDAS = np.geomspace(0.02, 1.0, 9)
 MOMENTA = (0.0, 0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 RATES = tuple(np.arange(0.05, 2.5, 0.05))
 ROUNDS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
-GAIN, ALLOWED = 3.0, 1e-4
+GAIN, ALLOWED, CLOSE = 3.0, 1e-4, 0.1
+ORDERED = (0.8, 0.6)
+"""μ and η of ordered outer momentum."""
 STEPS = 8000
 """Reports from which the rule's own rate is measured."""
 
@@ -40,22 +44,21 @@ def largest_factor(K: int, momentum: float, rate: float, rounds: float) -> float
     return float(np.abs(np.linalg.eigvals(step)).max())
 
 
-def measured_factor(subject: Subject, K: int, momentum: float, rate: float, rounds: float) -> float:
-    """Return the factor of the rule itself: from the size of its state at the end and midway."""
-    rule = subject.field_rule("delay_lookahead")(K, momentum, rate)
-    sends = look_ahead_over_delay(K, rounds)
+def measured_factor(rule: Any, K: int, sends: Callable[[Any, Any], Any]) -> float:
+    """Return the factor of a rule itself, fitted to the size of the points that it sends."""
     start = jnp.ones(len(LAMBDAS))
 
     def report(carry, step):
-        w, state, sent = carry
+        w, state, sent, at = carry
         delta = LocalUpdate(jnp.asarray(LAMBDAS) * sent[0])
-        update, state = rule.update(delta, state, w)
-        sent = jnp.roll(sent, -1, 0).at[-1].set(sends(state, w + update))
-        size = jnp.log(jnp.abs(jnp.vstack([sent, w[None]])).max())
-        return (w + update, state, sent), size
+        update, state = rule.update(delta, state, w, dispatched_at=at[0], worker=step % K)
+        w = w + update
+        sent = jnp.roll(sent, -1, 0).at[-1].set(sends(state, w))
+        at = jnp.roll(at, -1).at[-1].set(step + 1)
+        return (w, state, sent, at), jnp.log(jnp.abs(sent).max())
 
-    carry = start, rule.init(start), jnp.ones((K, len(LAMBDAS)))
-    _, sizes = jax.lax.scan(report, carry, jnp.arange(STEPS))
+    carry = start, rule.init(start), jnp.ones((K, len(LAMBDAS))), jnp.zeros(K, jnp.int32)
+    _, sizes = jax.lax.scan(report, carry, jnp.arange(STEPS, dtype=jnp.int32))
     slope, _ = np.polyfit(np.arange(STEPS // 2), np.asarray(sizes)[STEPS // 2 :], 1)
     return float(np.exp(slope))
 
@@ -71,20 +74,27 @@ def best(K: int) -> tuple[float, float, float]:
     return plain, momentum, ahead
 
 
-@holds("delay-lookahead-rate", strength="property")
-def look_ahead_rates(subject: Subject, size: Size) -> Iterator[Outcome]:
-    """Compare the best rates, and the rule's own rate with that of the recursion."""
+@holds("ordered-momentum-rate", "delay-lookahead-rate", strength="property")
+def momentum_rates(subject: Subject, size: Size) -> Iterator[Outcome]:
+    """Compare the best rates, and the rules' own rates with them."""
     counts = (2, 4, 8) if size.settings >= 5 else (4,)
-    worst, notes = 0.0, []
-    with jax.enable_x64(True):
-        for K in counts:
-            own = measured_factor(subject, K, 0.85, 0.5, 1.75)
-            worst = max(worst, abs(own - largest_factor(K, 0.85, 0.5, 1.75)))
+    worst, ordered, notes, more = 0.0, 0.0, [], []
     for K in counts:
         plain, momentum, ahead = best(K)
-        if momentum < plain or (1 - ahead) < GAIN * (1 - plain):
-            worst = float("inf")
         notes.append(f"K={K}: {plain:.4f} without, {ahead:.4f} with look-ahead")
+        if momentum < plain or (1 - ahead) < GAIN * (1 - plain):
+            worst = math.inf
+        with jax.enable_x64(True):
+            rule = subject.field_rule("delay_lookahead")(K, 0.85, 0.5)
+            own = measured_factor(rule, K, look_ahead_over_delay(K, 1.75))
+            rule = subject.field_rule("local_ormo_da")(K, *ORDERED)
+            in_order = measured_factor(rule, K, lambda state, w: w)
+        worst = max(worst, abs(own - largest_factor(K, 0.85, 0.5, 1.75)))
+        ordered = max(ordered, (in_order - ahead) / (1 - ahead))
+        more.append(f"K={K}: {in_order:.4f}")
     yield Outcome(
         "delay-lookahead-rate", len(counts), worst, ALLOWED, worst <= ALLOWED, "; ".join(notes)
+    )
+    yield Outcome(
+        "ordered-momentum-rate", len(counts), ordered, CLOSE, ordered <= CLOSE, "; ".join(more)
     )
