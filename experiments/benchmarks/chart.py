@@ -13,7 +13,7 @@ Rows = Sequence[dict[str, Any]]
 QUESTIONS = {
     "A server step": {"server_step", "rules", "masters"},
     "Receiving a report": {"receive", "finite"},
-    "A simulated run": {"worker", "simulator", "optimizers", "uneven", "axes", "appfl"},
+    "A simulated run": {"worker", "simulator", "optimizers", "uneven", "language", "axes", "appfl"},
     "A sweep of runs": {"sweep"},
     "Networks": {"torch", "layers", "compiling"},
     "Growing sizes": {"workers", "local_steps", "parameters", "arrivals", "memory", "kept_states"},
