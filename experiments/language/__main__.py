@@ -1,8 +1,8 @@
 """Train a byte-level GPT with asynchronous workers, on text of this machine.
 
 ``python -m experiments.language`` needs neither data nor a network: it trains a GPT of 119 000
-parameters on Python's standard library, with four workers of unequal speed, AdamW and ordered outer
-momentum. It shows progress and samples of text, and appends one JSON row to ``--output``.
+parameters on Python's standard library, with four workers of unequal speed, AdamW and delay
+look-ahead. It shows progress and samples of text, and appends one JSON row to ``--output``.
 """
 
 from __future__ import annotations

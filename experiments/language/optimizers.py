@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 Optimizer = Literal["adamw", "muon", "momentum"]
-LEARNING_RATES = {"adamw": 3e-3, "muon": 3e-3, "momentum": 0.1}
-"""The largest γ of each optimizer, by default."""
+LEARNING_RATES = {"adamw": 0.64, "muon": 0.64, "momentum": 6.4}
+"""The largest γ of each optimizer times the model's width, by default."""
 LAST_SHARE = 0.1
 """γ at the end of a run, as a share of its largest value."""
 MOMENTUM = 0.9

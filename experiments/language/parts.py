@@ -46,10 +46,10 @@ MOMENTA = {"ordered_outer_momentum": 0.5}
 class LanguageRun:
     """All settings of one run."""
 
-    method: str = "ordered_outer_momentum"
+    method: str = "delay_lookahead"
     """Any of the library's methods; orlomo and prsgdm run local momentum SGD."""
     learning_rate: float | None = None
-    """The largest local learning rate γ; by default 0.003, or 0.1 for momentum SGD."""
+    """The largest local learning rate γ; by default 0.64/width, or 6.4/width for momentum SGD."""
     server_learning_rate: float | None = None
     """The server's η; None is the method's default."""
     server_momentum: float | None = None
@@ -133,7 +133,7 @@ class LanguageRun:
         if self.learning_rate is not None:
             return self.learning_rate
         own_sgd = self.method in ("orlomo", "prsgdm")
-        return LEARNING_RATES["momentum" if own_sgd else self.optimizer]
+        return LEARNING_RATES["momentum" if own_sgd else self.optimizer] / self.config.width
 
     def cluster(self) -> Cluster:
         """Return the workers and their speeds; raise ValueError if ``workers`` is another K."""

@@ -179,7 +179,10 @@ def missing(arms: Sequence[Arm], rows: Rows) -> Iterator[Job]:
 def warm_params(seed: int) -> Any:
     """Return the parameters after data-parallel training on a share of a run's tokens."""
     run = LanguageRun(
-        **DATA_PARALLEL, num_reports=round(WARM_SHARE * REPORTS / 4), seed=1000 + seed
+        **DATA_PARALLEL,
+        learning_rate=0.003,
+        num_reports=round(WARM_SHARE * REPORTS / 4),
+        seed=1000 + seed,
     )
     return runs.execute(run)[1].params
 
