@@ -18,6 +18,7 @@ from rich.console import Console
 
 from experiments import quickstart, records, report
 from experiments.benchmarks import chart
+from experiments.language import study, study_report
 from experiments.paper import tables
 from experiments.paper.search import recorded
 from experiments.records import RESULTS
@@ -147,6 +148,36 @@ def best_methods() -> str:
     return "\n".join(lines)
 
 
+def language_tables() -> str:
+    """Return the table of each cluster of the language study."""
+    rows = records.read(RESULTS / "language" / "rows.jsonl")
+    blocks = []
+    for title, purpose, cluster in (
+        *((f"`{cluster}`", "study", cluster) for cluster in study.CLUSTERS),
+        ("`equal`, after a warm start", "warm", "equal"),
+    ):
+        of_arm = study_report.of_cluster(rows, purpose, cluster)
+        if of_arm.keys() - {arm.name for arm in study.ARMS if arm.reference}:
+            blocks.append([f"**{title}**", "", *study_report.table(study.ARMS, of_arm, cluster)])
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def language_summary() -> str:
+    """Return the gap and the time of the study's main methods on its first two clusters."""
+    rows = records.read(RESULTS / "language" / "rows.jsonl")
+    lines = [
+        "| server | equal workers: perplexity against DiLoCo (95 %) | time | speeds 4:1 | time |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in sorted(study.FIRST, key="diloco".__ne__):
+        cells = [f"`{name}`" + (", synchronous" if name == "diloco" else "")]
+        for cluster in study.CLUSTERS[:2]:
+            of_arm = study_report.of_cluster(rows, "study", cluster)
+            cells += study_report.compared(of_arm, name, cluster)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def benchmark_table() -> str:
     """Return the table of benchmarks that have a bar."""
     rows = chart.newest(records.read(RESULTS / "benchmarks" / "benchmarks.jsonl"))
@@ -160,6 +191,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "results": results_tables,
     "which-method": best_methods,
     "benchmarks": benchmark_table,
+    "language": language_tables,
+    "language-short": language_summary,
 } | {
     f"verdict-{key}": functools.partial(verdict, key)
     for key in STATEMENTS

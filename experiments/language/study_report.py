@@ -89,9 +89,6 @@ def of_cluster(rows: Sequence[Row], purpose: str, cluster: str) -> dict[str, dic
 
 def table(arms: Sequence[Any], of_arm: dict[str, dict[int, Row]], cluster: str) -> list[str]:
     """Return the lines of a cluster's table, in the order of the losses."""
-    reference = of_arm.get(REFERENCE, {})
-    base = {seed: row["loss"] for seed, row in reference.items()}
-    clock = _final_time(reference, cluster)
     lines = [
         "| method | seeds | held-out loss (nats per byte) | perplexity against DiLoCo (95 %) "
         "| time, DiLoCo = 1 | mean delay |",
@@ -108,18 +105,27 @@ def table(arms: Sequence[Any], of_arm: dict[str, dict[int, Row]], cluster: str) 
         shown = f"{mean:.4f}" if losses else "diverged"
         shown += f" ± {statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else ""
         shown += f", {failed} diverged" if losses and failed else ""
-        difference = gap(losses, base) if not failed and arm.name != REFERENCE else None
-        apart = "–"
-        if difference is not None:
-            middle, low, high = difference
-            apart = f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
-        ratio = _final_time(runs, cluster) / clock if clock else math.nan
+        apart, ratio = compared(of_arm, arm.name, cluster)
         delay = statistics.mean(row["mean_delay"] for row in runs.values())
         delay = "–" if arm.reference else f"{delay:.1f}"
-        body.append(
-            (mean, f"| {arm.name} | {len(runs)} | {shown} | {apart} | {ratio:.2f} | {delay} |")
-        )
+        body.append((mean, f"| {arm.name} | {len(runs)} | {shown} | {apart} | {ratio} | {delay} |"))
     return [*lines, *(line for _, line in sorted(body, key=lambda pair: pair[0]))]
+
+
+def compared(of_arm: dict[str, dict[int, Row]], name: str, cluster: str) -> list[str]:
+    """Return a method's gap to DiLoCo, and its time if DiLoCo's is 1, as texts."""
+    runs, reference = of_arm.get(name, {}), of_arm.get(REFERENCE, {})
+    if not runs or not reference:
+        return ["–", "–"]
+    time = f"{_final_time(runs, cluster) / _final_time(reference, cluster):.2f}"
+    losses, base = ({s: row["loss"] for s, row in rows.items()} for rows in (runs, reference))
+    difference = None
+    if None not in losses.values() and name != REFERENCE:
+        difference = gap(losses, base)
+    if difference is None:
+        return ["–", time]
+    middle, low, high = difference
+    return [f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})", time]
 
 
 def _final_time(runs: dict[int, Row], cluster: str) -> float:
@@ -145,34 +151,38 @@ def tuning_table(arms: Sequence[Any], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def draw(clusters: Sequence[str], rows: Sequence[Row], stem: Path) -> None:
-    """Draw the losses of the main methods over tokens, server steps and virtual time."""
+def draw(
+    clusters: Sequence[str], rows: Sequence[Row], stem: Path, names: Sequence[str] = tuple(AXES)
+) -> None:
+    """Draw the losses of the main methods, a line of panels for each cluster.
+
+    With a single axis the clusters are next to each other.
+    """
+    panels = [(cluster, name) for cluster in clusters for name in names]
+    height, width = (len(clusters), len(names)) if len(names) > 1 else (1, len(clusters))
     figure, axes = plt.subplots(
-        len(clusters),
-        len(AXES),
-        figsize=(4.2 * len(AXES), 3.4 * len(clusters)),
-        squeeze=False,
-        layout="constrained",
+        height, width, figsize=(4.2 * width, 3.4 * height), squeeze=False, layout="constrained"
     )
-    styles = ("-", "-", "--", "-.", ":")
-    for cluster, line in zip(clusters, axes, strict=True):
-        of_arm = of_cluster(rows, "study", cluster)
-        for (name, label), axis in zip(AXES.items(), line, strict=True):
-            for number, arm in enumerate(SHOWN):
-                curves = [curve(row, cluster) for row in of_arm.get(arm, {}).values()]
-                curves = [points for points in curves if np.isfinite(points["loss"]).all()]
-                if not curves:
-                    continue
-                x = np.mean([points[name] for points in curves], axis=0)
-                losses = np.array([points["loss"] for points in curves])
-                look = {"color": f"C{number}"}
-                axis.plot(x, losses.mean(0), styles[number], label=arm, **look)
-                axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, lw=0, **look)
-            axis.set(xlabel=label, ylabel="held-out loss (nats per byte)", title=cluster)
-            axis.set_ylim(top=2.4)
-            axis.grid(alpha=0.3)
+    for axis, (cluster, name) in zip(axes.flat, panels, strict=True):
+        _draw_panel(axis, of_cluster(rows, "study", cluster), cluster, name)
     axes[0, 0].legend()
     save(figure, stem)
+
+
+def _draw_panel(axis: Any, of_arm: dict[str, dict[int, Row]], cluster: str, name: str) -> None:
+    """Draw each method's mean over the seeds, and a band from the lowest to the highest."""
+    for number, (arm, style) in enumerate(zip(SHOWN, ("-", "-", "--", "-.", ":"), strict=True)):
+        curves = [curve(row, cluster) for row in of_arm.get(arm, {}).values()]
+        curves = [points for points in curves if np.isfinite(points["loss"]).all()]
+        if not curves:
+            continue
+        x = np.mean([points[name] for points in curves], axis=0)
+        losses, look = np.array([points["loss"] for points in curves]), {"color": f"C{number}"}
+        axis.plot(x, losses.mean(0), style, label=arm, **look)
+        axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, lw=0, **look)
+    axis.set(xlabel=AXES[name], ylabel="held-out loss (nats per byte)", title=cluster)
+    axis.set_ylim(top=2.4)
+    axis.grid(alpha=0.3)
 
 
 def write(rows: Sequence[Row], arms: Sequence[Any], folder: Path) -> None:
@@ -194,5 +204,6 @@ def write(rows: Sequence[Row], arms: Sequence[Any], folder: Path) -> None:
     lines += ["## Tuning", "", *tuning_table(arms, rows), ""]
     if clusters:
         draw(clusters, rows, folder / "curves")
+        draw(clusters[:2], rows, folder / "front", ("virtual_time",))
         lines += ["![Held-out loss](curves.png)", ""]
     records.write(folder / "report.md", "\n".join(lines))
