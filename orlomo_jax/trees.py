@@ -59,7 +59,8 @@ def widened(tree: Params) -> Params:
 
     def leaf(x):
         x = jnp.asarray(x)
-        return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        wide = wide_dtype(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x.dtype
+        return x if x.dtype == wide else x.astype(wide)
 
     return jax.tree.map(leaf, tree)
 

@@ -23,6 +23,7 @@ from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
 from orlomo_jax.simulation.stacking import (
     cast_like,
+    copy,
     put,
     read,
     repeat,
@@ -162,7 +163,7 @@ class CompiledEngine:
         self._planner = SlotPlanner(table, self._trace, self._batch, self.slots, steps)
         versions = {task.id.dispatched_at: task.start for task in tasks.values()}
         tasks.clear()
-        state = jax.tree.map(jnp.copy, as_jax_arrays(state))
+        state = copy(as_jax_arrays(state))
         slots = repeat(self._newest(state), self.slots)
         for version, slot in self._planner.versions.items():
             slots = write_to(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))

@@ -18,6 +18,7 @@ from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import Carry, CompiledEngine
 from orlomo_jax.simulation.engine_choice import Engine, Rounds
+from orlomo_jax.simulation.stacking import stack
 
 RunAxis: TypeAlias = Literal["vmap", "map", "loop"]
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
@@ -143,7 +144,7 @@ class Together:
         return [of_run.get(index, other) for index in range(self._width)]
 
     def _stack_active(self, of_run: dict[int, Any]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._filled(of_run))
+        return stack(self._filled(of_run))
 
     def _stack(self, values: Sequence[Any]) -> Any:
         return self._stack_active(dict(enumerate(values)))

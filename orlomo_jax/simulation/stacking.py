@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,18 @@ def put(many: Any, one: Any, index: Any) -> Any:
 
 read = jax.jit(take)
 write_to = jax.jit(put, donate_argnums=0)
+
+
+@jax.jit
+def copy(tree: Any) -> Any:
+    """Return a copy of a tree, made by one program."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def stack(trees: Sequence[Any]) -> Any:
+    """Return trees of one structure as one tree, whose leaves have a leading axis of trees."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @partial(jax.jit, static_argnums=1)
