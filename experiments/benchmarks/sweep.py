@@ -72,7 +72,7 @@ def commands(repeats: int) -> Iterator[Row]:
             with tempfile.TemporaryDirectory() as folder:
                 args = [module, *flags, "--output", f"{folder}/new"]
                 code = f"import runpy, sys; sys.argv = {args}; "
-                code += f"runpy.run_module({module!r}, run_name='__main__')"
+                code += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
                 # A folder of its own for compiled programs: the time is that of the first run.
                 run = partial(fresh_process, code, XDG_CACHE_HOME=folder)
                 times.append(seconds(run))
