@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from orlomo_jax import from_loss, heterogeneous, make_method, sample_trace, simulate
 
-plt.rcParams.update({"figure.figsize": (6, 3), "figure.dpi": 200})
+plt.rcParams.update({"figure.figsize": (5.5, 3), "figure.dpi": 200})
 plt.rcParams["figure.constrained_layout.use"] = True
 K, S, T = 8, 16, 480  # workers, local steps in a round, reports in total
 
@@ -100,7 +100,7 @@ def timeline(trace, until):
     )
     axis.set(xlabel="virtual seconds", ylabel="worker", xlim=(0, until), yticks=range(K))
     axis.invert_yaxis()
-    figure.colorbar(colours, ax=axis, label="delay")
+    figure.colorbar(colours, ax=axis, label="delay", ticks=range(0, trace.max_delay, 3))
     plt.show()
 
 
@@ -118,7 +118,7 @@ axis.hist(
     stacked=True,
     label=["fast workers", "slow workers"],
 )
-axis.set(xlabel="delay of a report", ylabel="reports")
+axis.set(xlabel="delay of a report", ylabel="reports", xticks=range(0, trace.max_delay, 3))
 axis.legend()
 plt.show()
 

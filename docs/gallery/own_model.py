@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from orlomo_jax import Callback, ThreadWorkers, from_nnx, make_method, train
 
-plt.rcParams.update({"figure.figsize": (6, 3), "figure.dpi": 200})
+plt.rcParams.update({"figure.figsize": (5.5, 3), "figure.dpi": 200})
 plt.rcParams["figure.constrained_layout.use"] = True
 K, S = 4, 16  # workers, local steps in a round
 
@@ -109,8 +109,8 @@ print(result.health)
 # ## The health of the workers
 #
 # `health` has each worker's share of the reports and how long it was idle. The slow worker has the
-# smallest share. It is not idle, it just takes longer. Nobody waits for it, so nobody else is idle
-# for long either.
+# smallest share, but it is not idle more often than the others: it just takes longer, and nobody
+# waits for it. Most of the idle time is the start of the run, when programs are compiled.
 
 # %%
 health, workers = result.health, np.arange(K)
@@ -122,8 +122,8 @@ right.set(xlabel="worker", ylabel="idle (%)", xticks=workers, ylim=(0, 100))
 plt.show()
 
 # %% [markdown]
-# The views of the callback show the speed during the run. The first second is slow, because the
-# first round compiles the program.
+# The views of the callback show the speed during the run. The start is slow, because the first
+# round compiles the program.
 
 # %%
 figure, axis = plt.subplots()
@@ -158,7 +158,7 @@ axis.barh(
 axis.set(xlabel="milliseconds in the middle of the run", ylabel="worker", yticks=workers)
 axis.set_xlim(0, 1000 * (end - begin))
 axis.invert_yaxis()
-figure.colorbar(colours, ax=axis, label="delay")
+figure.colorbar(colours, ax=axis, label="delay", ticks=range(0, trace.delays[shown].max() + 1, 2))
 plt.show()
 
 # %% [markdown]

@@ -20,7 +20,7 @@ import proofs_check
 from orlomo_jax import Method, from_loss, make_method, orlomo, register_method, simulate
 from orlomo_jax.rules import OrLoMoState
 
-plt.rcParams.update({"figure.figsize": (6, 3), "figure.dpi": 200})
+plt.rcParams.update({"figure.figsize": (5.5, 3), "figure.dpi": 200})
 plt.rcParams["figure.constrained_layout.use"] = True
 K, S, T = 8, 8, 480  # workers, local steps in a round, reports in total
 

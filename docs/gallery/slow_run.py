@@ -31,7 +31,7 @@ from orlomo_jax.inspect import describe
 from orlomo_jax.recording import Journal
 from orlomo_jax.traces import fit_compute_times
 
-plt.rcParams.update({"figure.figsize": (6, 3), "figure.dpi": 200})
+plt.rcParams.update({"figure.figsize": (5.5, 3), "figure.dpi": 200})
 plt.rcParams["figure.constrained_layout.use"] = True
 K, S, T = 4, 16, 120  # workers, local steps in a round, reports in total
 
