@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,12 @@ def test_the_workflows_run_this_script_and_nothing_else(name):
     assert commands
     assert all("tools/matrix.py" in c or c.startswith('echo "names=$(python3') for c in commands)
     assert "tools/matrix.py" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+def test_a_cell_in_the_background_can_be_interrupted(monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does
+    try:
+        code = "import signal as s; assert s.getsignal(s.SIGINT) is s.default_int_handler"
+        assert one_cell(monkeypatch, tmp_path, sys.executable, "-c", code) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -261,6 +262,8 @@ def main(args: Sequence[str] | None = None) -> int:
         lines = [f"{name:14} {CELLS[name].says}" for name in names]
         print(json.dumps(names) if options.json else "\n".join(lines))
         return 0
+    # A shell lets background commands ignore SIGINT, and they pass that on; some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rows = []
     for name in names:
         print(f"{name}: {CELLS[name].says} …", flush=True)
