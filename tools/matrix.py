@@ -198,8 +198,8 @@ CELLS = {
 
 def find_uv() -> str:
     """Return the path of uv: next to this Python, or on the path."""
-    beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
+    own = Path(sys.executable).with_name("uv")
+    found = str(own) if own.exists() else shutil.which("uv")
     if found is None:
         raise SystemExit("uv is missing: python -m pip install uv")
     return found
