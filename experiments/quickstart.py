@@ -263,14 +263,15 @@ def _mean_std(runs: list[dict[str, Any]], metric: str, form: str) -> str:
 
 def draw(best: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw training loss and test accuracy against virtual time: mean and range over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(6, 6), sharex=True, layout="constrained")
     for axis, metric in zip(axes, ("train_loss", "test_accuracy"), strict=True):
         for name, runs in best.items():
             if runs:
                 draw_band(axis, name, [row["curve"] for row in runs], metric)
-        axis.set(xlabel="virtual time (gradients of a fast worker)", ylabel=LABELS[metric])
+        axis.set_ylabel(LABELS[metric])
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[1].set_xlabel("virtual time (gradients of a fast worker)")
     if any(best.values()):
         axes[1].legend()
     figure.savefig(path, dpi=120)

@@ -53,7 +53,7 @@ def test_the_end_waits_for_the_round_of_a_worker_that_was_stopped():
 
 
 def test_reports_come_from_every_device():
-    assert len(jax.devices()) == 2
+    assert len(jax.devices()) > 1
     result = run(workers=ThreadWorkers(devices=jax.devices()))
     assert_replays(result)
 
