@@ -23,6 +23,12 @@ def test_the_four_rows():
     }
 
 
+def test_a_list_of_local_steps_gives_the_same_method():
+    """Else every run would compile anew."""
+    first, again = (make_method("al_sgd", 2, [4, 3]) for _ in range(2))
+    assert first is again is make_method("al_sgd", 2, (4, 3))
+
+
 def test_merge_weights():
     eta = make_method("orlomo", 4, 8, learning_rate=2.0).model_state_weight
     assert float(eta(0, 0)) == 0.5
