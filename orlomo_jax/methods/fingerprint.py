@@ -9,9 +9,11 @@ import enum
 import functools
 import hashlib
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -268,7 +270,17 @@ def _key(key: Any) -> str:
 def _name(value: Any) -> str:
     """Return the qualified name of a function or class."""
     name = getattr(value, "__qualname__", value.__name__)
-    return f"{getattr(value, '__module__', None) or ''}.{name}".strip(".")
+    module = getattr(value, "__module__", None) or ""
+    return f"{_main() if module == '__main__' else module}.{name}".strip(".")
+
+
+def _main() -> str:
+    """Return the name by which another program would import the main module."""
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):  # python -m
+        return spec.name
+    path = getattr(main, "__file__", None)
+    return "__main__" if path is None else Path(path).stem
 
 
 def _unknown(kind: type) -> str:

@@ -190,6 +190,27 @@ def test_a_number_of_the_module_counts(monkeypatch):
     assert len(seen) == 3, "arrays, by content and dtype"
 
 
+JOB = """
+def loss_fn(params):
+    return params
+
+if __name__ == "__main__":
+    from orlomo_jax.methods.fingerprint import fingerprint
+    print(fingerprint(loss_fn))
+"""
+
+
+def test_a_script_has_the_name_under_which_others_import_it(tmp_path):
+    (tmp_path / "job.py").write_text(JOB)
+    imported = "import job; from orlomo_jax.methods.fingerprint import fingerprint as f"
+    ways = (["job.py"], ["-m", "job"], ["-c", f"{imported}; print(f(job.loss_fn))"])
+    for way in ways:
+        run = subprocess.run(
+            [sys.executable, *way], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == "{'': 'job.loss_fn'}"
+
+
 def test_what_cannot_be_read_is_named_in_a_warning():
     lock, path = threading.Lock(), r"`loss_fn\.scale` carries \(_thread\.lock"
     with pytest.warns(UserWarning, match=path):
