@@ -103,6 +103,8 @@ def from_nnx(
     except ImportError as error:
         raise ImportError("from_nnx needs Flax: pip install flax") from error
 
+    if isinstance(module, type):
+        raise TypeError(f"`module` must be an nnx.Module, got the class {module.__name__}")
     trained = nnx.Param if wrt is None else wrt
     graphdef, params, constants, rng_state, model_state = nnx.split(
         module, trained, nnx.Param, nnx.RngState, ...

@@ -165,14 +165,25 @@ def check_type(name: str, value: Any, wanted: type, how: str) -> None:
         TypeError: `method` must be one of make_method, got method='orlomo'
     """
     if value is not None and not isinstance(value, wanted):
-        raise TypeError(f"`{name}` must be {how}, got {name}={value!r}")
+        raise TypeError(f"`{name}` must be {how}, got {name}={shortened(value)}")
+
+
+def shortened(value: Any) -> str:
+    """Return the first 200 characters of a value's repr.
+
+    Example:
+        >>> shortened("short"), len(shortened("long" * 100))
+        ("'short'", 201)
+    """
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def check_functions(**functions: Any) -> None:
     """Raise TypeError unless each value is None or can be called."""
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise TypeError(f"`{name}` must be a function, got {name}={function!r}")
+            raise TypeError(f"`{name}` must be a function, got {name}={shortened(function)}")
 
 
 def check_same(what: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -208,6 +208,14 @@ def _subject(rule: str | None, worker_momentum: bool) -> Subject:
         raise ValueError(f"`--rule` must be MODULE:FACTORY, got {rule!r}")
     sys.path.insert(0, "")
     found = getattr(importlib.import_module(module), factory)
+    try:
+        rule_of = found(2, momentum=0.9, learning_rate=1.0, delay_weight=None)
+        rule_of.init, rule_of.update  # noqa: B018
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`--rule` must name a factory(num_workers, momentum, learning_rate, delay_weight) of "
+            f"optax transformations, got {rule!r}: {error}"
+        ) from None
     return Subject(rule, rule=found, worker_momentum=worker_momentum)
 
 

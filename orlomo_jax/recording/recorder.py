@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orlomo_jax.checks import check_count
+from orlomo_jax.checks import check_count, shortened
 from orlomo_jax.recording.callbacks import AnyCallback, as_callback
 from orlomo_jax.recording.columns import MetricColumns, Stacked
 from orlomo_jax.recording.evaluation import check_evaluation, evaluated
@@ -50,7 +50,7 @@ class Recording(NamedTuple):
         if evaluate_every is not None:
             every = check_count("evaluate_every", evaluate_every, 1)
         if not isinstance(callbacks, Sequence):
-            raise TypeError(f"`callbacks` must be a list, got callbacks={callbacks!r}")
+            raise TypeError(f"`callbacks` must be a list, got callbacks={shortened(callbacks)}")
         return cls(num_steps, evaluate, every, tuple(map(as_callback, callbacks)))
 
 

@@ -141,8 +141,10 @@ def train(
     check_type("membership", membership, Membership, "a Membership")
     check_functions(loss_fn=loss_fn, batch_fn=batch_fn, evaluate=evaluate, round_fn=round_fn)
     check_functions(fault_injector=fault_injector)
-    if not hasattr(workers, "submit"):
-        raise TypeError(f"`workers` must be a worker pool, got workers={workers!r}")
+    if isinstance(workers, type) or not hasattr(workers, "submit"):
+        raise TypeError(
+            f"`workers` must be a worker pool such as ThreadWorkers(), got workers={workers!r}"
+        )
     num_steps = check_count("num_steps", num_steps, 1)
     recording = Recording.of(num_steps, evaluate, evaluate_every, callbacks)
     options = RunOptions(

@@ -99,9 +99,10 @@ def simulate_many(
     round_fn = round_of(method, loss_fn, round_fn)
     if not runs:
         raise ValueError("`runs` must contain at least one run, got none")
-    num_steps = runs[0].trace.num_steps
     for index, run in enumerate(runs):
         check_type(f"runs[{index}]", run, RunStart, "a RunStart")
+    num_steps = runs[0].trace.num_steps
+    for index, run in enumerate(runs):
         if run.trace.num_steps != num_steps:
             raise ValueError(
                 "the traces of `runs` must have the same number of steps, got "

@@ -227,7 +227,8 @@ class ArrivalTrace:
                 raise ValueError(f"it has the unknown fields {sorted(unknown)}")
             return cls.from_workers(**data) if by_hand else cls(**data)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not an arrival trace: {error}") from error
+            hint = "; for a journal: Journal.load(path).trace()" if path.suffix == ".jsonl" else ""
+            raise ValueError(f"{path} is not an arrival trace: {error}{hint}") from error
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ArrivalTrace))

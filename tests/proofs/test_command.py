@@ -41,6 +41,8 @@ def test_command_fails_with_a_counterexample_that_replays(tmp_path, capsys):
     [
         (["--lemma", "99"], "--lemma"),
         (["--rule", "proofs_check"], "MODULE:FACTORY"),
+        (["--rule", "orlomo_jax:make_method"], "must name a factory(num_workers, momentum,"),
+        (["--rule", "orlomo_jax:delay_adaptive"], "got 'orlomo_jax:delay_adaptive'"),
         (["--replay", "no such file"], "no such file"),
     ],
 )

@@ -55,6 +55,11 @@ def test_a_slip_in_the_loss_shows_before_a_worker_starts():
     assert not workers.starts
 
 
+def test_a_class_of_workers_is_refused():
+    with pytest.raises(TypeError, match=r"must be a worker pool such as ThreadWorkers\(\), got"):
+        run(workers=ThreadWorkers)
+
+
 def test_what_the_first_round_of_a_worker_raises_ends_the_run():
     workers = Raising({(1, 0)})
     with pytest.raises(ValueError, match="no such batch") as caught:

@@ -252,6 +252,8 @@ def test_what_cannot_run_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             together("orlomo", starts, over_runs="vmap")
+    with pytest.raises(TypeError, match=r"`runs\[0\]` must be a RunStart"):
+        together("orlomo", [one.params])
     with pytest.raises(ValueError, match="over_runs='pmap'"):
         together("orlomo", [one], over_runs="pmap")
     with pytest.raises(ValueError, match='must be "loop" for engine='):

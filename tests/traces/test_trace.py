@@ -244,6 +244,11 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"bad\.json is not an arrival trace: "):
             ArrivalTrace.load(tmp_path / "bad.json")
 
+    def test_a_journal_is_read_otherwise(self, tmp_path):
+        (tmp_path / "arrivals.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
+        with pytest.raises(ValueError, match=r"for a journal: Journal\.load\(path\)\.trace\(\)"):
+            ArrivalTrace.load(tmp_path / "arrivals.jsonl")
+
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             ArrivalTrace.load(tmp_path / "none.json")

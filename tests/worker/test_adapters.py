@@ -40,6 +40,11 @@ def example_batch(*leading):
 KEY = jax.random.key(3)
 
 
+def test_a_class_instead_of_a_module():
+    with pytest.raises(TypeError, match=r"must be an nnx\.Module, got the class Linear"):
+        from_nnx(nnx.Linear, criterion)
+
+
 def test_params_and_state_are_plain_and_hold_no_random_state():
     model = from_nnx(net(), criterion)
     assert set(model.params) == {"layers", "norm"}
