@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "matrix"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
-PYTHON = "3.12"
-"""The Python of the cells that need only one."""
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+"""The Python of the cells that need only one: the one that runs this script."""
 OLDEST_JAX = re.findall(r"'jax>=([\d.]+)'", str(PROJECT["dependencies"]))[0]
 NEED_REPOSITORY = (
     "tests/experiments",

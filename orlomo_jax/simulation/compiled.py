@@ -21,15 +21,7 @@ from orlomo_jax.server.state import ServerState
 from orlomo_jax.server.step import apply_report, check_model_state_weight, weight_on_host
 from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
-from orlomo_jax.simulation.stacking import (
-    cast_like,
-    copy,
-    put,
-    read,
-    repeat,
-    take,
-    write_to,
-)
+from orlomo_jax.simulation.stacking import cast_like, copy, put, read, repeat, take, write_to
 from orlomo_jax.traces.trace import ArrivalTrace
 from orlomo_jax.trees import Array, PyTree
 from orlomo_jax.worker.step_loop import init_state
