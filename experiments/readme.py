@@ -169,7 +169,7 @@ def language_summary() -> str:
         "| server | equal workers: perplexity against DiLoCo (95 %) | time | speeds 4:1 | time |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name in sorted(study.FIRST, key="diloco".__ne__):
+    for name in study_report.STYLES:
         cells = [f"`{name}`" + (", synchronous" if name == "diloco" else "")]
         for cluster in study.CLUSTERS[:2]:
             of_arm = study_report.of_cluster(rows, "study", cluster)

@@ -25,8 +25,15 @@ AXES = {
     "step": "server steps (reports)",
     "virtual_time": "virtual time (s)",
 }
-SHOWN = ("diloco", "delay_lookahead", "ordered_outer_momentum", "al_sgd", "delayed_nesterov")
-"""The methods in the figures."""
+STYLES = {
+    "diloco": "-",
+    "delay_lookahead": "-",
+    "heloco": (0, (5, 1, 1, 1, 1, 1)),
+    "al_sgd": "-.",
+    "ordered_outer_momentum": "--",
+    "delayed_nesterov": ":",
+}
+"""The methods in the figures and in the README, and their lines."""
 Row = dict[str, Any]
 
 
@@ -171,14 +178,14 @@ def draw(
 
 def _draw_panel(axis: Any, of_arm: dict[str, dict[int, Row]], cluster: str, name: str) -> None:
     """Draw each method's mean over the seeds, and a band from the lowest to the highest."""
-    for number, (arm, style) in enumerate(zip(SHOWN, ("-", "-", "--", "-.", ":"), strict=True)):
+    for number, (arm, style) in enumerate(STYLES.items()):
         curves = [curve(row, cluster) for row in of_arm.get(arm, {}).values()]
         curves = [points for points in curves if np.isfinite(points["loss"]).all()]
         if not curves:
             continue
         x = np.mean([points[name] for points in curves], axis=0)
         losses, look = np.array([points["loss"] for points in curves]), {"color": f"C{number}"}
-        axis.plot(x, losses.mean(0), style, label=arm, **look)
+        axis.plot(x, losses.mean(0), linestyle=style, label=arm, **look)
         axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.2, lw=0, **look)
     axis.set(xlabel=AXES[name], ylabel="held-out loss (nats per byte)", title=cluster)
     axis.set_ylim(top=2.4)
