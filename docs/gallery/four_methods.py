@@ -125,9 +125,10 @@ plt.show()
 # %% [markdown]
 # ## Four runs
 #
-# `make_method` returns a method by its name. Each gets the best local learning rate γ of the grid
-# 0.01, 0.03, 0.1, 0.3, 1 on this task. PRSGDm is synchronous: `simulate` gives it a trace with the
-# same compute times, in which all workers wait for each other.
+# `make_method` returns a method by its name. Each gets the local learning rate γ that was best for
+# it in the [quickstart of the experiments](../../README.md#results): the same data and a similar
+# network, sixteen workers, a grid of five rates. PRSGDm is synchronous: `simulate` gives it a trace
+# with the same compute times, in which all workers wait for each other.
 
 # %%
 rates = {"orlomo": 0.3, "prsgdm": 0.3, "al_sgd": 1.0, "local_ormo_da": 0.03}

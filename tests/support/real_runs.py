@@ -77,21 +77,32 @@ def assert_replays(result, name="orlomo", batch_fn=batch_fn):
 
 
 class Unreliable(ThreadWorkers):
-    """ThreadWorkers of which some tasks come to nothing, as those of a dying or hanging worker."""
+    """ThreadWorkers of which some tasks come to nothing, as those of a dying or hanging worker.
 
-    def __init__(self, failing=(), hanging=()):
+    With ``failing_first``, the other workers' reports come after all failures. So every failure is
+    in the run, however the threads are scheduled.
+    """
+
+    def __init__(self, failing=(), hanging=(), failing_first=False):
         super().__init__()
         self.failing, self.hanging, self.starts = failing, hanging, []
+        self.awaited, self.held_back = set(failing) if failing_first else set(), []
 
     def start(self, worker):
         self.starts.append(worker)
         super().start(worker)
 
     def wait(self, timeout):
+        if self.held_back and not self.awaited:
+            return self.held_back.pop(0)
         outcome = super().wait(timeout)
         if outcome is None or outcome.id[:2] in self.hanging:
             return None
+        if self.awaited and outcome.id.worker not in {worker for worker, _ in self.awaited}:
+            self.held_back.append(outcome)
+            return None
         if outcome.id[:2] in self.failing:
+            self.awaited.discard(outcome.id[:2])
             return TaskOutcome(outcome.id, None, error="it died")
         return outcome
 

@@ -121,7 +121,8 @@ def test_a_killed_simulation_resumes_with_the_same_batches(tmp_path):
 
 def test_a_lost_round_uses_up_its_batch(tmp_path):
     make = from_memmap(tmp_path)
-    result = run(workers=Unreliable(failing={(1, 1), (2, 0)}), batch_fn=HostBatches(make))
+    workers = Unreliable(failing={(1, 1), (2, 0)}, failing_first=True)
+    result = run(workers=workers, batch_fn=HostBatches(make))
     trace = result.trace
     assert [event.kind for event in trace.events].count("lost") == 2
     for worker, lost in ((1, 1), (2, 0)):
