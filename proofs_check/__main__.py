@@ -210,7 +210,8 @@ def _subject(rule: str | None, worker_momentum: bool) -> Subject:
     found = getattr(importlib.import_module(module), factory)
     try:
         rule_of = found(2, momentum=0.9, learning_rate=1.0, delay_weight=None)
-        rule_of.init, rule_of.update  # noqa: B018
+        if not (callable(rule_of.init) and callable(rule_of.update)):
+            raise TypeError("init and update must be functions")
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"`--rule` must name a factory(num_workers, momentum, learning_rate, delay_weight) of "
