@@ -77,7 +77,7 @@ def assert_replays(result, name="orlomo", batch_fn=batch_fn):
 
 
 class Unreliable(ThreadWorkers):
-    """ThreadWorkers of which some tasks come to nothing, as those of a dying or hanging worker.
+    """ThreadWorkers that lose some tasks, as if the worker had died or hung.
 
     With ``failing_first``, the other workers' reports come after all failures. So every failure is
     in the run, however the threads are scheduled.
