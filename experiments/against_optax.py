@@ -177,10 +177,10 @@ def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> None:
     """Compare from the command line."""
     accept_any_terminal()
-    settings = tyro.cli(
-        AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
-    )
     try:
+        settings = tyro.cli(
+            AgainstOptax, prog="python -m experiments.against_optax", args=args, description=__doc__
+        )
         options = (settings.evaluations, settings.controls, Console(stderr=True))
         comparison = compare(settings.run, settings.data_dir, *options)
     except (DataError, ValueError) as error:

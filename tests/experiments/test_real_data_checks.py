@@ -72,9 +72,10 @@ class TestAgainstOptax:
         assert f"step 7: test accuracy {accuracy:.2f} % simulated" in capsys.readouterr().out
 
     def test_several_workers_have_no_counterpart(self, capsys):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as error:
             against_optax.main(["--workers", "2"])
-        assert "got workers=2, local_iterations=1" in " ".join(capsys.readouterr().err.split())
+        shown = f"{error.value} {capsys.readouterr().err}"  # newer versions of tyro print it
+        assert "got workers=2, local_iterations=1" in " ".join(shown.split())
 
 
 @pytest.mark.slow
