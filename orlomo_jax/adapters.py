@@ -129,8 +129,7 @@ def from_nnx(
         module = merge(params, model_state, key)
         if train_mode:
             module.train()
-        result = criterion(module, batch)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        loss, metrics = _with_metrics(criterion(module, batch))
         return loss, (nnx.to_pure_dict(nnx.state(module, kept)), metrics)
 
     def predict(params, model_state, *inputs):
@@ -139,6 +138,15 @@ def from_nnx(
         return module(*inputs)
 
     return Model(params, model_state, loss_fn, predict)
+
+
+def _with_metrics(result: Any) -> tuple[Array, PyTree]:
+    """Return a criterion's loss and metrics; raise TypeError if its result has another form."""
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if isinstance(loss, tuple | list | dict) or loss is None:
+        form = f"a {type(loss).__name__}" if loss is result else f"({type(loss).__name__}, …)"
+        raise TypeError(f"`criterion` must return the loss or (loss, metrics), got {form}")
+    return loss, metrics
 
 
 def _seed(stream: Array | jax.ShapeDtypeStruct, key: Array) -> Array:

@@ -45,6 +45,22 @@ def test_a_class_instead_of_a_module():
         from_nnx(nnx.Linear, criterion)
 
 
+@pytest.mark.parametrize(
+    ("result", "form"),
+    [
+        ([1.0, {}], "a list"),
+        ((1.0, {}, 2.0), "a tuple"),
+        ({"loss": 1.0}, "a dict"),
+        (None, "a NoneType"),
+        (([1.0], {}), r"\(list, …\)"),
+    ],
+)
+def test_a_criterion_that_does_not_return_a_loss(result, form):
+    model = from_nnx(net(), lambda module, batch: result)
+    with pytest.raises(TypeError, match=rf"`criterion` must return the loss or .*, got {form}"):
+        model.loss_fn(*model[:2], example_batch(), KEY)
+
+
 def test_params_and_state_are_plain_and_hold_no_random_state():
     model = from_nnx(net(), criterion)
     assert set(model.params) == {"layers", "norm"}
