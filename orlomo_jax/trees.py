@@ -58,8 +58,8 @@ def widened(tree: Params) -> Params:
     """Return a tree with narrower floating leaves cast to float32."""
 
     def leaf(x):
-        x = jnp.asarray(x)
-        wide = wide_dtype(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x.dtype
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+        wide = widest(jnp.float32, x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x.dtype
         return x if x.dtype == wide else x.astype(wide)
 
     return jax.tree.map(leaf, tree)

@@ -16,12 +16,8 @@ from orlomo_jax.recording.evaluation import check_evaluation, evaluated
 from orlomo_jax.recording.health import Health
 from orlomo_jax.recording.history import Evaluation, History, StepRecord, TrainingResult
 from orlomo_jax.recording.state_source import StateSource
-from orlomo_jax.server.parameter_server import ParameterServer
-from orlomo_jax.server.reports import RejectedReportError, Report
 from orlomo_jax.server.snapshots import nonempty_leaves, unflatten_like
-from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.traces.trace import ArrivalTrace
-from orlomo_jax.trees import all_finite
 from orlomo_jax.worker.protocols import Evaluate
 from orlomo_jax.worker.workload import RoundMetrics, Workload
 
@@ -67,10 +63,6 @@ class RunRecorder:
         step: The number of reports recorded.
         first_nonfinite: The step at which the run diverged, −1 if it has not.
         stopped: Whether a callback has ended the run.
-        like: The shapes of a round's metrics.
-
-    Raises:
-        RejectedReportError: If the workload's reports do not fit the server's trees.
     """
 
     def __init__(
@@ -84,9 +76,8 @@ class RunRecorder:
         self.source, self.recording = source, recording
         self.step, self.first_nonfinite, self.stopped = 0, -1, False
         self.evaluations: list[Evaluation] = []
-        self._arrival, self.like = arrival, _metric_shapes(source.server, workload)
-        self._workload = workload
-        self._columns = MetricColumns(self.like)
+        self._arrival, self._workload = arrival, workload
+        self._columns = MetricColumns(source.like)
 
     @property
     def ended(self) -> bool:
@@ -171,15 +162,10 @@ class RunRecorder:
         return evaluation
 
     def check(self) -> None:
-        """Fetch the metrics from the device, and check whether the run has diverged.
-
-        If every report was finite but the merge was not, the newest step counts as the first.
-        """
+        """Fetch the metrics from the device, and check whether the run has diverged."""
         self._columns.fetch()
-        if int(self.source.first_nonfinite) < 0 and not bool(all_finite(self.source.view())):
-            self.source.first_nonfinite = self.step - 1
         if self.first_nonfinite < 0:
-            self.first_nonfinite = int(self.source.first_nonfinite)
+            self.first_nonfinite = self.source.find_nonfinite()
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return arrays and JSON-able notes of the run and its server."""
@@ -237,7 +223,7 @@ class RunRecorder:
     def _history(self, times: Any, workers: Any, delays: Any) -> History:
         length = len(times)
         columns = [column[:length] for column in self._columns.leaves()]
-        metrics = jax.tree.unflatten(jax.tree.structure(self.like), columns)
+        metrics = jax.tree.unflatten(jax.tree.structure(self.source.like), columns)
         step = np.arange(1, length + 1, dtype=np.int32)
         evaluations = tuple(self.evaluations)
         return History(
@@ -258,13 +244,3 @@ def _ends_run(callback: Any, record: StepRecord) -> bool:
         return callback.on_step(record) is True
     except StopIteration:
         return True
-
-
-def _metric_shapes(server: ParameterServer, workload: Workload) -> RoundMetrics:
-    """Return the shapes of a round's metrics; raise if its reports are malformed."""
-    result, metrics = workload.shapes(server.to_send())
-    try:
-        server.check_form(Report(TaskId(0, 0, 0), result.update, result.model_state))
-    except (TypeError, ValueError) as error:
-        raise RejectedReportError(str(error)) from error
-    return metrics

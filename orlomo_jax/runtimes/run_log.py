@@ -84,7 +84,7 @@ class RunLog:
         """Count an applied report, and pass it to the recorder."""
         delay = self.recorder.step - arrival.dispatched_at
         self.meter.applied(arrival.worker, delay)
-        stacked = metric_rows.stacked([arrival.metrics], self.recorder.like.metrics)
+        stacked = metric_rows.stacked([arrival.metrics], self.recorder.source.like.metrics)
         of_round = jax.tree.map(lambda x: x[0], stacked)
         metrics = RoundMetrics(arrival.loss, of_round, np.bool_(arrival.accepted))
         self.recorder.applied(metrics, received_bytes=arrival.received_bytes)

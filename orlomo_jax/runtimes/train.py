@@ -210,7 +210,7 @@ def _train(
             at = journal.arrivals[step]
             return at.time, at.worker, step - at.dispatched_at
 
-        recorder = RunRecorder(ServerSource(server), workload, arrival, recording)
+        recorder = RunRecorder(ServerSource(server, workload), workload, arrival, recording)
         saver = seen = None
         if checkpoint is not None:
             saver = RunSaver(checkpoint, [recorder], identity)

@@ -13,6 +13,7 @@ import numpy as np
 from orlomo_jax.methods.method import Method
 from orlomo_jax.recording.columns import Stacked
 from orlomo_jax.recording.recorder import SEGMENT
+from orlomo_jax.recording.state_source import metric_shapes
 from orlomo_jax.server.parameter_server import ParameterServer
 from orlomo_jax.server.placement import as_jax_arrays
 from orlomo_jax.server.reports import Report, Task
@@ -23,7 +24,7 @@ from orlomo_jax.server.task_table import TaskId
 from orlomo_jax.simulation.planning import Segment, SlotPlanner, count_slots
 from orlomo_jax.simulation.stacking import cast_like, copy, put, read, repeat, take, write_to
 from orlomo_jax.traces.trace import ArrivalTrace
-from orlomo_jax.trees import Array, PyTree
+from orlomo_jax.trees import Array, PyTree, all_finite
 from orlomo_jax.worker.step_loop import init_state
 from orlomo_jax.worker.workload import RoundInput, RoundMetrics, Workload, round_program
 
@@ -48,7 +49,7 @@ class Carry(NamedTuple):
 
     state: ServerState
     slots: RoundInput
-    first_nonfinite: Array
+    first_nonfinite: Array | np.int32
     metrics: RoundMetrics
     local_states: PyTree
 
@@ -76,6 +77,7 @@ class CompiledEngine:
     Attributes:
         settings: The numbers that are arguments of the program.
         slots: The number of versions of w that can be stored.
+        like: The shapes of a round's metrics.
         local_states: By worker, the state of its optimizer that its next round starts from; while
             segments run, they are in the carry.
     """
@@ -92,8 +94,7 @@ class CompiledEngine:
     ) -> None:
         """Keep the arguments; the first segment takes the state from the server."""
         self.server, self.workload, self._trace, self._batch = server, workload, trace, batch
-        own = hyperparameters or {}
-        values = {name: jnp.asarray(value, float) for name, value in own.items()}
+        values = {name: jnp.asarray(x, float) for name, x in (hyperparameters or {}).items()}
         self.settings = Settings(server.schedule, values)
         self.program = segment_program(
             method or server.method,
@@ -107,8 +108,7 @@ class CompiledEngine:
         self.slots = count_slots(trace)
         self._merges = bool(jax.tree.leaves(server.model_state))
         self._carry: Carry | None = None
-        self._metrics = workload.shapes(server.to_send())[1]
-        self.first_nonfinite: Any = -1
+        self.like, self.first_nonfinite = metric_shapes(server, workload), -1
 
     def advance(self, stop: int) -> Stacked:
         """Apply reports until step ``stop``; return the metrics of each.
@@ -137,6 +137,10 @@ class CompiledEngine:
         """Return the state, valid until the next segment."""
         return self.server.view() if self._carry is None else self._carry.state
 
+    def find_nonfinite(self) -> int:
+        """Return the first non-finite step, −1 for none: the program looks at the state too."""
+        return self.first_nonfinite
+
     def model(self) -> tuple[Any, Any]:
         """Return params and model state, which later steps do not change."""
         state = self.view()
@@ -159,8 +163,8 @@ class CompiledEngine:
         slots = repeat(self._newest(state), self.slots)
         for version, slot in self._planner.versions.items():
             slots = write_to(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))
-        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self._metrics)
-        bad = jnp.int32(self.first_nonfinite)
+        metrics = jax.tree.map(lambda x: np.zeros((LENGTH, *x.shape), x.dtype), self.like)
+        bad = np.int32(self.first_nonfinite)
         return Carry(state, slots, bad, metrics, self._stacked_local_states(slots))
 
     def _stacked_local_states(self, slots: RoundInput) -> PyTree:
@@ -288,6 +292,9 @@ def segment_program(
 
             return jax.lax.fori_loop(0, segment.sizes[index], step, carry)
 
-        return jax.lax.fori_loop(0, groups, group, carry)
+        carry = jax.lax.fori_loop(0, groups, group, carry)
+        bad, last = carry.first_nonfinite, first + segment.sizes.sum(dtype=jnp.int32) - 1
+        last = jnp.where(all_finite(carry.state), -1, last)
+        return carry._replace(first_nonfinite=jnp.where(bad < 0, last, bad))
 
     return run

@@ -18,7 +18,7 @@ class EagerEngine(ServerSource):
 
     def __init__(self, server: ParameterServer, workload: Workload, trace: ArrivalTrace) -> None:
         """Continue from the server's step."""
-        super().__init__(server)
+        super().__init__(server, workload)
         self._workload, self._trace, self._events = workload, trace, Events(trace)
         self.first_nonfinite = jnp.int32(-1)
 

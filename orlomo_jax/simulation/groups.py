@@ -19,6 +19,7 @@ from orlomo_jax.server.state import ServerState
 from orlomo_jax.simulation.compiled import Carry, CompiledEngine
 from orlomo_jax.simulation.engine_choice import Engine, Rounds
 from orlomo_jax.simulation.stacking import stack
+from orlomo_jax.worker.workload import RoundMetrics
 
 RunAxis: TypeAlias = Literal["vmap", "map", "loop"]
 RUN_AXES = (None, 0, 0, 0, None, None, 0, 0)
@@ -181,6 +182,11 @@ class Lane:
         self._engine.local_states = states
 
     @property
+    def like(self) -> RoundMetrics:
+        """The shapes of a round's metrics."""
+        return self._engine.like
+
+    @property
     def _engine(self) -> CompiledEngine:
         return self._group.engines[self._index]
 
@@ -189,6 +195,10 @@ class Lane:
         if not self._group.is_running(self._index):
             return self._engine.view()
         return self._group.read(self._index, lambda carry: carry.state)
+
+    def find_nonfinite(self) -> int:
+        """Return the run's first non-finite step, −1 for none."""
+        return self._engine.find_nonfinite()
 
     def model(self) -> tuple[Any, Any]:
         """Return the run's params and model state, which later steps do not change."""

@@ -108,13 +108,12 @@ class SlotPlanner:
         """Plan the steps until ``stop``, at most ``length`` of them."""
         first, table = self.table.step, self.table
         rows, written = [], []
-        for t in range(first, stop):
+        for t, worker in enumerate(self._workers[first:stop].tolist(), first):
             self._events.apply(t, self)
-            worker = int(self._workers[t])
             write = self._free[-1] if self._newest is None else self._newest
-            fresh = table.fresh_task(worker)
-            rows.append((*table.held[worker], self._slots[worker], write, fresh))
-            written.append(self._written[self._slots[worker]])
+            slot = self._slots[worker]
+            rows.append((*table.held[worker], slot, write, table.fresh[worker]))
+            written.append(self._written[slot])
             self._free_slot(worker)
             self._newest = None
             for waiting in table.receive(worker):

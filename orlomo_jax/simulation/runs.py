@@ -105,7 +105,7 @@ def simulate_runs(
     if checkpoint is not None and saved is None and (checkpoint.directory / JOURNAL).exists():
         raise ValueError(f"{checkpoint.directory} has a run by train: choose another folder")
     with ExitStack() as stack:
-        groups, identity = _grouped(runs, engine, axis, saved)
+        groups, settings = _grouped(runs, engine, axis, saved)
         lanes = [lane for group in groups for lane in group.lanes]
         recorders = [
             RunRecorder(lane, run.workload, run.trace.arrival, recording)
@@ -115,6 +115,7 @@ def simulate_runs(
             stack.enter_context(closing(recorder))
         saver = None
         if checkpoint is not None:
+            identity = _identity(runs, settings)
             saver = RunSaver(checkpoint, recorders, identity, partial(_arrivals, runs))
         if saved is not None and saver is not None:
             saver.restore(saved)
@@ -197,7 +198,7 @@ class _Sweep:
 def _grouped(
     runs: Sequence[Run], engine: Any, wanted: RunAxis | None, saved: Saved | None
 ) -> tuple[list[OneByOne | Together], dict[str, Any]]:
-    """Return groups of runs, each for one thread, and what runs that resume must have in common."""
+    """Return groups of runs, each for one thread, and the settings that a resumed run keeps."""
     if len(runs) > 1 and wanted in ("vmap", "map") and engine == "auto":
         engine = Compiled("loop")
     settings = _as_saved(choose(engine, *runs[0][:3]), engine, saved)
@@ -214,10 +215,10 @@ def _grouped(
         groups = [
             Together(part, axis, width, device) for part, device in zip(parts, devices, strict=True)
         ]
-    identity = _identity(runs, settings)
+    kept = {"engine": type(settings).__name__} | asdict(settings)
     if len(runs) > 1:
-        identity |= {"axis": axis, "groups": len(groups)}
-    return groups, identity
+        kept |= {"axis": axis, "groups": len(groups)}
+    return groups, kept
 
 
 def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> Eager | Compiled:
@@ -233,7 +234,7 @@ def _as_saved(settings: Eager | Compiled, wanted: Any, saved: Saved | None) -> E
     return replace(settings, max_batch=batch) if isinstance(batch, int) else settings
 
 
-def _identity(runs: Sequence[Run], settings: Eager | Compiled) -> dict[str, Any]:
+def _identity(runs: Sequence[Run], settings: dict[str, Any]) -> dict[str, Any]:
     """Return what runs that resume must have in common with these, JSON-able."""
     first, *others = runs
     identity = {"run by": "simulate", "together": len(runs)} | of_run(first.server, first.workload)
@@ -241,7 +242,7 @@ def _identity(runs: Sequence[Run], settings: Eager | Compiled) -> dict[str, Any]
         own = of_rate(run.server) | of_keys(*run.workload.keys)
         own |= {f"hyperparameter {name}": str(x) for name, x in run.hyperparameters.items()}
         identity |= {f"{name} of run {index}": value for name, value in own.items()}
-    return identity | {"engine": type(settings).__name__} | asdict(settings)
+    return identity | settings
 
 
 def _arrivals(runs: Sequence[Run], step: int) -> dict[str, Any]:

@@ -193,8 +193,9 @@ def test_divergence_is_found_where_it_began(name, num_steps):
     assert result.history.evaluations == ()
 
 
+@pytest.mark.parametrize("engine", ["compiled", "eager"])
 @pytest.mark.parametrize("rate", [pytest.param(lambda step: jnp.nan, marks=pytest.mark.slow), 1e38])
-def test_a_merge_that_overflows_is_divergence(rate):
+def test_a_merge_that_overflows_is_divergence(rate, engine):
     """Every report is finite, the last one too; only what the server makes of it is not."""
 
     def stateless(params, model_state, batch, key):
@@ -208,6 +209,7 @@ def test_a_merge_that_overflows_is_divergence(rate):
         trace=ArrivalTrace.from_workers([0], 2),
         key=jax.random.key(0),
         local_learning_rate=RATE,
+        engine=engine,
     )
     assert (result.status, result.diverged_at) == ("diverged", 0)
 
