@@ -94,8 +94,8 @@ def resnet(
 def simulator(repeats: int) -> Iterator[Row]:
     """Measure global iterations per second of the eager and the compiled engine."""
     small = _small()
-    for form, bar in (("compiled", 1.2), ("driven from Python", 0.5)):
-        run = partial(small.simulated, engine=form)
+    for engine, form, bar in (("compiled", "compiled", 1.2), ("eager", "driven from Python", 0.5)):
+        run = partial(small.simulated, engine=engine)
         (timing,) = in_turn(repeats, run, small.rounds)
         name = f"simulator, {form}, {small.name}"
         yield rate(name, small.trace.num_steps, timing, "iterations/s", "bare rounds", bar)

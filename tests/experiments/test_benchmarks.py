@@ -41,6 +41,14 @@ def test_rows_are_appended_with_device_and_versions(tmp_path, capsys):
     assert "import orlomo_jax" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["simulator", "optimizers", "uneven", "axes", "sweep", "threads"])
+def test_a_group_runs_to_its_end(group):
+    rows = list(GROUPS[group](1))
+    assert rows
+    assert all(row.ratio > 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [(["--only", "nothing"], "--only must be of"), (["--repeats", "0"], "--repeats must be ≥ 1")],
