@@ -49,7 +49,7 @@ class Carry(NamedTuple):
 
     state: ServerState
     slots: RoundInput
-    first_nonfinite: Array | np.int32
+    first_nonfinite: Array
     metrics: RoundMetrics
     local_states: PyTree
 
@@ -163,8 +163,8 @@ class CompiledEngine:
         slots = repeat(self._newest(state), self.slots)
         for version, slot in self._planner.versions.items():
             slots = write_to(slots, as_jax_arrays(versions.pop(version)), np.int32(slot))
-        metrics = jax.tree.map(lambda x: np.zeros((LENGTH, *x.shape), x.dtype), self.like)
-        bad = np.int32(self.first_nonfinite)
+        metrics = jax.tree.map(lambda x: jnp.zeros((LENGTH, *x.shape), x.dtype), self.like)
+        bad = jnp.int32(self.first_nonfinite)
         return Carry(state, slots, bad, metrics, self._stacked_local_states(slots))
 
     def _stacked_local_states(self, slots: RoundInput) -> PyTree:
