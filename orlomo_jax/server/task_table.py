@@ -82,7 +82,7 @@ class TaskTable:
 
     def check_worker(self, worker: Any) -> int:
         """Return ``worker`` as an int in [0, K), or raise."""
-        if type(worker) is int and 0 <= worker < self.num_workers:  # fast: a plan checks each step
+        if type(worker) is int and 0 <= worker < self.num_workers:  # fast, for plans of many steps
             return worker
         return check_count("worker", worker, 0, self.num_workers - 1)
 
