@@ -28,8 +28,8 @@ class ComputeOptions:
     """Compute rounds one by one, or together by lax.map or vmap (simulated runs)."""
     compute_batch: int | None = None
     """The largest number of rounds computed together; by default as many as possible."""
-    convolution: Literal["auto", "xla", "matmul", "onednn"] = "auto"
-    """Convolutions by XLA, as matrix products, or by oneDNN (on a CPU; needs the extra onednn)."""
+    convolution: Literal["auto", "xla", "matmul", "native"] = "auto"
+    """Convolutions by XLA, as matrix products, or by C++ loops (on a CPU; needs a C++ compiler)."""
 
     @property
     def engine(self) -> Any:

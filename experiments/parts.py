@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 def assemble(
     run: Run,
     data_dir: Path | None = None,
-    convolution: Literal["auto", "xla", "matmul", "onednn"] = "auto",
+    convolution: Literal["auto", "xla", "matmul", "native"] = "auto",
 ) -> Parts:
     """Return the parts of a run, the same objects for runs of one shape."""
     return _assemble(replace(shape_of(run), epochs=1, runtime="simulated"), data_dir, convolution)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.measure import Row, in_turn
-from experiments.models import onednn
+from experiments.models import native
 
 BATCH, SIDE, LONG, CALLS = 64, 2048, 10_000_000, 10
 
@@ -43,7 +43,7 @@ def layers(repeats: int) -> Iterator[Row]:
 
 def _convolutions(channels: int) -> dict[str, Callable]:
     kernel = jax.random.normal(jax.random.key(2), (3, 3, channels, channels))
-    of = partial(onednn.convolve, stride=1, padding=1)
+    of = partial(native.convolve, stride=1)
     return {
         "convolution": lambda x, gradient: of(x, kernel),
         "its input gradient": lambda x, gradient: jax.vjp(lambda x: of(x, kernel), x)[1](gradient),
@@ -56,7 +56,7 @@ def _batch_norms(channels: int) -> dict[str, tuple[Callable, int]]:
     scale, bias = jnp.ones(channels), jnp.zeros(channels)
 
     def forward(x):
-        result: Any = onednn.batch_norm_relu(x, scale, bias, None, 1e-5)
+        result: Any = native.batch_norm_relu(x, scale, bias, None, 1e-5)
         return result.features
 
     return {

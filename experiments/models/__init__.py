@@ -63,7 +63,7 @@ def make(
         dtype: Dtype of features, float32 or bfloat16.
         convolution: How convolutions are computed, see :mod:`experiments.models.layers`. Parameters
             are the same, results differ by rounding. ``auto`` is ``matmul`` on a CPU and ``xla``
-            elsewhere; ``onednn`` is for a CPU, in float32.
+            elsewhere; ``native`` is for a CPU, in float32.
 
     Raises:
         ValueError: If the name is unknown, or the network cannot use this ``image_shape``.
@@ -85,9 +85,9 @@ def make(
         raise ValueError(f"{name} needs images, got features of shape {image_shape}: try an mlp")
     if convolution == "auto":
         convolution = "matmul" if jax.default_backend() == "cpu" else "xla"
-    if convolution == "onednn" and (jax.default_backend() != "cpu" or dtype != jnp.float32):
+    if convolution == "native" and (jax.default_backend() != "cpu" or dtype != jnp.float32):
         raise ValueError(
-            f"`convolution` 'onednn' must run on a CPU in float32, got {jax.default_backend()} and "
+            f"`convolution` 'native' must run on a CPU in float32, got {jax.default_backend()} and "
             f"{jnp.dtype(dtype).name}"
         )
     if name == "squeezenet" and min(image_shape[:2]) < 8:

@@ -7,9 +7,8 @@ height, width, batch]. In this layout the patches are copied in long contiguous 
 backend runs the gradient of its own convolution much slower inside a loop than outside. Matrix
 products are as fast in a loop, and stay matrix products under ``vmap``.
 
-``onednn`` computes convolutions on a CPU with the library oneDNN, and batch normalisation with
-loops of our own, in the layout of ``xla``; see :mod:`experiments.models.onednn`. It is as fast in a
-loop as outside.
+``native`` computes convolutions and batch normalisation on a CPU with C++ loops, in the layout of
+``xla``; see :mod:`experiments.models.native`. It is as fast in a loop as outside.
 
 Height and width are axes 1 and 2 in all forms, so that a network is written once.
 """
@@ -24,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models.onednn import batch_norm_relu, convolve
+from experiments.models.native import batch_norm_relu, convolve
 
-ConvImpl = Literal["xla", "matmul", "onednn"]
+ConvImpl = Literal["xla", "matmul", "native"]
 HE_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -63,7 +62,7 @@ class Layers:
     ) -> nnx.Conv:
         """Return a convolution with an odd kernel, He-initialised."""
         pad = kernel_size // 2
-        forms = {"xla": nnx.Conv, "matmul": MatmulConv, "onednn": OneDNNConv}
+        forms = {"xla": nnx.Conv, "matmul": MatmulConv, "native": NativeConv}
         return forms[self.convolution](
             channels_in,
             channels,
@@ -78,7 +77,7 @@ class Layers:
 
     def norm_relu(self, channels: int, rngs: nnx.Rngs) -> NormReLU:
         """Return batch normalisation followed by ReLU."""
-        form = FusedNormReLU if self.convolution == "onednn" else NormReLU
+        form = FusedNormReLU if self.convolution == "native" else NormReLU
         return form(
             channels,
             axis=self.channel_axis,
@@ -120,15 +119,14 @@ class FusedNormReLU(NormReLU):
         return result.features
 
 
-class OneDNNConv(nnx.Conv):
-    """An ``nnx.Conv`` on float32[batch, height, width, channels], computed by oneDNN."""
+class NativeConv(nnx.Conv):
+    """An ``nnx.Conv`` on float32[batch, height, width, channels], computed by C++ loops."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map float32[batch, height, width, channels_in] to float32[batch, …, channels]."""
         del out_sharding  # one CPU
         strides: Any = self.strides
-        padding: Any = self.padding
-        outputs: Any = convolve(inputs, self.kernel[...], strides[0], padding[0][0])
+        outputs: Any = convolve(inputs, self.kernel[...], strides[0])
         return outputs if self.bias is None else outputs + self.bias[...]
 
 

@@ -46,7 +46,7 @@ class Way:
 
     how: Literal["alone", "threads", "vmap", "processes"] = "alone"
     count: int = 1
-    convolution: Literal["auto", "xla", "matmul", "onednn"] = "auto"
+    convolution: Literal["auto", "xla", "matmul", "native"] = "auto"
 
     def family(self, run: Run) -> Run:
         """Return a key that is equal for runs that can go together, or in one thread."""

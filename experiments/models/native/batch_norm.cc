@@ -23,12 +23,6 @@ constexpr int64_t kLanes = 64;
 // Fewer bytes than these are not worth a second thread.
 constexpr int64_t kAlone = 1 << 18;
 
-#if defined(__x86_64__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
-
 // The length of the inner loops for c channels: a multiple of c, and kLanes if c divides it.
 int64_t Lanes(int64_t c) { return c * std::max<int64_t>(1, kLanes / c); }
 
@@ -53,7 +47,6 @@ __attribute__((always_inline)) inline void InLanes(int64_t n, int64_t lanes, F l
 }
 
 // Adds Σx and Σx² of n floats to sums[lanes] and squares[lanes].
-FOR_EACH_PROCESSOR
 void AddMoments(int64_t n, int64_t lanes, const float* __restrict x, float* __restrict sums,
                 float* __restrict squares) {
   InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
@@ -64,7 +57,6 @@ void AddMoments(int64_t n, int64_t lanes, const float* __restrict x, float* __re
   });
 }
 
-FOR_EACH_PROCESSOR
 void Normalize(int64_t n, int64_t lanes, const float* __restrict x,
                const float* __restrict shortcut, const float* __restrict mean,
                const float* __restrict factor, const float* __restrict bias,
@@ -87,7 +79,6 @@ void Normalize(int64_t n, int64_t lanes, const float* __restrict x,
 }
 
 // Adds Σg and Σg(x − m) to sums[lanes] and products[lanes], for g the gradient behind the ReLU.
-FOR_EACH_PROCESSOR
 void AddGradients(int64_t n, int64_t lanes, const float* __restrict x, const float* __restrict y,
                   const float* __restrict gradient, const float* __restrict mean,
                   float* __restrict sums, float* __restrict products) {
@@ -100,7 +91,6 @@ void AddGradients(int64_t n, int64_t lanes, const float* __restrict x, const flo
   });
 }
 
-FOR_EACH_PROCESSOR
 void InputGradient(int64_t n, int64_t lanes, const float* __restrict x, const float* __restrict y,
                    const float* __restrict gradient, const float* __restrict mean,
                    const float* __restrict factor, const float* __restrict of_x,
@@ -155,8 +145,13 @@ std::vector<std::vector<double>> Sums(ffi::ThreadPool& pool, const Shape& shape,
     add(start, shape.size, lanes, own, own + lanes);
   });
   std::vector<std::vector<double>> sums(2, std::vector<double>(shape.channels, 0.0));
-  for (size_t at = 0; at < partial.size(); ++at) {
-    sums[at / lanes % 2][at % lanes % shape.channels] += partial[at];
+  const float* next = partial.data();
+  for (int64_t image = 0; image < shape.images; ++image) {
+    for (auto& sum : sums) {
+      for (int64_t lane = 0; lane < lanes; lane += shape.channels) {
+        for (double& channel : sum) channel += *next++;
+      }
+    }
   }
   return sums;
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -31,7 +31,7 @@ def call(name: str, shapes: Any, *arguments: jax.Array, **attributes: Any) -> Se
 @cache
 def _target(name: str) -> str:
     """Register a function of the library, and return the name of its target in XLA."""
-    target = f"orlomo_onednn_{name}"
+    target = f"orlomo_native_{name}"
     function = getattr(_library(), name)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return target
@@ -46,21 +46,18 @@ def _sources() -> list[Path]:
     return sorted(FOLDER.glob("*.cc"))
 
 
-def build(folder: Path = Path(".cache/onednn")) -> Path:
-    """Compile the sources with ``$CXX`` (g++), and return the library's path.
+def build(folder: Path = Path(".cache/native")) -> Path:
+    """Compile the sources for this processor with ``$CXX`` (g++), and return the library's path.
 
     Args:
-        folder: The folder of compiled libraries; one of the same sources and JAX is used again.
+        folder: The folder of compiled libraries. A library of the same sources, JAX, compiler and
+            processor is used again.
 
     Raises:
-        RuntimeError: If oneDNN or the compiler is missing, or the compiler fails.
+        RuntimeError: If the compiler is missing or fails.
     """
-    prefix, compiler = Path(sys.prefix), os.environ.get("CXX", "g++")
-    if not (prefix / "lib" / "libdnnl.so").exists():
-        raise RuntimeError(
-            f"oneDNN is missing in {prefix}: pip install -e '.[onednn]', or change convolution"
-        )
-    digest = hashlib.sha256(f"{jax.__version__} {prefix} {compiler}".encode())
+    compiler = os.environ.get("CXX", "g++")
+    digest = hashlib.sha256(f"{jax.__version__} {compiler} {_processor()}".encode())
     for source in sorted(FOLDER.glob("*.h")) + _sources():
         digest.update(source.read_bytes())
     path = folder.absolute() / f"layers-{digest.hexdigest()[:16]}.so"
@@ -69,10 +66,8 @@ def build(folder: Path = Path(".cache/onednn")) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         made = Path(temporary) / path.name
-        command = [compiler, "-std=c++17", "-O3", "-w", "-shared", "-fPIC", "-fopenmp"]
-        command += [f"-I{jax.ffi.include_dir()}", f"-I{prefix / 'include'}"]
-        command += [*map(str, _sources()), "-o", str(made), f"-L{prefix / 'lib'}", "-ldnnl"]
-        command += [f"-Wl,-rpath,{prefix / 'lib'}"]
+        command = [compiler, "-std=c++17", "-O3", "-march=native", "-w", "-shared", "-fPIC"]
+        command += [f"-I{jax.ffi.include_dir()}", *map(str, _sources()), "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -80,3 +75,13 @@ def build(folder: Path = Path(".cache/onednn")) -> Path:
             raise RuntimeError(f"{compiler} could not compile {FOLDER}: {text[-2000:]}") from error
         made.replace(path)  # whole or not at all, if two processes compile
     return path
+
+
+def _processor() -> str:
+    """Return the instructions that the processor has, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

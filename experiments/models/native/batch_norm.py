@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models.onednn import library
+from experiments.models.native import library
 
 
 class Normalized(NamedTuple):
