@@ -58,6 +58,8 @@ def training_step(
 
     @partial(jax.jit, donate_argnums=0)
     def round_of(carry):
+        if steps == 1:  # XLA's convolutions are slow in a loop
+            return step(carry)
         return jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), carry)
 
     params, state = network.init(jax.random.key(0))
