@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "for_each.h"
+#include "huge_pages.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -164,6 +165,7 @@ const float* DataOrNull(const Buffer& x) { return x.element_count() ? x.typed_da
 
 ffi::Error Forward(ffi::ThreadPool pool, float epsilon, Buffer x, Buffer scale, Buffer bias,
                    Buffer shortcut, Result y, Result mean, Result variance) {
+  AskForHugePages(y->untyped_data(), y->size_bytes());
   const Shape shape(x);
   const auto add = [&](int64_t start, int64_t n, int64_t lanes, float* sum, float* square) {
     AddMoments(n, lanes, x.typed_data() + start, sum, square);
@@ -191,6 +193,8 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, Buffer x, Buffer scale, 
 ffi::Error Backward(ffi::ThreadPool pool, float epsilon, Buffer gradient, Buffer x, Buffer y,
                     Buffer scale, Buffer mean, Buffer variance, Result dx, Result dscale,
                     Result dbias, Result dshortcut) {
+  AskForHugePages(dx->untyped_data(), dx->size_bytes());
+  AskForHugePages(dshortcut->untyped_data(), dshortcut->size_bytes());
   const Shape shape(x);
   const Repeated means(shape.channels, [&](int64_t c) { return mean.typed_data()[c]; });
   const auto add = [&](int64_t start, int64_t n, int64_t lanes, float* sum, float* product) {

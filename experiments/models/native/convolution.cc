@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "for_each.h"
+#include "huge_pages.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -283,6 +284,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, int64_t kind, int64_t stride, Buffer l
     std::fill_n(to.typed_data(), to.element_count(), 0.0f);
     return ffi::Error::Success();
   }
+  AskForHugePages(to.untyped_data(), to.size_bytes());
   // The pieces do not depend on the number of threads, so the sums do not either.
   const int64_t length =
       std::max({int64_t{1}, kAlone / z.products(), (z.batch + kMostPieces - 1) / kMostPieces});
