@@ -81,6 +81,8 @@ class Run:
     """Factor on the model's number of channels; slim models have less than 1."""
     pool: int = 1
     """Side of the square windows over which images are averaged."""
+    augmented: bool = True
+    """Crop and flip training images at random (not digits)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's computation."""
     wire: Literal["float32", "bfloat16"] = "float32"

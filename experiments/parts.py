@@ -51,7 +51,8 @@ def shape_of(run: Run) -> Run:
 @lru_cache(maxsize=8)
 def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
     source, network, evaluate = _learning_problem(
-        *(run.dataset, data_dir, run.pool, run.model, run.width, run.dtype, convolution)
+        *(run.dataset, data_dir, run.pool, run.augmented),
+        *(run.model, run.width, run.dtype, convolution),
     )
     method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
     loss_fn = source.training_loss(network.loss_fn)
@@ -71,17 +72,24 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
 
 @lru_cache(maxsize=8)
 def _learning_problem(
-    dataset: str, data_dir: Path | None, pool: int, model: str, width: float, dtype: str, form: Any
+    dataset: str,
+    data_dir: Path | None,
+    pool: int,
+    augmented: bool,
+    model: str,
+    width: float,
+    dtype: str,
+    convolution: Any,
 ) -> tuple[datasets.Dataset, models.Network, Callable]:
     """Return data set, network and evaluation; all methods share the compiled evaluation."""
-    source = datasets.load(dataset, data_dir, pool=pool)
+    source = datasets.load(dataset, data_dir, pool=pool, augmented=augmented)
     network = models.make(
         model,
         source.num_classes,
         source.image_shape,
         width=width,
         dtype=jnp.dtype(dtype),
-        convolution=form,
+        convolution=convolution,
     )
     return source, network, _evaluation(network, source)
 

@@ -13,6 +13,7 @@ import pytest
 import orlomo_jax
 from experiments import models, parts, records, runner, train
 from experiments.config import ComputeOptions, Run
+from experiments.data import datasets
 from orlomo_jax import ArrivalTrace, Compiled
 from orlomo_jax.recording import Arrival, Journal
 from orlomo_jax.runtimes import WorkersLostError
@@ -219,6 +220,19 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
     for convolution in ("auto", "xla", "matmul", "xla"):
         parts.assemble(run, convolution=convolution)
     assert seen == ["auto", "xla", "matmul"]  # each once
+
+
+def test_images_are_augmented_as_one_says(monkeypatch):
+    seen, batches = [], datasets.shuffled_batches
+
+    def load(*args, augmented, **options):
+        seen.append(augmented)
+        return datasets.load(*args, **options)
+
+    monkeypatch.setattr(parts, "datasets", SimpleNamespace(load=load, shuffled_batches=batches))
+    for augmented in (True, False, True):
+        parts.assemble(Run(model="mlp", dataset="digits", width=0.4, augmented=augmented))
+    assert seen == [True, False]  # each once
 
 
 @pytest.mark.slow
