@@ -83,6 +83,8 @@ class Run:
     """Side of the square windows over which images are averaged."""
     augmented: bool = True
     """Crop and flip training images at random (not digits)."""
+    train_size: int = 0
+    """Train on this many examples, the first of the training set; 0 for all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's computation."""
     wire: Literal["float32", "bfloat16"] = "float32"
@@ -94,7 +96,11 @@ class Run:
         """Raise ValueError for settings that are invalid in every run."""
         for names, valid, wanted in (
             ("workers local_iterations batch_size pool", _is_count, "an integer ≥ 1"),
-            ("seed max_delay", lambda x: x == 0 or _is_count(x), "an integer in [0, 2³¹)"),
+            (
+                "seed max_delay train_size",
+                lambda x: x == 0 or _is_count(x),
+                "an integer in [0, 2³¹)",
+            ),
             ("learning_rate weight_decay", lambda x: 0 <= x < 3e38, "in [0, 3e38)"),
             ("epochs width", lambda x: 0 < x < math.inf, "finite and > 0"),
             ("momentum", lambda x: 0 <= x < 1, "in [0, 1)"),

@@ -51,7 +51,7 @@ def shape_of(run: Run) -> Run:
 @lru_cache(maxsize=8)
 def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
     source, network, evaluate = _learning_problem(
-        *(run.dataset, data_dir, run.pool, run.augmented),
+        *(run.dataset, data_dir, run.pool, run.augmented, run.train_size),
         *(run.model, run.width, run.dtype, convolution),
     )
     method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
@@ -76,13 +76,14 @@ def _learning_problem(
     data_dir: Path | None,
     pool: int,
     augmented: bool,
+    train_size: int,
     model: str,
     width: float,
     dtype: str,
     convolution: Any,
 ) -> tuple[datasets.Dataset, models.Network, Callable]:
     """Return data set, network and evaluation; all methods share the compiled evaluation."""
-    source = datasets.load(dataset, data_dir, pool=pool, augmented=augmented)
+    source = datasets.load(dataset, data_dir, pool=pool, augmented=augmented, train_size=train_size)
     network = models.make(
         model,
         source.num_classes,

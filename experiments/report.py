@@ -32,7 +32,7 @@ DIGITS = {"test_accuracy": 2, "train_loss": 4}
 class Report:
     """The report to make."""
 
-    scale: Literal["paper", "small", "slim", "digits", "smoke"] = "digits"
+    scale: Literal["paper", "small", "slim", "fits", "digits", "smoke"] = "digits"
     """The scale of the runs."""
     records: Path | None = None
     """File of the records; by default experiments/results/SCALE.jsonl."""

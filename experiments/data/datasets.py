@@ -80,6 +80,7 @@ def load(
     *,
     pool: int = 1,
     augmented: bool = True,
+    train_size: int = 0,
 ) -> Dataset:
     """Return a data set by name.
 
@@ -91,17 +92,20 @@ def load(
         pool: Side of the windows over which images are averaged.
         augmented: Whether training images are cropped at random, with padding 4 (divided by
             ``pool``), and flipped.
+        train_size: Keep this many training examples, the first; 0 keeps all.
 
     Raises:
         DataError: If the data is missing or damaged, or a package that reads it is not installed.
-        ValueError: If there is no such data set, or ``pool`` does not divide its images.
+        ValueError: If there is no such data set, ``pool`` does not divide its images, or it has
+            fewer than ``train_size`` training examples.
 
     Example:
         >>> load("digits").image_shape
         (64,)
     """
     if name == "digits":
-        return Dataset(name, *digits(), num_classes=10)
+        train, test = digits()
+        return Dataset(name, _first(train, train_size), test, num_classes=10)
     if name not in NAMES:
         raise ValueError(f"`name` must be one of {', '.join(NAMES)}, got {name!r}")
     source = tfds_cache.SOURCES[name]
@@ -111,7 +115,16 @@ def load(
     shrink = jnp.asarray if pool == 1 else partial(average_pool, size=pool)
     train, test = (Split(shrink(images), jnp.asarray(labels)) for images, labels in splits)
     padding = max(1, 4 // pool) if augmented else 0
+    train = _first(train, train_size)
     return Dataset(name, train, test, source.num_classes, source.mean, source.std, padding)
+
+
+def _first(split: Split, count: int) -> Split:
+    """Return the first examples of a split, all for 0."""
+    there = len(split.labels)
+    if count > there:
+        raise ValueError(f"`train_size` must be at most {there}, the training set, got {count}")
+    return split if count == 0 else Split(split.images[:count], split.labels[:count])
 
 
 def digits(test_size: int = 360) -> tuple[Split, Split]:

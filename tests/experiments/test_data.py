@@ -320,6 +320,17 @@ class TestDataset:
         with pytest.raises(ValueError, match="`pool` must divide the image size 32, got 3"):
             datasets.load("cifar10", prepared, tmp_path, pool=3)
 
+    def test_fewer_training_examples_are_the_first(self, prepared, tmp_path):
+        whole = datasets.load("cifar10", prepared, tmp_path)
+        few = datasets.load("cifar10", prepared, tmp_path, train_size=4)
+        np.testing.assert_array_equal(few.train.images, whole.train.images[:4])
+        np.testing.assert_array_equal(few.train.labels, whole.train.labels[:4])
+        assert len(few.test.labels) == len(whole.test.labels)
+        assert len(datasets.load("digits", train_size=10).train.labels) == 10
+        for name, most in (("cifar10", 15), ("digits", 1437)):
+            with pytest.raises(ValueError, match=f"`train_size` must be at most {most}, .* 2000"):
+                datasets.load(name, prepared, tmp_path, train_size=2000)
+
     def test_digits_and_unknown_names(self):
         digits = datasets.load("digits")
         same = digits.preprocess(digits.train.images)

@@ -57,6 +57,15 @@ class TestPaper:
         assert ("one_delayed", 1.0, 9449) in forms
 
 
+@pytest.mark.parametrize(("scale", "train_size"), [("slim", 0), ("fits", 5000)])
+def test_runs_as_long_as_the_papers(scale, train_size):
+    for table, whole in ((2, 50_000), (6, 100_000)):
+        for paper in tables.table_runs(table):
+            run = tables.SCALES[scale].shrink(paper)
+            assert run.train_size == train_size
+            assert run.num_steps(train_size or whole) == paper.num_steps(whole)
+
+
 class TestSelect:
     def test_conditions_are_joined(self):
         runs = tables.select(tables.table_runs(1), "workers=8,method=orlomo,dataset=cifar100")

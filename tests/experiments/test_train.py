@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -222,17 +223,19 @@ def test_convolutions_are_computed_as_one_says(monkeypatch):
     assert seen == ["auto", "xla", "matmul"]  # each once
 
 
-def test_images_are_augmented_as_one_says(monkeypatch):
+def test_training_images_are_those_that_one_asks_for(monkeypatch):
     seen, batches = [], datasets.shuffled_batches
 
-    def load(*args, augmented, **options):
-        seen.append(augmented)
+    def load(*args, **options):
+        seen.append((options["augmented"], options["train_size"]))
         return datasets.load(*args, **options)
 
     monkeypatch.setattr(parts, "datasets", SimpleNamespace(load=load, shuffled_batches=batches))
-    for augmented in (True, False, True):
-        parts.assemble(Run(model="mlp", dataset="digits", width=0.4, augmented=augmented))
-    assert seen == [True, False]  # each once
+    run = Run(model="mlp", dataset="digits", width=0.4)
+    for changes in ({}, {"augmented": False}, {"train_size": 100}, {}):
+        made = parts.assemble(replace(run, **changes))
+        assert len(made.train.labels) == changes.get("train_size", 1437)
+    assert seen == [(True, 0), (False, 0), (True, 100)]  # each once
 
 
 @pytest.mark.slow
