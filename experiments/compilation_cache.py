@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.data.tfds_cache import default_cache_dir
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return a writable folder ``orlomo_jax/NAME`` in the user's cache, None if there is none."""
+    try:
+        folder = (default_cache_dir() / name).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # such as a read-only home folder, or none
+        return None
+    return folder
 
 
 def keep_compiled_programs() -> None:
@@ -24,11 +36,8 @@ def keep_compiled_programs() -> None:
     chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or config.jax_compilation_cache_dir
     if chosen or not config.jax_enable_compilation_cache:
         return
-    try:
-        folder = (default_cache_dir() / "compiled").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):  # such as a read-only home folder, or none
+    folder = cache_folder("compiled")
+    if folder is None:
         return
     # Small programs too: a ResNet starts with about a hundred, and JAX would compile each anew.
     settings = {

@@ -32,6 +32,7 @@ from experiments.checks import check
 from experiments.compilation_cache import keep_compiled_programs
 from experiments.config import Run
 from experiments.data.tfds_cache import DataError
+from experiments.models import native
 from experiments.paper import choice, search, tables, tasks
 from experiments.paper.tasks import Task, Way
 from experiments.terminal import accept_any_terminal
@@ -240,6 +241,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if settings.budget is not None:
             check("budget", settings.budget, lambda x: x > 0, "> 0")
         records.check_writable(path)
+        if scale.compute.convolution == "native":
+            native.load()  # fails at once without a compiler
         keep_compiled_programs()
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None

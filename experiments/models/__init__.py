@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.models import mlp
+from experiments.models import mlp, native
 from experiments.models.layers import ConvImpl, Layers
 from experiments.models.resnet import ResNet
 from experiments.models.squeezenet import SqueezeNet
@@ -66,7 +66,9 @@ def make(
             elsewhere; ``native`` is for a CPU, in float32.
 
     Raises:
-        ValueError: If the name is unknown, or the network cannot use this ``image_shape``.
+        ValueError: If the name or the convolution is unknown, or the network cannot use this
+            ``image_shape``, or ``native`` this platform or dtype.
+        OSError: If ``native`` finds no C++ compiler that works.
 
     Example:
         >>> network = make("resnet20", 10, (32, 32, 3))
@@ -90,6 +92,10 @@ def make(
             f"`convolution` 'native' must run on a CPU in float32, got {jax.default_backend()} and "
             f"{jnp.dtype(dtype).name}"
         )
+    if convolution not in get_args(ConvImpl):
+        raise ValueError(f"`convolution` must be one of {get_args(ConvImpl)}, got {convolution!r}")
+    if convolution == "native":
+        native.load()
     if name == "squeezenet" and min(image_shape[:2]) < 8:
         raise ValueError(
             f"squeezenet halves images three times, got {image_shape[:2]}: use a smaller `pool`"

@@ -114,8 +114,8 @@ class FusedNormReLU(NormReLU):
         assert bias is not None
         result: Any = batch_norm_relu(x, scale[...], bias[...], shortcut, self.epsilon)
         rest = 1 - self.momentum
-        mean[...] = self.momentum * mean[...] + rest * jax.lax.stop_gradient(result.mean)
-        var[...] = self.momentum * var[...] + rest * jax.lax.stop_gradient(result.variance)
+        mean[...] = self.momentum * mean[...] + rest * result.mean
+        var[...] = self.momentum * var[...] + rest * result.variance
         return result.features
 
 
@@ -124,7 +124,7 @@ class NativeConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map float32[batch, height, width, channels_in] to float32[batch, …, channels]."""
-        del out_sharding  # one CPU
+        del out_sharding  # only the result on one device is computed
         strides: Any = self.strides
         outputs: Any = convolve(inputs, self.kernel[...], strides[0])
         return outputs if self.bias is None else outputs + self.bias[...]

@@ -1,6 +1,7 @@
 """The commands keep compiled programs on disk, and the results stay the same bit for bit."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from experiments import compare, quickstart, records, reproduce, train
 
 ROOT = Path(__file__).parents[2]
+COMPILER = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]
 SETTINGS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 TRAIN = (
     "experiments.train --dataset digits --model mlp --epochs 1 --batch-size 16 --workers 2 "
@@ -81,9 +83,7 @@ def test_results_are_the_same_without_with_and_from_the_cache(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"
-)
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler")
 def test_programs_that_call_native_code_are_kept(tmp_path):
     """Tracing registers the function that the kept program calls."""
     first = python("-c", NATIVE, env=environment(tmp_path))

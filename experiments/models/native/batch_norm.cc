@@ -14,18 +14,18 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
-using Buffer = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Buffer>;
 
 namespace {
 
-// Floats of one pass of an inner loop: several vector registers, so that sums do not wait.
-constexpr int64_t kLanes = 64;
-// Fewer bytes than these are not worth a second thread.
-constexpr int64_t kAlone = 1 << 18;
+// Floats of one pass of an inner loop. They fill several vector registers, so that an addition need
+// not wait for the one before.
+constexpr int64_t kPass = 64;
+// With fewer bytes than these, one thread is faster than several.
+constexpr int64_t kFewBytes = 1 << 18;
 
-// The length of the inner loops for c channels: a multiple of c, and kLanes if c divides it.
-int64_t Lanes(int64_t c) { return c * std::max<int64_t>(1, kLanes / c); }
+// The length of the inner loops for c channels: a multiple of c, and kPass if c divides it.
+int64_t Lanes(int64_t c) { return c * std::max<int64_t>(1, kPass / c); }
 
 // One value per channel, repeated for all lanes.
 struct Repeated {
@@ -37,12 +37,12 @@ struct Repeated {
   const float* data() const { return values.data(); }
 };
 
-// Calls loop(start, length) for pieces of n floats; pieces of kLanes have a constant length.
+// Calls loop(start, length) for pieces of n floats; pieces of kPass have a constant length.
 template <typename F>
-__attribute__((always_inline)) inline void InLanes(int64_t n, int64_t lanes, F loop) {
+INLINE inline void InLanes(int64_t n, int64_t lanes, F loop) {
   int64_t start = 0;
-  if (lanes == kLanes) {
-    for (; start + kLanes <= n; start += kLanes) loop(start, kLanes);
+  if (lanes == kPass) {
+    for (; start + kPass <= n; start += kPass) loop(start, kPass);
   }
   for (; start < n; start += lanes) loop(start, std::min(lanes, n - start));
 }
@@ -50,7 +50,7 @@ __attribute__((always_inline)) inline void InLanes(int64_t n, int64_t lanes, F l
 // Adds Σx and Σx² of n floats to sums[lanes] and squares[lanes].
 void AddMoments(int64_t n, int64_t lanes, const float* __restrict x, float* __restrict sums,
                 float* __restrict squares) {
-  InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
+  InLanes(n, lanes, [=](int64_t at, int64_t length) INLINE {
     for (int64_t i = 0; i < length; ++i) {
       sums[i] += x[at + i];
       squares[i] += x[at + i] * x[at + i];
@@ -58,32 +58,25 @@ void AddMoments(int64_t n, int64_t lanes, const float* __restrict x, float* __re
   });
 }
 
+template <bool kShortcut>
 void Normalize(int64_t n, int64_t lanes, const float* __restrict x,
                const float* __restrict shortcut, const float* __restrict mean,
                const float* __restrict factor, const float* __restrict bias,
                float* __restrict y) {
-  if (shortcut != nullptr) {
-    InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < length; ++i) {
-        const float value = (x[at + i] - mean[i]) * factor[i] + bias[i] + shortcut[at + i];
-        y[at + i] = value > 0 ? value : 0;
-      }
-    });
-  } else {
-    InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < length; ++i) {
-        const float value = (x[at + i] - mean[i]) * factor[i] + bias[i];
-        y[at + i] = value > 0 ? value : 0;
-      }
-    });
-  }
+  InLanes(n, lanes, [=](int64_t at, int64_t length) INLINE {
+    for (int64_t i = 0; i < length; ++i) {
+      float value = (x[at + i] - mean[i]) * factor[i] + bias[i];
+      if constexpr (kShortcut) value += shortcut[at + i];
+      y[at + i] = value < 0 ? 0 : value;  // keeps NaN
+    }
+  });
 }
 
 // Adds Σg and Σg(x − m) to sums[lanes] and products[lanes], for g the gradient behind the ReLU.
 void AddGradients(int64_t n, int64_t lanes, const float* __restrict x, const float* __restrict y,
                   const float* __restrict gradient, const float* __restrict mean,
                   float* __restrict sums, float* __restrict products) {
-  InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
+  InLanes(n, lanes, [=](int64_t at, int64_t length) INLINE {
     for (int64_t i = 0; i < length; ++i) {
       const float g = y[at + i] > 0 ? gradient[at + i] : 0;
       sums[i] += g;
@@ -92,27 +85,19 @@ void AddGradients(int64_t n, int64_t lanes, const float* __restrict x, const flo
   });
 }
 
+template <bool kShortcut>
 void InputGradient(int64_t n, int64_t lanes, const float* __restrict x, const float* __restrict y,
                    const float* __restrict gradient, const float* __restrict mean,
                    const float* __restrict factor, const float* __restrict of_x,
                    const float* __restrict constant, float* __restrict dx,
                    float* __restrict dshortcut) {
-  if (dshortcut != nullptr) {
-    InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < length; ++i) {
-        const float g = y[at + i] > 0 ? gradient[at + i] : 0;
-        dx[at + i] = g * factor[i] - (x[at + i] - mean[i]) * of_x[i] - constant[i];
-        dshortcut[at + i] = g;
-      }
-    });
-  } else {
-    InLanes(n, lanes, [=](int64_t at, int64_t length) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < length; ++i) {
-        const float g = y[at + i] > 0 ? gradient[at + i] : 0;
-        dx[at + i] = g * factor[i] - (x[at + i] - mean[i]) * of_x[i] - constant[i];
-      }
-    });
-  }
+  InLanes(n, lanes, [=](int64_t at, int64_t length) INLINE {
+    for (int64_t i = 0; i < length; ++i) {
+      const float g = y[at + i] > 0 ? gradient[at + i] : 0;
+      dx[at + i] = g * factor[i] - (x[at + i] - mean[i]) * of_x[i] - constant[i];
+      if constexpr (kShortcut) dshortcut[at + i] = g;
+    }
+  });
 }
 
 // The features of one call: `images` pieces of `size` floats.
@@ -127,7 +112,7 @@ struct Shape {
   double pixels() const { return static_cast<double>(images * size) / channels; }
   void ForEachImage(ffi::ThreadPool& pool, std::function<void(int64_t, int64_t)> task) const {
     const auto image = [&](int64_t index) { task(index, index * size); };
-    if (images * size * static_cast<int64_t>(sizeof(float)) < kAlone) {
+    if (images * size * static_cast<int64_t>(sizeof(float)) < kFewBytes) {
       for (int64_t index = 0; index < images; ++index) image(index);
     } else {
       ForEach(pool, images, image);
@@ -172,9 +157,9 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, Buffer x, Buffer scale, 
   };
   const auto sums = Sums(pool, shape, add);
   for (int64_t c = 0; c < shape.channels; ++c) {
-    const double m = sums[0][c] / shape.pixels(), square = sums[1][c] / shape.pixels();
+    const double m = sums[0][c] / shape.pixels(), v = sums[1][c] / shape.pixels() - m * m;
     mean->typed_data()[c] = m;
-    variance->typed_data()[c] = std::max(0.0, square - m * m);
+    variance->typed_data()[c] = v < 0 ? 0 : v;  // keeps NaN
   }
   const Repeated means(shape.channels, [&](int64_t c) { return mean->typed_data()[c]; });
   const Repeated biases(shape.channels, [&](int64_t c) { return bias.typed_data()[c]; });
@@ -182,8 +167,9 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, Buffer x, Buffer scale, 
     return Factor(scale.typed_data()[c], variance->typed_data()[c], epsilon);
   });
   const float* const other = DataOrNull(shortcut);
+  const auto normalize = other ? Normalize<true> : Normalize<false>;
   shape.ForEachImage(pool, [&](int64_t, int64_t start) {
-    Normalize(shape.size, Lanes(shape.channels), x.typed_data() + start,
+    normalize(shape.size, Lanes(shape.channels), x.typed_data() + start,
               other ? other + start : nullptr, means.data(), factors.data(), biases.data(),
               y->typed_data() + start);
   });
@@ -217,10 +203,12 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, Buffer gradient, Buffer
     return sums[0][c] / shape.pixels() * factor(c);
   });
   float* const other = dshortcut->element_count() ? dshortcut->typed_data() : nullptr;
+  const auto input_gradient = other ? InputGradient<true> : InputGradient<false>;
   shape.ForEachImage(pool, [&](int64_t, int64_t start) {
-    InputGradient(shape.size, Lanes(shape.channels), x.typed_data() + start, y.typed_data() + start,
-                  gradient.typed_data() + start, means.data(), factors.data(), of_x.data(),
-                  constants.data(), dx->typed_data() + start, other ? other + start : nullptr);
+    input_gradient(shape.size, Lanes(shape.channels), x.typed_data() + start,
+                   y.typed_data() + start, gradient.typed_data() + start, means.data(),
+                   factors.data(), of_x.data(), constants.data(), dx->typed_data() + start,
+                   other ? other + start : nullptr);
   });
   return ffi::Error::Success();
 }

@@ -48,14 +48,25 @@ def batch_norm_relu(
 
     Raises:
         TypeError: If an argument is not float32.
-        RuntimeError: If the library cannot be compiled.
+        ValueError: If an argument has another shape, or ε is not positive.
+        OSError: If the library cannot be compiled.
     """
-    arguments = {"images": images, "scale": scale, "bias": bias, "shortcut": shortcut}
-    for name, x in arguments.items():
-        if x is not None and x.dtype != jnp.float32:
-            raise TypeError(f"`{name}` must be float32, got {x.dtype}")
-    shapes = images.shape, scale.shape, scale.shape
-    other = jnp.zeros(0) if shortcut is None else shortcut
+    other = jnp.zeros(0, jnp.float32) if shortcut is None else shortcut
+    library.need_float32(images=images, scale=scale, bias=bias, shortcut=other)
+    if len(images.shape) != 4:
+        raise ValueError(f"`images` must have 4 axes, got shape {images.shape}")
+    channels = images.shape[-1:]
+    wanted = images.shape if shortcut is not None else (0,)
+    for name, x, shape in (
+        ("scale", scale, channels),
+        ("bias", bias, channels),
+        ("shortcut", other, wanted),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {x.shape}")
+    if not epsilon > 0:
+        raise ValueError(f"`epsilon` must be > 0, got {epsilon}")
+    shapes = images.shape, channels, channels
     results = library.call(
         "BatchNormForward", shapes, images, scale, bias, other, epsilon=np.float32(epsilon)
     )

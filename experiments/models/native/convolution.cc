@@ -1,14 +1,14 @@
 // Computes 2-D convolutions and their gradients on a CPU, as one XLA FFI handler.
 //
 // Images are float32[batch, height, width, channels] and kernels float32[size, size, in, out], with
-// an odd size and size / 2 zeros around each image. One row of the kernel meets size · in
-// neighbouring floats of an image that has its border of zeros. So an output is a sum over three
-// loops: rows of the kernel, these floats, and the channels of the output, which fill vector
+// an odd size and size / 2 zeros around each image. One row of the kernel is multiplied with
+// size · in neighbouring floats of an image that has its border of zeros. So an output is a sum over
+// three loops: rows of the kernel, these floats, and the channels of the output, which fill vector
 // registers. Several neighbouring pixels stay in registers until their sums are complete.
 //
 // The gradient of the images is a sum of the same form: of the output's gradient with its border,
-// and the kernel turned round. With a stride s, the pixels fall into s · s classes by their
-// coordinates modulo s; each class meets its own part of the kernel.
+// and the kernel in reversed order. With a stride s, the pixels fall into s · s classes by their
+// coordinates modulo s; each class uses its own part of the kernel.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,16 +21,13 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
-using Buffer = ffi::Buffer<ffi::F32>;
-
-#define INLINE __attribute__((always_inline))
 
 namespace {
 
 enum Kind : int64_t { kForward = 0, kInputGradient = 1, kKernelGradient = 2 };
 
-// Fewer products than these are not worth a second thread.
-constexpr int64_t kAlone = 1 << 20;
+// With fewer products than these, one thread is faster than several.
+constexpr int64_t kFewProducts = 1 << 20;
 // A batch is cut into at most these pieces; each has its own gradient of the kernel.
 constexpr int64_t kMostPieces = 16;
 // Pixels whose part of the kernel's gradient is computed while they are in the fastest cache.
@@ -62,11 +59,11 @@ struct Sizes {
 
 // Images with borders of zeros.
 struct Bordered {
-  int64_t border, height, width, channels, count;
+  int64_t border, height, width, channels;
   std::vector<float> floats;
 
   Bordered(int64_t count, int64_t height, int64_t width, int64_t channels, int64_t border)
-      : border(border), height(height), width(width), channels(channels), count(count),
+      : border(border), height(height), width(width), channels(channels),
         floats(count * (height + 2 * border) * row(), 0.0f) {}
 
   int64_t row() const { return (width + 2 * border) * channels; }
@@ -150,14 +147,14 @@ void Forward(const Sizes& z, int64_t batch, const float* images, const float* ke
   }
 }
 
-// The rows (or columns) of the kernel that a class of pixels meets, from the last to the first.
-struct Taps {
+// The rows (or columns) of the kernel that a class of pixels uses, from the last to the first.
+struct KernelRows {
   int64_t first, count, step;
-  Taps(const Sizes& z, int64_t residue)
+  KernelRows(const Sizes& z, int64_t residue)
       : first((residue + z.border()) % z.stride),
         count(first < z.size ? (z.size - 1 - first) / z.stride + 1 : 0), step(z.stride) {}
   int64_t operator[](int64_t i) const { return first + (count - 1 - i) * step; }
-  // The output that pixel y meets with the last of these rows; it may be in the border.
+  // Returns the output that multiplies pixel y with row (*this)[0]; it may be in the border.
   int64_t Output(int64_t y, int64_t border) const {
     return (y + border) / step - (count - 1);
   }
@@ -167,15 +164,15 @@ struct Taps {
 template <typename F>
 void ForEachClass(const Sizes& z, F task) {
   for (int64_t y = 0; y < z.stride; ++y) {
-    for (int64_t x = 0; x < z.stride; ++x) task(y, Taps(z, y), x, Taps(z, x));
+    for (int64_t x = 0; x < z.stride; ++x) task(y, KernelRows(z, y), x, KernelRows(z, x));
   }
 }
 
 // Returns the kernel as float32[class][its rows][its columns][out][in].
-std::vector<float> Turned(const Sizes& z, const float* kernel) {
-  std::vector<float> turned(z.kernel());
-  float* to = turned.data();
-  ForEachClass(z, [&](int64_t, Taps rows, int64_t, Taps columns) {
+std::vector<float> Reversed(const Sizes& z, const float* kernel) {
+  std::vector<float> reversed(z.kernel());
+  float* to = reversed.data();
+  ForEachClass(z, [&](int64_t, KernelRows rows, int64_t, KernelRows columns) {
     for (int64_t row = 0; row < rows.count; ++row) {
       for (int64_t column = 0; column < columns.count; ++column, to += z.in * z.out) {
         const float* const from = kernel + (rows[row] * z.size + columns[column]) * z.in * z.out;
@@ -185,16 +182,16 @@ std::vector<float> Turned(const Sizes& z, const float* kernel) {
       }
     }
   });
-  return turned;
+  return reversed;
 }
 
-void InputGradient(const Sizes& z, int64_t batch, const float* gradients, const float* turned,
+void InputGradient(const Sizes& z, int64_t batch, const float* gradients, const float* reversed,
                    float* images) {
   Bordered one(1, z.out_height, z.out_width, z.out, z.border());
   for (int64_t image = 0; image < batch; ++image, images += z.image()) {
     one.Fill(gradients + image * z.output(), 1);
-    const float* kernel = turned;
-    ForEachClass(z, [&](int64_t first_y, Taps rows, int64_t first_x, Taps columns) {
+    const float* kernel = reversed;
+    ForEachClass(z, [&](int64_t first_y, KernelRows rows, int64_t first_x, KernelRows columns) {
       const Correlation sum{rows.count, columns.count * z.out, z.out, one.row(),
                             z.stride * z.in, z.in};
       const int64_t pixels = (z.width - first_x + z.stride - 1) / z.stride;
@@ -208,9 +205,9 @@ void InputGradient(const Sizes& z, int64_t batch, const float* gradients, const 
   }
 }
 
-// Some rows of pixels of some images.
+// Some rows of pixels of the first images.
 struct Band {
-  int64_t first_image, last_image, first_y, last_y;  // without the last ones
+  int64_t images, first_y, last_y;  // without the last row
 };
 
 // Adds a band's part of some rows of the kernel's gradient: Σ in[pixel][i] · gradient[pixel][c].
@@ -222,7 +219,7 @@ INLINE inline void AddRows(const Sizes& z, Bordered& images, const float* gradie
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < V::kCount; ++v) sums[i][v] = V::Of(result + i * z.out, v);
   }
-  for (int64_t image = band.first_image; image < band.last_image; ++image) {
+  for (int64_t image = 0; image < band.images; ++image) {
     for (int64_t y = band.first_y; y < band.last_y; ++y) {
       const float* in = images.at(image, y * z.stride + ky - z.border(), -z.border()) + first;
       const float* gradient = gradients + image * z.output() + y * z.out_row();
@@ -262,7 +259,7 @@ void KernelGradient(const Sizes& z, int64_t batch, const float* images, const fl
     const int64_t count = std::min(many, batch - first);
     some.Fill(images + first * z.image(), count);
     for (int64_t y = 0; y < z.out_height; y += rows) {
-      const Band band{0, count, y, std::min(y + rows, z.out_height)};
+      const Band band{count, y, std::min(y + rows, z.out_height)};
       AddBand(z, some, gradients + first * z.output(), band, result);
     }
   }
@@ -287,10 +284,10 @@ ffi::Error Convolve(ffi::ThreadPool pool, int64_t kind, int64_t stride, Buffer l
   AskForHugePages(to.untyped_data(), to.size_bytes());
   // The pieces do not depend on the number of threads, so the sums do not either.
   const int64_t length =
-      std::max({int64_t{1}, kAlone / z.products(), (z.batch + kMostPieces - 1) / kMostPieces});
+      std::max({int64_t{1}, kFewProducts / z.products(), (z.batch - 1) / kMostPieces + 1});
   const int64_t pieces = (z.batch + length - 1) / length;
   std::vector<float> own(kind == kKernelGradient ? (pieces - 1) * z.kernel() : 0);
-  if (kind == kInputGradient) own = Turned(z, kernels);
+  if (kind == kInputGradient) own = Reversed(z, kernels);
   ForEach(pool, pieces, [&](int64_t piece) {
     const int64_t first = piece * length, count = std::min(length, z.batch - first);
     float* const some_images = images + first * z.image();

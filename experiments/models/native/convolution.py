@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.native import library
 
-FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = np.arange(3)
+FORWARD, INPUT_GRADIENT, KERNEL_GRADIENT = 0, 1, 2
 """The values of ``Kind`` in the source."""
 
 
@@ -29,18 +28,22 @@ def convolve(images: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
     Raises:
         TypeError: If an argument is not float32.
-        ValueError: If the kernel is not square, its size is even, it does not have the images'
-            channels, or the stride is not positive.
-        RuntimeError: If the library cannot be compiled.
+        ValueError: If an argument does not have four axes, the kernel is not square, its size is
+            even, it does not have the images' channels, or the stride is not a positive integer.
+        OSError: If the library cannot be compiled.
     """
+    library.need_float32(images=images, kernel=kernel)
+    for name, x in (("images", images), ("kernel", kernel)):
+        if len(x.shape) != 4:
+            raise ValueError(f"`{name}` must have 4 axes, got shape {x.shape}")
     batch, height, width, inputs = images.shape
     rows, columns, own_inputs, channels = kernel.shape
     if rows != columns or rows % 2 == 0:
         raise ValueError(f"`kernel` must be square with an odd size, got {rows}×{columns}")
     if own_inputs != inputs:
         raise ValueError(f"`kernel` must have {inputs} input channels, got {own_inputs}")
-    if stride < 1:
-        raise ValueError(f"`stride` must be ≥ 1, got {stride}")
+    if stride < 1 or stride != int(stride):
+        raise ValueError(f"`stride` must be an integer ≥ 1, got {stride}")
     shape = batch, -(-height // stride), -(-width // stride), channels
     return _call(FORWARD, images, kernel, shape, stride)
 
@@ -60,9 +63,6 @@ def _backward(stride, saved, gradient):
 convolve.defvjp(_forward, _backward)
 
 
-def _call(kind: Any, left: jax.Array, right: jax.Array, shape: Any, stride: int) -> jax.Array:
-    for name, x in (("images", left), ("kernel", right)):
-        if x.dtype != jnp.float32:
-            raise TypeError(f"`{name}` must be float32, got {x.dtype}")
+def _call(kind: int, left: jax.Array, right: jax.Array, shape: Any, stride: int) -> jax.Array:
     settings = {"kind": np.int64(kind), "stride": np.int64(stride)}
     return library.call("Convolution2D", (shape,), left, right, **settings)[0]

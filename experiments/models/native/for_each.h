@@ -1,4 +1,4 @@
-// Shares the work of one handler among XLA's threads.
+// What both handlers need: it shares the work of one call among XLA's threads.
 
 #pragma once
 
@@ -13,6 +13,10 @@
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
+
+#define INLINE __attribute__((always_inline))
+
+using Buffer = xla::ffi::Buffer<xla::ffi::F32>;
 
 // Calls task(0), …, task(count - 1) from this thread and from XLA's threads.
 inline void ForEach(xla::ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> task) {
