@@ -163,6 +163,8 @@ def _against_paper(entry: Entry | None) -> str:
 
 
 def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
+    if len(group) < len(tables.METHODS):
+        return "–"
     titles = {method: name for name, method in tables.METHODS.items()}
     values = {
         titles[method]: entry.mean() if ours else entry.number.mean
