@@ -96,8 +96,8 @@ def load(
 
     Raises:
         DataError: If the data is missing or damaged, or a package that reads it is not installed.
-        ValueError: If there is no such data set, ``pool`` does not divide its images, or it has
-            fewer than ``train_size`` training examples.
+        ValueError: If ``name`` is unknown, ``pool`` does not divide the image size, or
+            ``train_size`` is larger than the training set.
 
     Example:
         >>> load("digits").image_shape

@@ -190,6 +190,14 @@ def _fits(run: Run) -> Run:
     return replace(run, augmented=False, train_size=kept, epochs=epochs)
 
 
+FULL_LENGTH: dict[str, Any] = {
+    "learning_rates": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "seeds": 3,
+    "checkpoint_every": 2000,
+    "compute": ComputeOptions("loop", convolution="native"),
+}
+"""Settings of the scales that train slim networks for as long as in the paper."""
+
 SCALES = {
     scale.name: scale
     for scale in (
@@ -217,20 +225,14 @@ SCALES = {
             "epochs): ResNet8 of half the width on 8×8, SqueezeNet of an eighth of the width on "
             "16×16",
             _slim,
-            (0.03, 0.1, 0.3, 1.0, 3.0),
-            seeds=3,
-            checkpoint_every=2000,
-            compute=ComputeOptions("loop", convolution="native"),
+            **FULL_LENGTH,
         ),
         Scale(
             "fits",
             "the networks of slim on the first 5 000 training images, neither cropped nor flipped, "
             "for as many steps as in the paper: they can fit these images",
             _fits,
-            (0.03, 0.1, 0.3, 1.0, 3.0),
-            seeds=3,
-            checkpoint_every=2000,
-            compute=ComputeOptions("loop", convolution="native"),
+            **FULL_LENGTH,
         ),
         Scale(
             "digits",

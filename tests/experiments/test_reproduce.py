@@ -306,7 +306,7 @@ class TestReport:
         assert line.split(" | ")[-3] == "–"
 
     def test_part_of_a_cell(self):
-        """One seed has no spread; methods that are not there yet, and so the best, leave dashes."""
+        """One seed has no spread. Missing methods, and then the best method, are dashes."""
         run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
         rows = {}
         fill([run], rows, seeds=1)
