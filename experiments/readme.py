@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/*.md from the committed rows.
+"""Write the tables of README.md, docs/*.md and experiments/results/*.md from the committed rows.
 
 ``python -m experiments.readme`` replaces everything between ``<!-- block NAME -->`` and
 ``<!-- end -->``.
@@ -19,7 +19,8 @@ from rich.console import Console
 from experiments import quickstart, records, report
 from experiments.benchmarks import chart
 from experiments.language import study, study_report
-from experiments.paper import tables
+from experiments.paper import agreement, tables
+from experiments.paper.entries import Entry, entries
 from experiments.paper.search import recorded
 from experiments.records import RESULTS
 from proofs_check.registry import STATEMENTS
@@ -27,7 +28,7 @@ from proofs_check.statements import FIELD_STATEMENTS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md")))
 
 
 def quickstart_table() -> str:
@@ -89,7 +90,7 @@ def results_tables() -> str:
     blocks = []
     for scale in tables.SCALES.values():
         rows = recorded(RESULTS / f"{scale.name}.jsonl")
-        found = [e for e in report.entries(2, rows, scale) if e.run.workers == 16]
+        found = [e for e in entries(2, rows, scale) if e.run.workers == 16]
         if not found:
             continue
         names = list(tables.METHODS)
@@ -101,7 +102,7 @@ def results_tables() -> str:
             f"| data | scenario | S | {' | '.join(names)} |",
             "|---|---|---|" + "---|" * len(names),
         ]
-        groups: dict[tuple, dict[str, report.Entry]] = {}
+        groups: dict[tuple, dict[str, Entry]] = {}
         for entry in found:
             run = entry.run
             key = (run.dataset, run.scenario, run.local_iterations)
@@ -113,7 +114,7 @@ def results_tables() -> str:
     return "\n\n".join(blocks)
 
 
-def _both_metrics(entry: report.Entry | None) -> str:
+def _both_metrics(entry: Entry | None) -> str:
     if entry is None:
         return "–"
     accuracy, loss = (
@@ -123,6 +124,14 @@ def _both_metrics(entry: report.Entry | None) -> str:
     if accuracy.mean() is None:
         return "diverged"
     return f"{accuracy.mean():.2f}{accuracy.spread()} / {loss.mean():.3g}"
+
+
+def of_scale(lines: Callable[..., list[str]], name: str, table: int, **options: Any) -> str:
+    """Return the lines about a table of the paper at a scale, without the table's heading."""
+    rows = recorded(RESULTS / f"{name}.jsonl")
+    made = lines(table, rows, tables.SCALES[name], **options)
+    shown = "\n".join(line for line in made if not line.startswith("## ")).strip()
+    return shown or "Not run yet."
 
 
 def best_methods() -> str:
@@ -184,20 +193,40 @@ def benchmark_table() -> str:
     return "\n".join(chart.table([row for row in rows if row["bar"] is not None])).rstrip()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "quickstart": quickstart_table,
-    "theory": theory_table,
-    "verdicts-field": field_verdicts,
-    "results": results_tables,
-    "which-method": best_methods,
-    "benchmarks": benchmark_table,
-    "language": language_tables,
-    "language-short": language_summary,
-} | {
-    f"verdict-{key}": functools.partial(verdict, key)
-    for key in STATEMENTS
-    if key not in FIELD_STATEMENTS
-}
+AGREEMENTS = (("small", 1), ("small", 2), ("slim", 2), ("slim", 4), ("fits", 2), ("fits", 4))
+"""Scales, and tables of the paper, that are compared cell by cell."""
+
+BLOCKS: dict[str, Callable[[], str]] = (
+    {
+        "quickstart": quickstart_table,
+        "theory": theory_table,
+        "verdicts-field": field_verdicts,
+        "results": results_tables,
+        "which-method": best_methods,
+        "benchmarks": benchmark_table,
+        "language": language_tables,
+        "language-short": language_summary,
+    }
+    | {
+        f"verdict-{key}": functools.partial(verdict, key)
+        for key in STATEMENTS
+        if key not in FIELD_STATEMENTS
+    }
+    | {
+        f"agreement-{name}-{table}": functools.partial(of_scale, agreement.agreement, name, table)
+        for name, table in AGREEMENTS
+    }
+    | {
+        f"rates-{name}": functools.partial(of_scale, agreement.rates, name, 2)
+        for name in ("slim", "fits")
+    }
+    | {
+        f"cells-{table}": functools.partial(
+            of_scale, report.table_lines, "paper", table, empty=True
+        )
+        for table in (1, 2, 3, 6)
+    }
+)
 
 
 def render(text: str) -> str:

@@ -8,24 +8,21 @@ timeline of an arrival trace instead; ``--benchmarks FILE`` makes the table and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 
 from experiments import records
 from experiments.benchmarks import chart
-from experiments.config import Run
 from experiments.paper import figures, tables
-from experiments.paper.search import Rows, Search, cell_of, recorded, search
+from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, slower
+from experiments.paper.search import Rows, cell_of, recorded
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import ArrivalTrace
-
-DIGITS = {"test_accuracy": 2, "train_loss": 4}
 
 
 @dataclass(frozen=True)
@@ -44,69 +41,15 @@ class Report:
     """Rows of the benchmarks: write benchmarks.md, .png and .svg instead."""
 
 
-class Entry(NamedTuple):
-    """Our runs of one cell at the chosen learning rate, and the paper's number."""
-
-    number: tables.Number
-    run: Run
-    search: Search
-    rows: list[dict[str, Any]]
-
-    def mean(self) -> float | None:
-        """Return our mean over the seeds, or None if no run finished."""
-        values = [row[self.number.metric] for row in self.rows]
-        return float(np.mean(values)) if values else None
-
-    def std(self) -> float:
-        """Return our sample standard deviation; 0 for a single seed."""
-        values = [row[self.number.metric] for row in self.rows]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-    def spread(self) -> str:
-        """Return " ± std", or "" for a single seed."""
-        places = DIGITS[self.number.metric]
-        return f" ± {self.std():.{places}f}" if len(self.rows) > 1 else ""
-
-
-def entries(table: int, rows: Rows, scale: tables.Scale) -> Iterator[Entry]:
-    """Yield each recorded cell of a table once, in the paper's order."""
-    by_cell: dict[Run, Rows] = {}
-    for done, row in rows.items():
-        by_cell.setdefault(cell_of(done), {})[done] = row
-    seen = set()
-    for number in tables.paper_numbers():
-        if number.table != table:
-            continue
-        for form in tables.paper_runs(number):
-            run = cell_of(scale.shrink(form))
-            if run not in by_cell or (run, number.metric) in seen:
-                continue
-            seen.add((run, number.metric))
-            found = search(by_cell[run], run, scale)
-            finished = [
-                row
-                for done, row in by_cell[run].items()
-                if done.learning_rate == found.chosen and row["status"] == "finished"
-            ]
-            yield Entry(number, run, found, finished)
-
-
-def table_lines(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
-    """Return a table as Markdown lines, [] if none of its cells is recorded."""
-    found = list(entries(table, rows, scale))
+def table_lines(table: int, rows: Rows, scale: tables.Scale, *, empty: bool = False) -> list[str]:
+    """Return a table as Markdown lines, [] if it has no cells; ``empty`` as in ``entries``."""
+    found = list(entries(table, rows, scale, empty=empty))
     if not found:
         return []
     lines = [f"## Table {table}", ""]
     if table == 3:
         return lines + _delay_lines(found)
-    groups: dict[tuple, dict[str, Entry]] = {}
-    for entry in found:
-        run, number = entry.run, entry.number
-        place = (number.metric, run.dataset, run.scenario, run.workers, run.local_iterations)
-        groups.setdefault((run.model, *place), {})[run.method] = entry
-    for key in dict.fromkeys(key[:3] for key in groups):
-        model, metric, dataset = key
-        members = {place: group for place, group in groups.items() if place[:3] == key}
+    for (model, metric, dataset), members in groups(found).items():
         paper = next(iter(next(iter(members.values())).values())).number.run
         names = list(tables.METHODS)
         lines += [
@@ -117,12 +60,12 @@ def table_lines(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
             f"| scenario | K | S | {' | '.join(names)} | best here | best in paper | time |",
             "|---|---|---|" + "---|" * (len(names) + 3),
         ]
-        for (*_, scenario, workers, local_iterations), group in members.items():
+        for place, group in members.items():
             numbers = [_against_paper(group.get(method)) for method in tables.METHODS.values()]
             lines.append(
-                f"| {scenario} | {workers} | {local_iterations} | {' | '.join(numbers)} | "
+                f"| {' | '.join(map(str, (*place, *numbers)))} | "
                 f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} | "
-                f"{_slower(group)} |"
+                f"{slower(group)} |"
             )
         lines.append("")
     return lines
@@ -146,6 +89,8 @@ def _delay_lines(found: list[Entry]) -> list[str]:
 def _ours(entry: Entry) -> str:
     mean, places = entry.mean(), DIGITS[entry.number.metric]
     statuses = entry.search.statuses.values()
+    if not statuses:
+        return "–"
     if entry.search.untried:
         return f"{len(statuses)} rates of the grid run"
     if mean is None:
@@ -162,7 +107,7 @@ def _against_paper(entry: Entry | None) -> str:
     return f"{_ours(entry)} / {paper}{difference}"
 
 
-def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
+def _best(group: Group, metric: str, *, ours: bool) -> str:
     if len(group) < len(tables.METHODS):
         return "–"
     titles = {method: name for name, method in tables.METHODS.items()}
@@ -175,15 +120,6 @@ def _best(group: dict[str, Entry], metric: str, *, ours: bool) -> str:
     known = {name: value for name, value in values.items() if value is not None}
     pick = max if metric == "test_accuracy" else min
     return pick(known, key=lambda name: known[name]) if known else "–"
-
-
-def _slower(group: dict[str, Entry]) -> str:
-    """Return PRSGDm's virtual time over OrLoMo's, for the same number of epochs."""
-    both = [group[method].rows for method in ("prsgdm", "orlomo") if method in group]
-    if len(both) < 2 or not all(both):
-        return "–"
-    times = [np.mean([row["curve"]["virtual_time"][-1] for row in rows]) for rows in both]
-    return f"{times[0] / times[1]:.2f}×"
 
 
 def provenance(rows: Rows, scale: tables.Scale) -> list[str]:

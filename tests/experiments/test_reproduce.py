@@ -7,7 +7,7 @@ import pytest
 
 from experiments import records, report, reproduce
 from experiments.config import Run
-from experiments.paper import search, tables, tasks
+from experiments.paper import agreement, search, tables, tasks
 from orlomo_jax import ArrivalTrace
 
 SCALE = tables.SCALES["digits"]
@@ -332,6 +332,58 @@ class TestReport:
         ArrivalTrace.from_workers([0, 2, 1, 2, 1, 1, 2, 2, 0], 3).save(path)
         report.main(["--trace", str(path)])
         assert (tmp_path / "timeline.svg").stat().st_size > 1000
+
+
+class TestAgreement:
+    def rows(self, **accuracy):
+        """One cell: K = 16, S = 32, unequal workers; accuracies of three seeds by method."""
+        rows = {}
+        runs = tables.select(
+            tables.table_runs(2),
+            "workers=16,local_iterations=32,scenario=heterogeneous,dataset=cifar10",
+        )
+        for run in search.missing([search.cell_of(SCALE.shrink(x)) for x in runs], rows, SCALE, 3):
+            rows[run] = row_of(run)
+            if run.method in accuracy:
+                rows[run]["test_accuracy"] = accuracy[run.method] + 0.1 * run.seed
+        return rows
+
+    def test_each_lead_is_marked(self):
+        rows = self.rows(orlomo=90, al_sgd=88, local_ormo_da=90.06, prsgdm=91)
+        lines = agreement.agreement(2, rows, SCALE)
+        assert "| unequal | 16 | 32 | +2.0 (+1.0) | *−0.1* (+7.9) | " in lines[4]
+        assert lines[4].endswith(" | **−1.0** (+0.4) | 1.00× |")
+        assert lines[-3:] == [
+            "| AL-SGD | 1 of 1 (1) | 1 | 0 | 0 |",
+            "| local OrMo-DA | 0 of 1 (1) | 0 | 1 | 0 |",
+            "| PRSGDm | 0 of 1 (1) | 0 | 0 | 1 |",
+        ]
+
+    def test_a_lower_training_loss_is_a_lead(self):
+        rows = self.rows()
+        for run, row in rows.items():
+            row["train_loss"] = {"orlomo": 0.1, "al_sgd": 0.2}.get(run.method, 0.1)
+        line = agreement.agreement(4, rows, SCALE)[4]
+        assert "| +0.100 (+0.07) | *0.000* (+0.32) | " in line
+
+    def test_a_method_without_a_result_is_a_dash(self):
+        rows = {run: row for run, row in self.rows().items() if run.method != "al_sgd"}
+        assert "| unequal | 16 | 32 | – | " in agreement.agreement(2, rows, SCALE)[4]
+        only = {run: row for run, row in rows.items() if run.method == "orlomo"}
+        assert agreement.agreement(2, only, SCALE) == []
+
+    def test_every_rate_of_the_search_is_shown(self):
+        rows = self.rows()
+        (line,) = [x for x in agreement.rates(2, rows, SCALE) if "| OrLoMo |" in x]
+        tried = [run.learning_rate for run in rows if run.method == "orlomo" and run.seed == 0]
+        assert line.count(" / ") == len(tried)
+        assert line.count("–") == len(SCALE.learning_rates) - len(tried)
+
+    def test_cells_without_runs_can_be_shown_as_empty(self):
+        assert report.table_lines(2, {}, tables.SCALES["paper"]) == []
+        lines = report.table_lines(2, {}, tables.SCALES["paper"], empty=True)
+        (line,) = [x for x in lines if x.startswith("| heterogeneous | 16 | 32 | – / 89.76")]
+        assert line.endswith("| – / 90.15 ± 0.23 | – | OrLoMo | – |")
 
 
 def test_one_delayed_worker_reports_as_late_as_asked():

@@ -6,6 +6,7 @@ import pytest
 
 from experiments import report
 from experiments.paper import tables
+from experiments.paper.entries import entries
 from experiments.paper.search import recorded
 from experiments.records import RESULTS
 
@@ -27,7 +28,7 @@ class TestDigits:
     def losses(self):
         """Training losses by cell and method: the seeds of the chosen learning rate."""
         found = {}
-        for entry in report.entries(4, recorded(RESULTS / "digits.jsonl"), self.scale):
+        for entry in entries(4, recorded(RESULTS / "digits.jsonl"), self.scale):
             run = entry.run
             place = (run.scenario, run.workers, run.local_iterations)
             found.setdefault(place, {})[run.method] = [row["train_loss"] for row in entry.rows]
@@ -62,7 +63,7 @@ class TestSmall:
         for scenario in ("homogeneous", "heterogeneous"):
             yield {
                 entry.run.method: entry
-                for entry in report.entries(2, rows, self.scale)
+                for entry in entries(2, rows, self.scale)
                 if (entry.run.scenario, entry.run.workers, entry.run.local_iterations)
                 == (scenario, 16, 32)
                 and entry.run.dataset == "cifar10"
