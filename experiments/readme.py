@@ -221,6 +221,10 @@ BLOCKS: dict[str, Callable[[], str]] = (
         for name in ("slim", "fits")
     }
     | {
+        f"time-{name}": functools.partial(of_scale, agreement.at_the_same_time, name, 2)
+        for name in ("small", "slim")
+    }
+    | {
         f"cells-{table}": functools.partial(
             of_scale, report.table_lines, "paper", table, empty=True
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.config import Run
 from experiments.paper import tables
-from experiments.paper.entries import Entry, Group, entries, groups, slower
+from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, slower
 from experiments.paper.figures import LABELS, TITLES
 from experiments.paper.search import Rows, cell_of
 
@@ -15,6 +17,9 @@ OTHERS = ("al_sgd", "local_ormo_da", "prsgdm")
 """The methods that OrLoMo is compared with."""
 
 SCENARIOS = {"homogeneous": "equal", "heterogeneous": "unequal"}
+
+POINTS = 20
+"""Evaluations of a run that a figure shows."""
 
 VERDICTS = ("as in the paper", "level in one of the two", "the opposite")
 
@@ -152,3 +157,42 @@ def _tried(row: dict[str, Any]) -> str:
     if row["status"] != "finished":
         return row["status"]
     return f"{row['test_accuracy']:.1f} / {row['train_loss']:.3g}"
+
+
+def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+    """Return Markdown lines: OrLoMo at its end, PRSGDm at the same virtual time and at its own end.
+
+    Only for cells whose curves have as many points as the figures: the others are evaluated too
+    rarely.
+    """
+    lines = []
+    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
+        for (scenario, workers, steps), group in members.items():
+            both = [group[name].rows for name in ("orlomo", "prsgdm") if name in group]
+            if len(both) < 2 or not all(both) or min(map(_points, both[0] + both[1])) < POINTS:
+                continue
+            end = group["orlomo"].virtual_time()
+            values = [
+                np.mean([_until(row["curve"], metric, until) for row in found])
+                for found, until in ((both[0], np.inf), (both[1], end), (both[1], np.inf))
+            ]
+            place = (dataset, SCENARIOS[scenario], workers, steps)
+            cells = [f"{value:.{DIGITS[metric]}f}" for value in values]
+            lines.append(f"| {' | '.join(map(str, (*place, *cells, slower(group))))} |")
+    if not lines:
+        return []
+    return [
+        "| data | workers | K | S | OrLoMo | PRSGDm at the same virtual time | at its end | time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *lines,
+    ]
+
+
+def _points(row: dict[str, Any]) -> int:
+    return len(row["curve"]["virtual_time"])
+
+
+def _until(curve: dict[str, Any], metric: str, time: float) -> float:
+    """Return a curve's last value that is not later than ``time``."""
+    before = np.searchsorted(curve["virtual_time"], time, side="right")
+    return curve[metric][before - 1]

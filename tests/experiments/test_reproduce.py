@@ -379,6 +379,17 @@ class TestAgreement:
         assert line.count(" / ") == len(tried)
         assert line.count("–") == len(SCALE.learning_rates) - len(tried)
 
+    def test_prsgdm_is_read_off_at_the_end_of_orlomo(self):
+        rows = self.rows()
+        for run, row in rows.items():
+            last = 20.0 if run.method == "orlomo" else 40.0
+            accuracy = [90.0] * 10 + [95.0] * 10
+            row["curve"] |= {"virtual_time": [last * (i + 1) / 20 for i in range(20)]}
+            row["curve"] |= {"test_accuracy": accuracy}
+        lines = agreement.at_the_same_time(2, rows, SCALE)
+        assert lines[2:] == ["| digits | unequal | 16 | 32 | 95.00 | 90.00 | 95.00 | 2.00× |"]
+        assert agreement.at_the_same_time(2, self.rows(), SCALE) == []
+
     def test_cells_without_runs_can_be_shown_as_empty(self):
         assert report.table_lines(2, {}, tables.SCALES["paper"]) == []
         lines = report.table_lines(2, {}, tables.SCALES["paper"], empty=True)
