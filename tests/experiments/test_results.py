@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.paper import tables
-from experiments.paper.entries import entries
+from experiments.paper import agreement, tables
+from experiments.paper.entries import entries, groups
 from experiments.paper.search import recorded
 from experiments.records import RESULTS
 
@@ -86,3 +86,46 @@ class TestSmall:
         for cell, factor in zip(self.cells(), (1.5, 2.0), strict=True):
             last = {m: cell[m].rows[0]["curve"]["virtual_time"][-1] for m in ("prsgdm", "orlomo")}
             assert last["prsgdm"] > factor * last["orlomo"]
+
+
+class TestSlim:
+    """Table 2, CIFAR10, K = 16: as long as in the paper."""
+
+    scale = tables.SCALES["slim"]
+    complete = (32,)
+    """The S whose cells are complete."""
+
+    def groups(self):
+        rows = recorded(RESULTS / "slim.jsonl")
+        found = groups(entries(2, rows, self.scale))["resnet8", "test_accuracy", "cifar10"]
+        for scenario in ("homogeneous", "heterogeneous"):
+            for steps in self.complete:
+                yield scenario, found[scenario, 16, steps]
+
+    def leads(self, group, other):
+        found = agreement.leads(group, other)
+        assert found is not None
+        return found
+
+    def test_the_cells_are_whole(self):
+        for _, group in self.groups():
+            assert set(group) == set(tables.METHODS.values())
+            assert {len(entry.rows) for entry in group.values()} == {self.scale.seeds}
+
+    def test_orlomo_is_above_the_asynchronous_baselines_wherever_it_is_in_the_paper(self):
+        """Above AL-SGD everywhere; above local OrMo-DA if by more than a point in the paper."""
+        for _, group in self.groups():
+            ours, paper = self.leads(group, "al_sgd")
+            assert min(ours.mean, paper.mean) > 0
+            ours, paper = self.leads(group, "local_ormo_da")
+            assert ours.mean > 0 or paper.mean <= 1
+
+    def test_prsgdm_is_level_with_orlomo_or_in_the_papers_order(self):
+        for _, group in self.groups():
+            ours, paper = self.leads(group, "prsgdm")
+            assert ours.sign() in (0, np.sign(paper.mean))
+
+    def test_waiting_for_every_worker_takes_longer(self):
+        for scenario, group in self.groups():
+            factor = 1.5 if scenario == "homogeneous" else 2.0
+            assert group["prsgdm"].virtual_time() > factor * group["orlomo"].virtual_time()
