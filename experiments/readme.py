@@ -21,7 +21,7 @@ from experiments.benchmarks import chart
 from experiments.language import study, study_report
 from experiments.paper import agreement, tables
 from experiments.paper.entries import Entry, entries
-from experiments.paper.search import recorded
+from experiments.paper.search import Rows, recorded
 from experiments.records import RESULTS
 from proofs_check.registry import STATEMENTS
 from proofs_check.statements import FIELD_STATEMENTS
@@ -89,7 +89,7 @@ def results_tables() -> str:
     """Return Table 2's cells with K = 16 at every scale with records."""
     blocks = []
     for scale in tables.SCALES.values():
-        rows = recorded(RESULTS / f"{scale.name}.jsonl")
+        rows = _recorded(scale.name)
         found = [e for e in entries(2, rows, scale) if e.run.workers == 16]
         if not found:
             continue
@@ -108,13 +108,14 @@ def results_tables() -> str:
             key = (run.dataset, run.scenario, run.local_iterations)
             groups.setdefault(key, {})[run.method] = entry
         for key, group in groups.items():
-            values = [_both_metrics(group.get(method)) for method in tables.METHODS.values()]
+            values = [both_metrics(group.get(method)) for method in tables.METHODS.values()]
             lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(values)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def _both_metrics(entry: Entry | None) -> str:
+def both_metrics(entry: Entry | None) -> str:
+    """Return a cell of :func:`results_tables`; a dash until its learning rate is chosen."""
     if entry is None:
         return "–"
     accuracy, loss = (
@@ -122,16 +123,21 @@ def _both_metrics(entry: Entry | None) -> str:
         for metric in ("test_accuracy", "train_loss")
     )
     if accuracy.mean() is None:
-        return "diverged"
+        return "–" if accuracy.search.untried else "diverged"
     return f"{accuracy.mean():.2f}{accuracy.spread()} / {loss.mean():.3g}"
 
 
 def of_scale(lines: Callable[..., list[str]], name: str, table: int, **options: Any) -> str:
     """Return the lines about a table of the paper at a scale, without the table's heading."""
-    rows = recorded(RESULTS / f"{name}.jsonl")
+    rows = _recorded(name)
     made = lines(table, rows, tables.SCALES[name], **options)
     shown = "\n".join(line for line in made if not line.startswith("## ")).strip()
-    return shown or "Not run yet."
+    return shown or ("No cell is complete yet." if rows else "Not run yet.")
+
+
+@functools.cache
+def _recorded(name: str) -> Rows:
+    return recorded(RESULTS / f"{name}.jsonl")
 
 
 def best_methods() -> str:
@@ -224,11 +230,12 @@ BLOCKS: dict[str, Callable[[], str]] = (
         f"time-{name}": functools.partial(of_scale, agreement.at_the_same_time, name, 2)
         for name in ("small", "slim")
     }
+    | {"cells-small-3": functools.partial(of_scale, report.table_lines, "small", 3)}
     | {
         f"cells-{table}": functools.partial(
             of_scale, report.table_lines, "paper", table, empty=True
         )
-        for table in (1, 2, 3, 6)
+        for table in tables.SOURCES
     }
 )
 

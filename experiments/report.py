@@ -19,7 +19,7 @@ import tyro
 from experiments import records
 from experiments.benchmarks import chart
 from experiments.paper import figures, tables
-from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, slower
+from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, time_ratio
 from experiments.paper.search import Rows, cell_of, recorded
 from experiments.terminal import accept_any_terminal
 from orlomo_jax import ArrivalTrace
@@ -65,7 +65,7 @@ def table_lines(table: int, rows: Rows, scale: tables.Scale, *, empty: bool = Fa
             lines.append(
                 f"| {' | '.join(map(str, (*place, *numbers)))} | "
                 f"{_best(group, metric, ours=True)} | {_best(group, metric, ours=False)} | "
-                f"{slower(group)} |"
+                f"{time_ratio(group)} |"
             )
         lines.append("")
     return lines

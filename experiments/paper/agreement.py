@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.config import Run
 from experiments.paper import tables
-from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, slower
+from experiments.paper.entries import DIGITS, Group, entries, groups, time_ratio
 from experiments.paper.figures import LABELS, TITLES
-from experiments.paper.search import Rows, cell_of
+from experiments.paper.search import Rows, at
 
 OTHERS = ("al_sgd", "local_ormo_da", "prsgdm")
 """The methods that OrLoMo is compared with."""
 
 SCENARIOS = {"homogeneous": "equal", "heterogeneous": "unequal"}
-
-POINTS = 20
-"""Evaluations of a run that a figure shows."""
-
-VERDICTS = ("as in the paper", "level in one of the two", "the opposite")
 
 
 class Lead(NamedTuple):
@@ -37,91 +30,75 @@ class Lead(NamedTuple):
 
     def sign(self) -> int:
         """Return 1 if OrLoMo is better, −1 if the other is, 0 if the lead is within the spread."""
-        if abs(self.mean) <= self.spread:
+        if abs(self.mean) <= self.spread + 1e-9:  # the paper's numbers are decimals
             return 0
         return 1 if self.mean > 0 else -1
 
 
-def leads(group: Group, other: str) -> tuple[Lead, Lead] | None:
-    """Return OrLoMo's lead in our runs and in the paper; None if a method has no result yet."""
-    both = [group[method] for method in ("orlomo", other) if method in group]
-    if len(both) < 2 or not all(entry.rows for entry in both):
+def leads(group: Group, other: str, seeds: int) -> tuple[Lead, Lead] | None:
+    """Return OrLoMo's lead in our runs and in the paper; None unless both have all their seeds."""
+    if not {"orlomo", other} <= group.keys():
         return None
-    better = 1 if both[0].number.metric == "test_accuracy" else -1
-    ours, theirs = ([_of(entry) for entry in both], [_paper(entry) for entry in both])
-    return tuple(  # pyright: ignore[reportReturnType]
-        Lead(better * (own[0] - rival[0]), max(own[1], rival[1])) for own, rival in (ours, theirs)
+    own, rival = group["orlomo"], group[other]
+    if min(len(own.rows), len(rival.rows)) < seeds:
+        return None
+    better = 1 if own.number.metric == "test_accuracy" else -1
+    means = [entry.mean() or 0.0 for entry in (own, rival)]
+    stds = [entry.number.std or 0.0 for entry in (own, rival)]
+    return (
+        Lead(better * (means[0] - means[1]), max(own.std(), rival.std())),
+        Lead(better * (own.number.mean - rival.number.mean), max(stds)),
     )
 
 
-def _of(entry: Entry) -> tuple[float, float]:
-    mean = entry.mean()
-    assert mean is not None  # it has rows
-    return mean, entry.std()
-
-
-def _paper(entry: Entry) -> tuple[float, float]:
-    return entry.number.mean, entry.number.std or 0.0
-
-
-def verdict(ours: Lead, paper: Lead) -> str:
-    """Return one of :data:`VERDICTS`.
-
-    Example:
-        >>> verdict(Lead(1.2, 0.5), Lead(0.9, 0.3)), verdict(Lead(0.2, 0.5), Lead(0.9, 0.3))
-        ('as in the paper', 'level in one of the two')
-        >>> verdict(Lead(-1.2, 0.5), Lead(0.9, 0.3))
-        'the opposite'
-    """
-    if ours.sign() == paper.sign():
-        return VERDICTS[0]
-    return VERDICTS[2] if ours.sign() * paper.sign() < 0 else VERDICTS[1]
-
-
 def agreement(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
-    """Return Markdown lines: each cell's leads, here (the paper's), and their summary."""
+    """Return Markdown lines: each cell's leads, here (the paper's), and how many have which sign.
+
+    A lead is italic if the methods are level here but not in the paper, or the other way round, and
+    bold if it is the opposite of the paper's.
+    """
     lines = []
     for (model, metric, dataset), members in groups(entries(table, rows, scale)).items():
-        if not any(leads(group, other) for group in members.values() for other in OTHERS):
+        found = {
+            place: {other: leads(group, other, scale.seeds) for other in OTHERS}
+            for place, group in members.items()
+        }
+        if not any(pair for of_cell in found.values() for pair in of_cell.values()):
             continue
+        places = 1 if metric == "test_accuracy" else 3
+        paper = next(iter(next(iter(members.values())).values())).number.run
         lines += [
-            f"**{LABELS[metric]}, {model} on {dataset}**",
+            f"**Lead of OrLoMo: {LABELS[metric]}, {model} on {dataset}** (in brackets: the paper, "
+            f"{paper.model} on {paper.dataset})",
             "",
             f"| workers | K | S | {' | '.join(TITLES[other] for other in OTHERS)} | time |",
             "|---|---:|---:|" + "---:|" * (len(OTHERS) + 1),
         ]
-        counts: dict[str, Counter[str]] = {other: Counter() for other in OTHERS}
-        for (scenario, workers, steps), group in members.items():
-            cells = [_cell(group, other, counts[other]) for other in OTHERS]
-            place = (SCENARIOS[scenario], workers, steps)
-            lines.append(f"| {' | '.join(map(str, (*place, *cells, slower(group))))} |")
+        for (scenario, workers, steps), of_cell in found.items():
+            cells = [_cell(of_cell[other], places) for other in OTHERS]
+            time = time_ratio(members[scenario, workers, steps])
+            row = (SCENARIOS[scenario], workers, steps, *cells, time)
+            lines.append(f"| {' | '.join(map(str, row))} |")
         lines += [
             "",
-            f"| OrLoMo against | ahead in cells (the paper) | {' | '.join(VERDICTS)} |",
-            "|---|---:|" + "---:|" * len(VERDICTS),
+            "| OrLoMo against | ahead | level | behind | in the paper ahead | level | behind |",
+            "|---|" + "---:|" * 6,
         ]
-        for other, count in counts.items():
-            numbers = " | ".join(str(count[name]) for name in VERDICTS)
-            lines.append(f"| {TITLES[other]} | {_ahead(members, other)} | {numbers} |")
+        for other in OTHERS:
+            pairs = [pair for of_cell in found.values() if (pair := of_cell[other])]
+            signs = [[pair[i].sign() for pair in pairs] for i in (0, 1)]
+            counts = [of.count(sign) for of in signs for sign in (1, 0, -1)]
+            lines.append(f"| {TITLES[other]} | {' | '.join(map(str, counts))} |")
         lines.append("")
     return lines[:-1]
 
 
-def _ahead(members: dict[tuple, Group], other: str) -> str:
-    found = [pair for group in members.values() if (pair := leads(group, other)) is not None]
-    ours, paper = (sum(pair[i].mean > 0 for pair in found) for i in (0, 1))
-    return f"{ours} of {len(found)} ({paper})"
-
-
-def _cell(group: Group, other: str, count: Counter[str]) -> str:
-    found = leads(group, other)
-    if found is None:
+def _cell(pair: tuple[Lead, Lead] | None, places: int) -> str:
+    if pair is None:
         return "–"
-    ours, paper = found
-    places = 1 if group[other].number.metric == "test_accuracy" else 3
-    said = verdict(ours, paper)
-    count[said] += 1
-    mark = {VERDICTS[1]: "*", VERDICTS[2]: "**"}.get(said, "")
+    ours, paper = pair
+    differ = abs(ours.sign() - paper.sign())  # 2 if one is ahead and the other behind
+    mark = "*" * differ
     return f"{mark}{_signed(ours.mean, places)}{mark} ({_signed(paper.mean, min(places, 2))})"
 
 
@@ -131,45 +108,45 @@ def _signed(value: float, places: int) -> str:
 
 
 def rates(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
-    """Return Markdown lines: seed 0 of every cell at each learning rate of the grid."""
+    """Return Markdown lines: seed 0 of every cell at each learning rate; the chosen one is bold."""
     grid = sorted(scale.learning_rates)
-    by_cell: dict[Run, dict[float, str]] = {}
-    for entry in entries(table, rows, scale):
-        by_cell.setdefault(entry.run, {})
-    for done, row in rows.items():
-        cell = cell_of(done)
-        if done.seed == 0 and cell in by_cell:
-            by_cell[cell][done.learning_rate] = _tried(row)
-    if not by_cell:
+    found = list(entries(table, rows, scale))
+    if not found:
         return []
     lines = [
         f"| data | workers | K | S | method | {' | '.join(f'{rate:g}' for rate in grid)} |",
         "|---|---|---:|---:|---|" + "---:|" * len(grid),
     ]
-    for run, tried in by_cell.items():
+    for entry in found:
+        run = entry.run
         place = (run.dataset, SCENARIOS[run.scenario], run.workers, run.local_iterations)
-        cells = [tried.get(rate, "–") for rate in grid]
+        cells = [_tried(rows.get(at(run, rate)), rate == entry.search.chosen) for rate in grid]
         lines.append(f"| {' | '.join(map(str, (*place, TITLES[run.method], *cells)))} |")
     return lines
 
 
-def _tried(row: dict[str, Any]) -> str:
+def _tried(row: dict[str, Any] | None, chosen: bool) -> str:
+    if row is None:
+        return "–"
     if row["status"] != "finished":
         return row["status"]
-    return f"{row['test_accuracy']:.1f} / {row['train_loss']:.3g}"
+    text = f"{row['test_accuracy']:.1f} / {row['train_loss']:.3g}"
+    return f"**{text}**" if chosen else text
 
 
 def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo at its end, PRSGDm at the same virtual time and at its own end.
 
-    Only for cells whose curves have as many points as the figures: the others are evaluated too
-    rarely.
+    PRSGDm's last evaluation that is not later than OrLoMo's end counts. Cells that are evaluated
+    less often than those of the figures are left out.
     """
     lines = []
     for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
         for (scenario, workers, steps), group in members.items():
-            both = [group[name].rows for name in ("orlomo", "prsgdm") if name in group]
-            if len(both) < 2 or not all(both) or min(map(_points, both[0] + both[1])) < POINTS:
+            if leads(group, "prsgdm", scale.seeds) is None:
+                continue
+            both = [group[name].rows for name in ("orlomo", "prsgdm")]
+            if min(map(_points, both[0] + both[1])) < tables.FIGURE_POINTS:
                 continue
             end = group["orlomo"].virtual_time()
             values = [
@@ -178,11 +155,12 @@ def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
             ]
             place = (dataset, SCENARIOS[scenario], workers, steps)
             cells = [f"{value:.{DIGITS[metric]}f}" for value in values]
-            lines.append(f"| {' | '.join(map(str, (*place, *cells, slower(group))))} |")
+            lines.append(f"| {' | '.join(map(str, (*place, *cells, time_ratio(group))))} |")
     if not lines:
         return []
     return [
-        "| data | workers | K | S | OrLoMo | PRSGDm at the same virtual time | at its end | time |",
+        "| data | workers | K | S | OrLoMo at its end | PRSGDm at that time | PRSGDm at its end | "
+        "time |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
         *lines,
     ]
@@ -195,4 +173,4 @@ def _points(row: dict[str, Any]) -> int:
 def _until(curve: dict[str, Any], metric: str, time: float) -> float:
     """Return a curve's last value that is not later than ``time``."""
     before = np.searchsorted(curve["virtual_time"], time, side="right")
-    return curve[metric][before - 1]
+    return curve[metric][before - 1] if before else np.nan

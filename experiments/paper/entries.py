@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     rows: list[dict[str, Any]]
 
     def mean(self) -> float | None:
-        """Return our mean over the seeds, or None if no run finished."""
+        """Return our mean over the seeds; None if no rate is chosen yet or no run finished."""
         values = [row[self.number.metric] for row in self.rows]
         return float(np.mean(values)) if values else None
 
@@ -89,7 +89,7 @@ def groups(found: Iterator[Entry] | list[Entry]) -> dict[tuple, dict[tuple, Grou
     return blocks
 
 
-def slower(group: Group) -> str:
+def time_ratio(group: Group) -> str:
     """Return PRSGDm's virtual time over OrLoMo's, for the same number of epochs; "–" if unknown."""
     both = [group[method] for method in ("prsgdm", "orlomo") if method in group]
     if len(both) < 2 or not all(entry.rows for entry in both):

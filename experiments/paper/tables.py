@@ -34,6 +34,10 @@ FIGURES = {
 """For each figure: the table that defines its runs (K = S = 16), and its metrics."""
 
 
+FIGURE_POINTS = 20
+"""Evaluations of a run that a figure shows."""
+
+
 class Number(NamedTuple):
     """One number of the paper: the cell's run at the paper's scale, and mean ± std (or None)."""
 
@@ -133,7 +137,7 @@ def curve_points(run: Run) -> int:
 
     On slim models, evaluations take a large share of the time.
     """
-    return 20 if _in_figures(run) else 4
+    return FIGURE_POINTS if _in_figures(run) else 4
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def _fits(run: Run) -> Run:
 
 
 FULL_LENGTH: dict[str, Any] = {
-    "learning_rates": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     "seeds": 3,
     "checkpoint_every": 2000,
     "compute": ComputeOptions("loop", convolution="native"),

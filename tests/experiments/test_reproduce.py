@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments import records, report, reproduce
+from experiments import readme, records, report, reproduce
 from experiments.config import Run
 from experiments.paper import agreement, search, tables, tasks
+from experiments.paper.entries import entries
 from orlomo_jax import ArrivalTrace
 
 SCALE = tables.SCALES["digits"]
@@ -354,10 +355,16 @@ class TestAgreement:
         assert "| unequal | 16 | 32 | +2.0 (+1.0) | *−0.1* (+7.9) | " in lines[4]
         assert lines[4].endswith(" | **−1.0** (+0.4) | 1.00× |")
         assert lines[-3:] == [
-            "| AL-SGD | 1 of 1 (1) | 1 | 0 | 0 |",
-            "| local OrMo-DA | 0 of 1 (1) | 0 | 1 | 0 |",
-            "| PRSGDm | 0 of 1 (1) | 0 | 0 | 1 |",
+            "| AL-SGD | 1 | 0 | 0 | 1 | 0 | 0 |",
+            "| local OrMo-DA | 0 | 1 | 0 | 1 | 0 | 0 |",
+            "| PRSGDm | 0 | 0 | 1 | 1 | 0 | 0 |",
         ]
+
+    @pytest.mark.parametrize(
+        ("mean", "spread", "sign"), [(0.3, 0.2, 1), (-0.3, 0.2, -1), (0.2, 0.2, 0), (0, 0, 0)]
+    )
+    def test_a_lead_within_the_spread_is_none(self, mean, spread, sign):
+        assert agreement.Lead(mean, spread).sign() == sign
 
     def test_a_lower_training_loss_is_a_lead(self):
         rows = self.rows()
@@ -365,6 +372,13 @@ class TestAgreement:
             row["train_loss"] = {"orlomo": 0.1, "al_sgd": 0.2}.get(run.method, 0.1)
         line = agreement.agreement(4, rows, SCALE)[4]
         assert "| +0.100 (+0.07) | *0.000* (+0.32) | " in line
+
+    def test_a_cell_counts_once_it_has_all_its_seeds(self):
+        rows = self.rows()
+        last = max((run for run in rows if run.method == "orlomo"), key=lambda run: run.seed)
+        del rows[last]
+        assert agreement.agreement(2, rows, SCALE) == []
+        assert agreement.at_the_same_time(2, rows, SCALE) == []
 
     def test_a_method_without_a_result_is_a_dash(self):
         rows = {run: row for run, row in self.rows().items() if run.method != "al_sgd"}
@@ -375,9 +389,12 @@ class TestAgreement:
     def test_every_rate_of_the_search_is_shown(self):
         rows = self.rows()
         (line,) = [x for x in agreement.rates(2, rows, SCALE) if "| OrLoMo |" in x]
-        tried = [run.learning_rate for run in rows if run.method == "orlomo" and run.seed == 0]
-        assert line.count(" / ") == len(tried)
-        assert line.count("–") == len(SCALE.learning_rates) - len(tried)
+        losses = "**100.0 / 0.001** | 100.0 / 0.003 | 100.0 / 0.01 | 100.0 / 0.03 | –"
+        assert line == f"| digits | unequal | 16 | 32 | OrLoMo | {losses} |"
+        first = next(run for run in rows if run.method == "orlomo")
+        rows[first] |= {"status": "diverged"}
+        (line,) = [x for x in agreement.rates(2, rows, SCALE) if "| OrLoMo |" in x]
+        assert " | diverged | " in line
 
     def test_prsgdm_is_read_off_at_the_end_of_orlomo(self):
         rows = self.rows()
@@ -388,13 +405,22 @@ class TestAgreement:
             row["curve"] |= {"test_accuracy": accuracy}
         lines = agreement.at_the_same_time(2, rows, SCALE)
         assert lines[2:] == ["| digits | unequal | 16 | 32 | 95.00 | 90.00 | 95.00 | 2.00× |"]
-        assert agreement.at_the_same_time(2, self.rows(), SCALE) == []
+        assert agreement.at_the_same_time(2, self.rows(), SCALE) == []  # too few points
+        for run, row in rows.items():  # PRSGDm is not evaluated before OrLoMo ends
+            row["curve"]["virtual_time"] = [1.0 if run.method == "orlomo" else 2.0] * 20
+        assert "| 95.00 | nan | 95.00 |" in agreement.at_the_same_time(2, rows, SCALE)[2]
 
     def test_cells_without_runs_can_be_shown_as_empty(self):
         assert report.table_lines(2, {}, tables.SCALES["paper"]) == []
         lines = report.table_lines(2, {}, tables.SCALES["paper"], empty=True)
         (line,) = [x for x in lines if x.startswith("| heterogeneous | 16 | 32 | – / 89.76")]
         assert line.endswith("| – / 90.15 ± 0.23 | – | OrLoMo | – |")
+
+    def test_a_search_that_has_not_ended_is_a_dash(self):
+        run = search.cell_of(tables.SCALES["slim"].shrink(tables.table_runs(2)[0]))
+        rows = {search.at(run, 0.3): row_of(search.at(run, 0.3))}
+        (entry,) = entries(2, rows, tables.SCALES["slim"])
+        assert readme.both_metrics(entry) == "–"
 
 
 def test_one_delayed_worker_reports_as_late_as_asked():
