@@ -195,7 +195,7 @@ def _fits(run: Run) -> Run:
 
 
 FULL_LENGTH: dict[str, Any] = {
-    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "seeds": 3,
     "checkpoint_every": 2000,
     "compute": ComputeOptions("loop", convolution="native"),
