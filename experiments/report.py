@@ -42,7 +42,7 @@ class Report:
 
 
 def table_lines(table: int, rows: Rows, scale: tables.Scale, *, empty: bool = False) -> list[str]:
-    """Return a table as Markdown lines, [] if it has no cells; ``empty`` as in ``entries``."""
+    """Return a table as Markdown lines; ``empty`` also shows the cells without a run."""
     found = list(entries(table, rows, scale, empty=empty))
     if not found:
         return []

@@ -307,7 +307,7 @@ class TestReport:
         assert line.split(" | ")[-3] == "–"
 
     def test_part_of_a_cell(self):
-        """One seed has no spread. Missing methods, and then the best method, are dashes."""
+        """With one seed there is no spread. If a method is missing, no best method is named."""
         run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
         rows = {}
         fill([run], rows, seeds=1)
