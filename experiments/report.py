@@ -164,7 +164,26 @@ def build(rows: Rows, scale: tables.Scale, output: Path) -> None:
             name = f"figure{figure}"
             figures.draw_curves(unique, metrics, output / name)
             lines += [f"## Figure {figure}", "", f"![Figure {figure}]({name}.png)", ""]
+    if scale.shows_dependence:
+        lines += _dependence_lines(rows, scale, output)
     records.write(output / "report.md", "\n".join(lines))
+
+
+def _dependence_lines(rows: Rows, scale: tables.Scale, output: Path) -> list[str]:
+    """Draw Table 2 against S·K and the learning rate, for each data set, K and kind of workers."""
+    parts: dict[tuple, dict[str, dict[int, Group]]] = {}
+    for table in (2, 4):
+        for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
+            for (scenario, workers, steps), group in members.items():
+                part = parts.setdefault((dataset, workers, scenario), {})
+                part.setdefault(metric, {})[steps] = group
+    lines = []
+    for (dataset, workers, scenario), cells in parts.items():
+        name = f"dependence-{dataset}-{workers}-{scenario}"
+        title = f"Against S·K and γ: {dataset}, K = {workers}, {scenario}"
+        figures.draw_dependence(cells, rows, scale.learning_rates, output / name)
+        lines += [f"## {title}", "", f"![{title}]({name}.png)", ""]
+    return lines
 
 
 def benchmarks(path: Path, output: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Draws the figures: curves against virtual time, and the timeline of an arrival trace."""
+"""Draws the figures: curves against virtual time, results against S·K and γ, and timelines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.config import Run
+from experiments.paper.entries import Group
+from experiments.paper.search import Rows, at
 from experiments.paper.tables import METHODS
 from orlomo_jax import ArrivalTrace
 
@@ -69,6 +71,78 @@ def draw_band(axis: Any, method: str, curves: list[dict[str, list]], metric: str
     look = {"color": SHADES[method], "linestyle": STYLES[method]}
     axis.plot(times, values.mean(0), label=TITLES[method], **look)
     axis.fill_between(times, values.min(0), values.max(0), color=SHADES[method], alpha=0.15, lw=0)
+
+
+def draw_dependence(
+    cells: dict[str, dict[int, Group]], rows: Rows, rates: Sequence[float], stem: Path
+) -> None:
+    """Draw results against S·K and the learning rate γ: one row of panels per metric.
+
+    The first panel shows each method at its chosen rates: the mean over seeds, and the standard
+    deviation as a bar. The others show seed 0 at every rate that was tried, for one S each, with a
+    ring around the chosen one. Results that are far worse than all of the first panel are cut off.
+
+    Args:
+        cells: Metric → S → the entries of one kind of workers at one K.
+        rows: The recorded runs.
+        rates: The grid of learning rates.
+        stem: Path of the figure, without its ending.
+    """
+    columns = 1 + max(map(len, cells.values()))
+    figure, axes = plt.subplots(
+        len(cells),
+        columns,
+        figsize=(3.4 * columns, 3.2 * len(cells)),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for (metric, by_steps), line_of_axes in zip(cells.items(), axes, strict=True):
+        _draw_against_steps(line_of_axes[0], metric, by_steps)
+        for axis, steps in zip(line_of_axes[1:], sorted(by_steps), strict=False):
+            _draw_against_rates(axis, metric, by_steps[steps], rows, rates)
+            axis.set(title=f"S = {steps}", xlabel="learning rate γ, seed 0", xscale="log")
+        low, high = line_of_axes[0].dataLim.intervaly
+        below, above = (1.0, 0.2) if metric == "test_accuracy" else (0.2, 1.0)
+        line_of_axes[0].set_ylim(low - below * (high - low), high + above * (high - low))
+        for axis in line_of_axes:
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    save(figure, stem)
+
+
+def _draw_against_steps(axis: Any, metric: str, by_steps: dict[int, Group]) -> None:
+    for method in STYLES:
+        found = [by_steps[steps][method] for steps in sorted(by_steps) if method in by_steps[steps]]
+        shown = [entry for entry in found if entry.rows]
+        axis.errorbar(
+            [entry.run.local_iterations * entry.run.workers for entry in shown],
+            [entry.mean() for entry in shown],
+            [entry.std() for entry in shown],
+            label=TITLES[method],
+            color=SHADES[method],
+            linestyle=STYLES[method],
+            marker=".",
+            capsize=3,
+        )
+    axis.set(title="chosen γ, all seeds", xlabel="S·K", ylabel=LABELS[metric], xscale="log")
+    ticks = sorted({entry.run.local_iterations * entry.run.workers for entry in found})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+
+
+def _draw_against_rates(
+    axis: Any, metric: str, group: Group, rows: Rows, rates: Sequence[float]
+) -> None:
+    for method, entry in group.items():
+        tried = {rate: rows.get(at(entry.run, rate)) for rate in sorted(rates)}
+        values = {r: row[metric] for r, row in tried.items() if row and row[metric] is not None}
+        look = {"color": SHADES[method], "linestyle": STYLES[method]}
+        axis.plot(values.keys(), values.values(), marker=".", **look)
+        if entry.search.chosen in values:
+            best = entry.search.chosen
+            axis.plot(best, values[best], marker="o", markersize=10, fillstyle="none", **look)
 
 
 def draw_timeline(trace: ArrivalTrace, stem: Path, most: int = 120) -> None:

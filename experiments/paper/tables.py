@@ -152,6 +152,7 @@ class Scale:
         seeds: Number of seeds at the chosen rate.
         checkpoint_every: Global iterations between checkpoints; 0 for none.
         compute: How the rounds are computed.
+        shows_dependence: Whether the report shows results against S·K and the learning rate.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Scale:
     seeds: int
     checkpoint_every: int = 0
     compute: ComputeOptions = field(default_factory=ComputeOptions)
+    shows_dependence: bool = False
 
 
 def _on_digits(run: Run, epochs: float, batch_size: int) -> Run:
@@ -199,6 +201,7 @@ FULL_LENGTH: dict[str, Any] = {
     "seeds": 3,
     "checkpoint_every": 2000,
     "compute": ComputeOptions("loop", convolution="native"),
+    "shows_dependence": True,
 }
 """Settings of the scales that train slim networks for as long as in the paper."""
 

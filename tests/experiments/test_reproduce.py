@@ -288,6 +288,26 @@ class TestReport:
         report.build(rows, SCALE, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
+    def test_results_against_the_rate_are_drawn_where_the_scale_asks(self, tmp_path):
+        rows = {run: row for run, row in self.rows().items() if run.workers == 16}
+        report.build(rows, replace(SCALE, shows_dependence=True), tmp_path)
+        drawn = {path.stem for path in tmp_path.glob("dependence-*.png")}
+        assert drawn == {f"dependence-digits-16-{s}" for s in ("homogeneous", "heterogeneous")}
+        text = (tmp_path / "report.md").read_text()
+        assert "## Against S·K and γ: digits, K = 16, homogeneous" in text
+
+    def test_a_part_of_the_rates_and_cells_is_drawn(self, tmp_path):
+        """Some searches have not ended, and one cell has only diverged runs."""
+        kept = (16, "homogeneous")
+        rows = {r: row for r, row in self.rows().items() if (r.workers, r.scenario) == kept}
+        for run in list(rows):
+            if run.method == "al_sgd" and run.local_iterations != 32:
+                rows[run] = row_of(run, status="diverged")
+            if run.method == "orlomo" and run.learning_rate == min(SCALE.learning_rates):
+                del rows[run]
+        report.build(rows, replace(SCALE, shows_dependence=True), tmp_path)
+        assert (tmp_path / "dependence-digits-16-homogeneous.svg").stat().st_size > 1000
+
     def test_a_cell_without_a_finished_run_says_so(self):
         rows = {}
         run = search.cell_of(SCALE.shrink(tables.table_runs(2)[0]))
