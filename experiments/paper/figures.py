@@ -127,7 +127,8 @@ def _draw_against_steps(axis: Any, metric: str, by_steps: dict[int, Group]) -> N
             capsize=3,
         )
     axis.set(title="chosen γ, all seeds", xlabel="S·K", ylabel=LABELS[metric], xscale="log")
-    ticks = sorted({entry.run.local_iterations * entry.run.workers for entry in found})
+    runs = [next(iter(group.values())).run for group in by_steps.values()]
+    ticks = sorted(run.local_iterations * run.workers for run in runs)
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
 
