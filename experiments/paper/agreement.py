@@ -134,6 +134,46 @@ def _tried(row: dict[str, Any] | None, chosen: bool) -> str:
     return f"**{text}**" if chosen else text
 
 
+def at_the_same_rate(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+    """Return Markdown lines: OrLoMo's leads over PRSGDm at equal learning rates.
+
+    A lead is the mean over the seeds that both methods have at that rate. Their number follows in
+    brackets if there are several.
+    """
+    grid = sorted(scale.learning_rates)
+    lines = []
+    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
+        for (scenario, workers, steps), group in members.items():
+            if {"orlomo", "prsgdm"} <= group.keys():
+                cells = [_paired(group, rows, metric, rate, scale.seeds) for rate in grid]
+                place = (dataset, SCENARIOS[scenario], workers, steps)
+                lines.append(f"| {' | '.join(map(str, (*place, *cells)))} |")
+    if not lines:
+        return []
+    return [
+        f"| data | workers | K | S | {' | '.join(f'{rate:g}' for rate in grid)} |",
+        "|---|---|---:|---:|" + "---:|" * len(grid),
+        *lines,
+    ]
+
+
+def _paired(group: Group, rows: Rows, metric: str, rate: float, seeds: int) -> str:
+    """Return OrLoMo's mean lead over PRSGDm at a rate over the seeds that both have finished."""
+    ours, theirs = (
+        {
+            seed: row[metric]
+            for seed in range(seeds)
+            if (row := rows.get(at(group[method].run, rate, seed))) and row["status"] == "finished"
+        }
+        for method in ("orlomo", "prsgdm")
+    )
+    if not (common := sorted(ours.keys() & theirs.keys())):
+        return "–"
+    better, places = (1, 1) if metric == "test_accuracy" else (-1, 3)
+    lead = better * float(np.mean([ours[seed] - theirs[seed] for seed in common]))
+    return _signed(lead, places) + (f" ({len(common)})" if len(common) > 1 else "")
+
+
 def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo at its end, PRSGDm at the same virtual time and at its own end.
 

@@ -416,6 +416,19 @@ class TestAgreement:
         (line,) = [x for x in agreement.rates(2, rows, SCALE) if "| OrLoMo |" in x]
         assert " | diverged | " in line
 
+    def test_equal_rates_are_compared_over_the_common_seeds(self):
+        rows = self.rows(orlomo=90, prsgdm=88)
+        (line,) = agreement.at_the_same_rate(2, rows, SCALE)[2:]
+        assert line == "| digits | unequal | 16 | 32 | +2.0 (3) | +2.0 | +2.0 | +2.0 | – |"
+        for run, row in rows.items():
+            row["train_loss"] = 0.1 if run.method == "orlomo" else 0.3 + 0.1 * run.seed
+        last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
+        rows[last] |= {"status": "diverged", "train_loss": None}
+        (line,) = agreement.at_the_same_rate(4, rows, SCALE)[2:]
+        assert "| 32 | +0.250 (2) | +0.200 | +0.200 | +0.200 | – |" in line
+        only = {run: row for run, row in rows.items() if run.method == "orlomo"}
+        assert agreement.at_the_same_rate(2, only, SCALE) == []
+
     def test_prsgdm_is_read_off_at_the_end_of_orlomo(self):
         rows = self.rows()
         for run, row in rows.items():
