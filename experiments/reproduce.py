@@ -49,7 +49,9 @@ class Reproduce:
     """Table of the paper; 4 and 5 are the training losses of 2 and 1."""
     figure: Literal[2, 3, 4, 5, 6] | None = None
     """Figure of the paper."""
-    scale: Literal["paper", "small", "slim", "fits", "digits", "smoke", "rehearsal"] = "digits"
+    scale: Literal[
+        "paper", "small", "slim", "fits", "same_time", "digits", "smoke", "rehearsal"
+    ] = "digits"
     """Size of the runs."""
     only: str = ""
     """Cells to keep, as field=value[|value],… (workers=16,local_iterations=32). The fields have the

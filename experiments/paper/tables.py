@@ -196,6 +196,29 @@ def _fits(run: Run) -> Run:
     return replace(run, augmented=False, train_size=kept, epochs=epochs)
 
 
+WAITING = {
+    ("homogeneous", 8): 1.54,
+    ("heterogeneous", 8): 2.21,
+    ("homogeneous", 16): 1.62,
+    ("heterogeneous", 16): 2.49,
+}
+"""PRSGDm's virtual time over OrLoMo's for the same epochs, by kind of workers and K (Table 2)."""
+
+
+def _same_time(run: Run) -> Run:
+    """As slim, but PRSGDm has only as many epochs as it completes in OrLoMo's virtual time.
+
+    Raises:
+        ValueError: If the cell's ratio of times is unknown.
+    """
+    if run.method != "prsgdm":
+        return _slim(run)
+    place = (run.scenario, run.workers)
+    if place not in WAITING or run.dataset == "tiny-imagenet":
+        raise ValueError(f"the scale same_time needs a cell of Table 1 or 2, got {place}")
+    return replace(_slim(run), epochs=run.epochs / WAITING[place])
+
+
 FULL_LENGTH: dict[str, Any] = {
     "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "seeds": 3,
@@ -239,6 +262,12 @@ SCALES = {
             "the networks of slim on the first 5 000 training images, neither cropped nor flipped, "
             "for as many steps as in the paper: they can fit these images",
             _fits,
+            **FULL_LENGTH,
+        ),
+        Scale(
+            "same_time",
+            "as slim, but PRSGDm ends when OrLoMo does: it has fewer epochs, since it waits",
+            _same_time,
             **FULL_LENGTH,
         ),
         Scale(

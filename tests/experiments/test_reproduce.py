@@ -67,6 +67,22 @@ def test_runs_as_long_as_the_papers(scale, train_size):
             assert run.num_steps(train_size or whole) == paper.num_steps(whole)
 
 
+def test_prsgdm_ends_with_orlomo_at_the_scale_same_time():
+    for paper in tables.table_runs(2):
+        short, whole = (tables.SCALES[name].shrink(paper) for name in ("same_time", "slim"))
+        assert (short == whole) == (paper.method != "prsgdm")
+        if paper.method == "prsgdm" and paper.dataset == "cifar10":
+            asynchronous = replace(whole, method="orlomo")
+            ends = [run.trace(run.num_steps(50_000)).times[-1] for run in (short, asynchronous)]
+            assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
+def test_the_scale_same_time_knows_tables_1_and_2_only():
+    synchronous = next(run for run in tables.table_runs(6) if run.method == "prsgdm")
+    with pytest.raises(ValueError, match="Table 1 or 2"):
+        tables.SCALES["same_time"].shrink(synchronous)
+
+
 class TestSelect:
     def test_conditions_are_joined(self):
         runs = tables.select(tables.table_runs(1), "workers=8,method=orlomo,dataset=cifar100")
