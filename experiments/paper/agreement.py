@@ -206,6 +206,38 @@ def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
     ]
 
 
+def planned_for_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+    """Return Markdown lines: OrLoMo, and PRSGDm with as many epochs as fit into OrLoMo's time.
+
+    Args:
+        table: 2 for test accuracy, 4 for training loss.
+        rows: The recorded runs.
+        scale: The scale of these runs, at which PRSGDm has fewer epochs.
+    """
+    lines = []
+    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
+        for (scenario, workers, steps), group in members.items():
+            if (pair := leads(group, "prsgdm", scale.seeds)) is None:
+                continue
+            ours, theirs = group["orlomo"], group["prsgdm"]
+            places = DIGITS[metric]
+            cells = [f"{entry.mean():.{places}f}{entry.spread()}" for entry in (ours, theirs)]
+            place = (dataset, SCENARIOS[scenario], workers, steps, f"{theirs.run.epochs:.0f}")
+            verdict = {1: "ahead", 0: "level", -1: "behind"}[pair[0].sign()]
+            lead = _signed(pair[0].mean, 1 if metric == "test_accuracy" else 3)
+            lines.append(
+                f"| {' | '.join(map(str, (*place, *cells, lead, verdict, time_ratio(group))))} |"
+            )
+    if not lines:
+        return []
+    return [
+        "| data | workers | K | S | PRSGDm's epochs | OrLoMo | PRSGDm | lead of OrLoMo | it is | "
+        "time |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
+        *lines,
+    ]
+
+
 def _points(row: dict[str, Any]) -> int:
     return len(row["curve"]["virtual_time"])
 

@@ -459,6 +459,17 @@ class TestAgreement:
             row["curve"]["virtual_time"] = [1.0 if run.method == "orlomo" else 2.0] * 20
         assert "| 95.00 | nan | 95.00 |" in agreement.at_the_same_time(2, rows, SCALE)[2]
 
+    def test_prsgdm_planned_for_the_time_of_orlomo(self):
+        rows = self.rows(orlomo=90, prsgdm=88)
+        (line,) = agreement.planned_for_the_same_time(2, rows, SCALE)[2:]
+        numbers = "90.10 ± 0.10 | 88.10 ± 0.10 | +2.0 | ahead | 1.00×"
+        assert line == f"| digits | unequal | 16 | 32 | 200 | {numbers} |"
+        (line,) = agreement.planned_for_the_same_time(4, rows, SCALE)[2:]
+        assert line.endswith(" | 0.0110 ± 0.0100 | 0.0110 ± 0.0100 | 0.000 | level | 1.00× |")
+        last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
+        del rows[last]
+        assert agreement.planned_for_the_same_time(2, rows, SCALE) == []
+
     def test_cells_without_runs_can_be_shown_as_empty(self):
         assert report.table_lines(2, {}, tables.SCALES["paper"]) == []
         lines = report.table_lines(2, {}, tables.SCALES["paper"], empty=True)
