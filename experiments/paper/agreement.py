@@ -14,6 +14,9 @@ from experiments.paper.search import Rows, at
 OTHERS = ("al_sgd", "local_ormo_da", "prsgdm")
 """The methods that OrLoMo is compared with."""
 
+LEAD_DIGITS = {"test_accuracy": 1, "train_loss": 4}
+"""Decimal places of a lead."""
+
 SCENARIOS = {"homogeneous": "equal", "heterogeneous": "unequal"}
 
 
@@ -65,7 +68,6 @@ def agreement(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
         }
         if not any(pair for of_cell in found.values() for pair in of_cell.values()):
             continue
-        places = 1 if metric == "test_accuracy" else 3
         paper = next(iter(next(iter(members.values())).values())).number.run
         lines += [
             f"**Lead of OrLoMo: {LABELS[metric]}, {model} on {dataset}** (in brackets: the paper, "
@@ -75,7 +77,7 @@ def agreement(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
             "|---|---:|---:|" + "---:|" * (len(OTHERS) + 1),
         ]
         for (scenario, workers, steps), of_cell in found.items():
-            cells = [_cell(of_cell[other], places) for other in OTHERS]
+            cells = [_cell(of_cell[other], LEAD_DIGITS[metric]) for other in OTHERS]
             time = time_ratio(members[scenario, workers, steps])
             row = (SCENARIOS[scenario], workers, steps, *cells, time)
             lines.append(f"| {' | '.join(map(str, row))} |")
@@ -169,9 +171,9 @@ def _paired(group: Group, rows: Rows, metric: str, rate: float, seeds: int) -> s
     )
     if not (common := sorted(ours.keys() & theirs.keys())):
         return "–"
-    better, places = (1, 1) if metric == "test_accuracy" else (-1, 3)
+    better = 1 if metric == "test_accuracy" else -1
     lead = better * float(np.mean([ours[seed] - theirs[seed] for seed in common]))
-    return _signed(lead, places) + (f" ({len(common)})" if len(common) > 1 else "")
+    return _signed(lead, LEAD_DIGITS[metric]) + (f" ({len(common)})" if len(common) > 1 else "")
 
 
 def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
@@ -224,7 +226,7 @@ def planned_for_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> li
             cells = [f"{entry.mean():.{places}f}{entry.spread()}" for entry in (ours, theirs)]
             place = (dataset, SCENARIOS[scenario], workers, steps, f"{theirs.run.epochs:.0f}")
             verdict = {1: "ahead", 0: "level", -1: "behind"}[pair[0].sign()]
-            lead = _signed(pair[0].mean, 1 if metric == "test_accuracy" else 3)
+            lead = _signed(pair[0].mean, LEAD_DIGITS[metric])
             lines.append(
                 f"| {' | '.join(map(str, (*place, *cells, lead, verdict, time_ratio(group))))} |"
             )

@@ -407,7 +407,7 @@ class TestAgreement:
         for run, row in rows.items():
             row["train_loss"] = {"orlomo": 0.1, "al_sgd": 0.2}.get(run.method, 0.1)
         line = agreement.agreement(4, rows, SCALE)[4]
-        assert "| +0.100 (+0.07) | *0.000* (+0.32) | " in line
+        assert "| +0.1000 (+0.07) | *0.0000* (+0.32) | " in line
 
     def test_a_cell_counts_once_it_has_all_its_seeds(self):
         rows = self.rows()
@@ -441,7 +441,7 @@ class TestAgreement:
         last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
         rows[last] |= {"status": "diverged", "train_loss": None}
         (line,) = agreement.at_the_same_rate(4, rows, SCALE)[2:]
-        assert "| 32 | +0.250 (2) | +0.200 | +0.200 | +0.200 | – |" in line
+        assert "| 32 | +0.2500 (2) | +0.2000 | +0.2000 | +0.2000 | – |" in line
         only = {run: row for run, row in rows.items() if run.method == "orlomo"}
         assert agreement.at_the_same_rate(2, only, SCALE) == []
 
@@ -465,7 +465,7 @@ class TestAgreement:
         numbers = "90.10 ± 0.10 | 88.10 ± 0.10 | +2.0 | ahead | 1.00×"
         assert line == f"| digits | unequal | 16 | 32 | 200 | {numbers} |"
         (line,) = agreement.planned_for_the_same_time(4, rows, SCALE)[2:]
-        assert line.endswith(" | 0.0110 ± 0.0100 | 0.0110 ± 0.0100 | 0.000 | level | 1.00× |")
+        assert line.endswith(" | 0.0110 ± 0.0100 | 0.0110 ± 0.0100 | 0.0000 | level | 1.00× |")
         last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
         del rows[last]
         assert agreement.planned_for_the_same_time(2, rows, SCALE) == []
