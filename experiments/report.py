@@ -92,7 +92,7 @@ def _ours(entry: Entry) -> str:
     if not statuses:
         return "–"
     if entry.search.untried:
-        return f"{len(statuses)} rates of the grid run"
+        return f"rates run: {len(statuses)}"
     if mean is None:
         return "failed" if "failed" in statuses else "diverged at every rate"
     return f"{mean:.{places}f}{entry.spread()} ({len(entry.rows)})"

@@ -339,7 +339,7 @@ class TestReport:
         gone = min((run for run in rows if run.method == "orlomo"), key=lambda r: r.learning_rate)
         del rows[gone]
         text = "\n".join(report.table_lines(2, rows, SCALE))
-        (line,) = [x for x in text.splitlines() if "3 rates of the grid run / " in x]
+        (line,) = [x for x in text.splitlines() if "rates run: 3 / " in x]
         assert line.split(" | ")[-3] == "–"
 
     def test_part_of_a_cell(self):
