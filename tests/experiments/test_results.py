@@ -145,3 +145,31 @@ class TestSlim:
             if agreement.leads(group, "prsgdm", self.scale.seeds) is not None:
                 factor = 1.5 if scenario == "homogeneous" else 2.0
                 assert group["prsgdm"].virtual_time() > factor * group["orlomo"].virtual_time()
+
+    def test_orlomo_is_ahead_of_prsgdm_for_the_same_time(self):
+        scale = tables.SCALES["same_time"]
+        rows = recorded(RESULTS / "slim.jsonl")
+        found = groups(entries(2, rows, scale))[CELLS]
+        pairs = {place: agreement.leads(group, "prsgdm", 3) for place, group in found.items()}
+        signs = {place: pair[0].sign() for place, pair in pairs.items() if pair is not None}
+        assert signs.keys() >= {("homogeneous", 16, 16), ("heterogeneous", 16, 16)}
+        assert set(signs.values()) == {1}
+
+    @pytest.mark.parametrize("scenario", ["one_slow", "one_delayed"])
+    def test_accuracy_does_not_fall_with_the_delay(self, scenario):
+        """Table 3: from the smallest delay to the largest, beyond the seeds' spread."""
+        found = entries(3, recorded(RESULTS / "slim.jsonl"), self.scale)
+        cells = [x for x in found if x.run.scenario == scenario and len(x.rows) == self.scale.seeds]
+        first, *_, last = sorted(cells, key=lambda x: (x.run.slowdown, x.run.max_delay))
+        assert last.mean() >= first.mean() - max(first.std(), last.std())
+
+
+class TestFits:
+    def test_prsgdm_is_level_with_orlomo_with_16_local_steps(self):
+        scale = tables.SCALES["fits"]
+        rows = recorded(RESULTS / "fits.jsonl")
+        for table, metric in ((2, "test_accuracy"), (4, "train_loss")):
+            found = groups(entries(table, rows, scale))["resnet8", metric, "cifar10"]
+            for scenario in ("homogeneous", "heterogeneous"):
+                ours, _ = agreement.leads(found[scenario, 16, 16], "prsgdm", scale.seeds)
+                assert ours.sign() == 0
