@@ -86,10 +86,10 @@ def field_verdicts() -> str:
 
 
 def results_tables() -> str:
-    """Return Table 2's cells with K = 16 at every scale with records."""
+    """Return Table 2's cells with K = 16 at every scale with records of its own."""
     blocks = []
-    for scale in tables.SCALES.values():
-        rows = _recorded(scale.name)
+    for scale in (scale for scale in tables.SCALES.values() if not scale.shares):
+        rows = _recorded(scale.file)
         found = [e for e in entries(2, rows, scale) if e.run.workers == 16]
         if not found:
             continue
@@ -129,15 +129,15 @@ def both_metrics(entry: Entry | None) -> str:
 
 def of_scale(lines: Callable[..., list[str]], name: str, table: int, **options: Any) -> str:
     """Return the lines about a table of the paper at a scale, without the table's heading."""
-    rows = _recorded("slim" if name == "same_time" else name)
+    rows = _recorded(tables.SCALES[name].file)
     made = lines(table, rows, tables.SCALES[name], **options)
     shown = "\n".join(line for line in made if not line.startswith("## ")).strip()
     return shown or ("No cell is complete yet." if rows else "Not run yet.")
 
 
 @functools.cache
-def _recorded(name: str) -> Rows:
-    return recorded(RESULTS / f"{name}.jsonl")
+def _recorded(file: str) -> Rows:
+    return recorded(RESULTS / file)
 
 
 def best_methods() -> str:

@@ -221,7 +221,7 @@ def _made(settings: Report) -> Path:
         return output / "timeline.png"
     output = settings.output or records.RESULTS / settings.scale
     scale = tables.SCALES[settings.scale]
-    path = settings.records or records.RESULTS / f"{scale.name}.jsonl"
+    path = settings.records or records.RESULTS / scale.file
     rows = recorded(path)
     if not rows:
         raise ValueError(f"{path} holds no rows: run python -m experiments.reproduce first")

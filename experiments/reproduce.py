@@ -61,7 +61,8 @@ class Reproduce:
     data_dir: Path | None = None
     """The TFDS data_dir; by default $TFDS_DATA_DIR or TFDS's own."""
     output: Path | None = None
-    """File of the records; by default experiments/results/SCALE.jsonl."""
+    """File of the records; by default experiments/results/SCALE.jsonl (same_time shares
+    the file of slim)."""
     retry_failed: bool = False
     """Repeat runs that are recorded as failed."""
     budget: float | None = None
@@ -232,7 +233,7 @@ def main(args: Sequence[str] | None = None) -> None:
         Reproduce, prog="python -m experiments.reproduce", args=args, description=__doc__
     )
     scale = tables.SCALES[settings.scale]
-    path = settings.output or records.RESULTS / f"{scale.name}.jsonl"
+    path = settings.output or records.RESULTS / scale.file
     console = Console()
     try:
         wanted = wanted_runs(settings, scale)

@@ -153,6 +153,7 @@ class Scale:
         checkpoint_every: Global iterations between checkpoints; 0 for none.
         compute: How the rounds are computed.
         shows_dependence: Whether the report shows results against S·K and the learning rate.
+        shares: The scale whose file of records it shares; by default it has its own.
     """
 
     name: str
@@ -163,6 +164,12 @@ class Scale:
     checkpoint_every: int = 0
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     shows_dependence: bool = False
+    shares: str = ""
+
+    @property
+    def file(self) -> str:
+        """The name of the file of records."""
+        return f"{self.shares or self.name}.jsonl"
 
 
 def _on_digits(run: Run, epochs: float, batch_size: int) -> Run:
@@ -268,6 +275,7 @@ SCALES = {
             "same_time",
             "as slim, but PRSGDm ends when OrLoMo does: it has fewer epochs, since it waits",
             _same_time,
+            shares="slim",
             **FULL_LENGTH,
         ),
         Scale(

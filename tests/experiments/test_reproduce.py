@@ -77,6 +77,13 @@ def test_prsgdm_ends_with_orlomo_at_the_scale_same_time():
             assert ends[0] == pytest.approx(ends[1], rel=0.02)
 
 
+def test_the_scale_same_time_shares_the_records_of_slim():
+    assert tables.SCALES["same_time"].file == "slim.jsonl"
+    assert {scale.file for scale in tables.SCALES.values() if scale.name != "same_time"} == {
+        f"{name}.jsonl" for name in tables.SCALES if name != "same_time"
+    }
+
+
 def test_the_scale_same_time_knows_tables_1_and_2_only():
     synchronous = next(run for run in tables.table_runs(6) if run.method == "prsgdm")
     with pytest.raises(ValueError, match="Table 1 or 2"):
