@@ -80,7 +80,7 @@ def draw_dependence(
 
     The first panel shows each method at its chosen rates: the mean over seeds, and the standard
     deviation as a bar. The others show seed 0 at every rate that was tried, for one S each, with a
-    ring around the chosen one. Results that are far worse than all of the first panel are cut off.
+    ring around the chosen one. Results far worse than those of the first panel are cut off.
 
     Args:
         cells: Metric → S → the entries of one kind of workers at one K.
@@ -103,13 +103,26 @@ def draw_dependence(
         for axis, steps in zip(line_of_axes[1:], sorted(by_steps), strict=False):
             _draw_against_rates(axis, metric, by_steps[steps], rows, rates)
             axis.set(title=f"S = {steps}", xlabel="learning rate γ, seed 0", xscale="log")
-        low, high = line_of_axes[0].dataLim.intervaly
-        below, above = (1.0, 0.2) if metric == "test_accuracy" else (0.2, 1.0)
-        line_of_axes[0].set_ylim(low - below * (high - low), high + above * (high - low))
+        _cut_off(line_of_axes, metric)
         for axis in line_of_axes:
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
     save(figure, stem)
+
+
+def _cut_off(line_of_axes: Any, metric: str) -> None:
+    """Limit a row of panels to twice the first panel's range, towards worse results."""
+    low, high = line_of_axes[0].dataLim.intervaly
+    if not np.isfinite([low, high]).all():
+        return  # no cell has a chosen rate yet
+    ends = np.concatenate([axis.dataLim.intervaly for axis in line_of_axes])
+    shown = ends[np.isfinite(ends)]  # a panel without a finished run is empty
+    if metric == "test_accuracy":
+        bottom, top = low - (high - low), np.max(shown)
+    else:
+        bottom, top = np.min(shown), high + (high - low)
+    margin = 0.05 * (top - bottom) or 1.0
+    line_of_axes[0].set_ylim(bottom - margin, top + margin)
 
 
 def _draw_against_steps(axis: Any, metric: str, by_steps: dict[int, Group]) -> None:
@@ -129,6 +142,7 @@ def _draw_against_steps(axis: Any, metric: str, by_steps: dict[int, Group]) -> N
     axis.set(title="chosen γ, all seeds", xlabel="S·K", ylabel=LABELS[metric], xscale="log")
     runs = [next(iter(group.values())).run for group in by_steps.values()]
     ticks = sorted(run.local_iterations * run.workers for run in runs)
+    axis.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
 

@@ -312,19 +312,27 @@ class TestReport:
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
     def test_results_against_the_rate_are_drawn_where_the_scale_asks(self, tmp_path):
-        rows = {run: row for run, row in self.rows().items() if run.workers == 16}
+        kept = (16, "homogeneous")
+        rows = {r: row for r, row in self.rows().items() if (r.workers, r.scenario) == kept}
         report.build(rows, replace(SCALE, shows_dependence=True), tmp_path)
         drawn = {path.stem for path in tmp_path.glob("dependence-*.png")}
-        assert drawn == {f"dependence-digits-16-{s}" for s in ("homogeneous", "heterogeneous")}
+        assert drawn == {"dependence-digits-16-homogeneous"}
         text = (tmp_path / "report.md").read_text()
         assert "## Against S·K and γ: digits, K = 16, homogeneous" in text
 
+    @pytest.mark.parametrize("status", ["finished", "diverged"])
+    def test_the_first_run_of_a_scale_is_drawn(self, tmp_path, status):
+        run = search.at(search.cell_of(SCALE.shrink(tables.table_runs(2)[0])), 0.1)
+        scale = replace(SCALE, shows_dependence=True)
+        report.build({run: row_of(run, status=status)}, scale, tmp_path)
+        assert (tmp_path / "dependence-digits-8-homogeneous.svg").stat().st_size > 1000
+
     def test_a_part_of_the_rates_and_cells_is_drawn(self, tmp_path):
-        """Some searches have not ended, and one cell has only diverged runs."""
+        """Some searches have not ended, and one S has only diverged runs."""
         kept = (16, "homogeneous")
         rows = {r: row for r, row in self.rows().items() if (r.workers, r.scenario) == kept}
         for run in list(rows):
-            if run.method == "al_sgd" and run.local_iterations != 32:
+            if run.local_iterations == 8:
                 rows[run] = row_of(run, status="diverged")
             if run.method == "orlomo" and run.learning_rate == min(SCALE.learning_rates):
                 del rows[run]
