@@ -19,7 +19,7 @@ from rich.console import Console
 from experiments import quickstart, records, report
 from experiments.benchmarks import chart
 from experiments.language import study, study_report
-from experiments.paper import agreement, tables
+from experiments.paper import agreement, scales, tables
 from experiments.paper.entries import Entry, entries
 from experiments.paper.search import Rows, recorded
 from experiments.records import RESULTS
@@ -88,7 +88,7 @@ def field_verdicts() -> str:
 def results_tables() -> str:
     """Return Table 2's cells with K = 16 at every scale with records of its own."""
     blocks = []
-    for scale in (scale for scale in tables.SCALES.values() if not scale.shares):
+    for scale in (scale for scale in scales.SCALES.values() if not scale.shares):
         rows = _recorded(scale.file)
         found = [e for e in entries(2, rows, scale) if e.run.workers == 16]
         if not found:
@@ -129,8 +129,8 @@ def both_metrics(entry: Entry | None) -> str:
 
 def of_scale(lines: Callable[..., list[str]], name: str, table: int, **options: Any) -> str:
     """Return the lines about a table of the paper at a scale, without the table's heading."""
-    rows = _recorded(tables.SCALES[name].file)
-    made = lines(table, rows, tables.SCALES[name], **options)
+    rows = _recorded(scales.SCALES[name].file)
+    made = lines(table, rows, scales.SCALES[name], **options)
     shown = "\n".join(line for line in made if not line.startswith("## ")).strip()
     return shown or ("No cell is complete yet." if rows else "Not run yet.")
 

@@ -18,7 +18,7 @@ import tyro
 
 from experiments import records
 from experiments.benchmarks import chart
-from experiments.paper import figures, tables
+from experiments.paper import figures, scales, tables
 from experiments.paper.entries import DIGITS, Entry, Group, entries, groups, time_ratio
 from experiments.paper.search import Rows, cell_of, recorded
 from experiments.terminal import accept_any_terminal
@@ -41,7 +41,7 @@ class Report:
     """Rows of the benchmarks: write benchmarks.md, .png and .svg instead."""
 
 
-def table_lines(table: int, rows: Rows, scale: tables.Scale, *, empty: bool = False) -> list[str]:
+def table_lines(table: int, rows: Rows, scale: scales.Scale, *, empty: bool = False) -> list[str]:
     """Return a table as Markdown lines; ``empty`` also shows the cells without a run."""
     found = list(entries(table, rows, scale, empty=empty))
     if not found:
@@ -122,7 +122,7 @@ def _best(group: Group, metric: str, *, ours: bool) -> str:
     return pick(known, key=lambda name: known[name]) if known else "–"
 
 
-def provenance(rows: Rows, scale: tables.Scale) -> list[str]:
+def provenance(rows: Rows, scale: scales.Scale) -> list[str]:
     """Return lines that state the scale, the devices and the statuses of the runs."""
     environments = Counter(
         (row["environment"]["device"], row["environment"]["cpus"], row["environment"]["jax"])
@@ -147,7 +147,7 @@ def provenance(rows: Rows, scale: tables.Scale) -> list[str]:
     ]
 
 
-def build(rows: Rows, scale: tables.Scale, output: Path) -> None:
+def build(rows: Rows, scale: scales.Scale, output: Path) -> None:
     """Write report.md and every figure that the records cover."""
     lines = [f"# Results at the scale “{scale.name}”", "", *provenance(rows, scale)]
     for table in tables.SOURCES:
@@ -169,7 +169,7 @@ def build(rows: Rows, scale: tables.Scale, output: Path) -> None:
     records.write(output / "report.md", "\n".join(lines))
 
 
-def _dependence_lines(rows: Rows, scale: tables.Scale, output: Path) -> list[str]:
+def _dependence_lines(rows: Rows, scale: scales.Scale, output: Path) -> list[str]:
     """Draw Table 2 against S·K and the learning rate, for each data set, K and kind of workers."""
     parts: dict[tuple, dict[str, dict[int, Group]]] = {}
     for table in (2, 4):
@@ -220,7 +220,7 @@ def _made(settings: Report) -> Path:
         figures.draw_timeline(ArrivalTrace.load(settings.trace), output / "timeline")
         return output / "timeline.png"
     output = settings.output or records.RESULTS / settings.scale
-    scale = tables.SCALES[settings.scale]
+    scale = scales.SCALES[settings.scale]
     path = settings.records or records.RESULTS / scale.file
     rows = recorded(path)
     if not rows:

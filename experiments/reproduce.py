@@ -33,7 +33,7 @@ from experiments.compilation_cache import keep_compiled_programs
 from experiments.config import Run
 from experiments.data.tfds_cache import DataError
 from experiments.models import native
-from experiments.paper import choice, search, tables, tasks
+from experiments.paper import choice, scales, search, tables, tasks
 from experiments.paper.tasks import Task, Way
 from experiments.terminal import accept_any_terminal
 from experiments.threads import in_threads
@@ -77,7 +77,7 @@ class Reproduce:
     """The largest number of runs at the same time, with "vmap" and "processes"."""
 
 
-def wanted_runs(settings: Reproduce, scale: tables.Scale) -> list[Run]:
+def wanted_runs(settings: Reproduce, scale: scales.Scale) -> list[Run]:
     """Return the cells to run, in order.
 
     Raises:
@@ -99,7 +99,7 @@ def wanted_runs(settings: Reproduce, scale: tables.Scale) -> list[Run]:
     return list(dict.fromkeys(search.cell_of(scale.shrink(run)) for run in selected))
 
 
-def choose_way(settings: Reproduce, path: Path, run: Run, scale: tables.Scale, log: Any) -> Way:
+def choose_way(settings: Reproduce, path: Path, run: Run, scale: scales.Scale, log: Any) -> Way:
     """Return how runs share the device; measure it once per file of records if it is not given."""
     if settings.together == "vmap":
         return Way("vmap", settings.at_once, "matmul")
@@ -158,7 +158,7 @@ class Work:
     def __init__(
         self,
         task: Task,
-        scale: tables.Scale,
+        scale: scales.Scale,
         seeds: int,
         path: Path,
         rows: search.Rows,
@@ -232,7 +232,7 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = tyro.cli(
         Reproduce, prog="python -m experiments.reproduce", args=args, description=__doc__
     )
-    scale = tables.SCALES[settings.scale]
+    scale = scales.SCALES[settings.scale]
     path = settings.output or records.RESULTS / scale.file
     console = Console()
     try:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.paper import tables
+from experiments.paper import scales, tables
 from experiments.paper.entries import DIGITS, Group, entries, groups, time_ratio
 from experiments.paper.figures import LABELS, TITLES
 from experiments.paper.search import Rows, at
@@ -54,7 +54,7 @@ def leads(group: Group, other: str, seeds: int) -> tuple[Lead, Lead] | None:
     )
 
 
-def agreement(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+def agreement(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: each cell's leads, here (the paper's), and how many have which sign.
 
     A lead is italic if the methods are level here but not in the paper, or the other way round, and
@@ -109,7 +109,7 @@ def _signed(value: float, places: int) -> str:
     return text[1:] if not float(f"{value:.{places}f}") else text
 
 
-def rates(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+def rates(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: seed 0 of every cell at each learning rate; the chosen one is bold."""
     grid = sorted(scale.learning_rates)
     found = list(entries(table, rows, scale))
@@ -136,7 +136,7 @@ def _tried(row: dict[str, Any] | None, chosen: bool) -> str:
     return f"**{text}**" if chosen else text
 
 
-def at_the_same_rate(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+def at_the_same_rate(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo's leads over PRSGDm at equal learning rates.
 
     A lead is the mean over the seeds that both methods have at that rate. Their number follows in
@@ -176,7 +176,7 @@ def _paired(group: Group, rows: Rows, metric: str, rate: float, seeds: int) -> s
     return _signed(lead, LEAD_DIGITS[metric]) + (f" ({len(common)})" if len(common) > 1 else "")
 
 
-def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+def at_the_same_time(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo at its end, PRSGDm at the same virtual time and at its own end.
 
     PRSGDm's last evaluation that is not later than OrLoMo's end counts. Cells that are evaluated
@@ -208,7 +208,7 @@ def at_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
     ]
 
 
-def planned_for_the_same_time(table: int, rows: Rows, scale: tables.Scale) -> list[str]:
+def planned_for_the_same_time(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo, and PRSGDm with as many epochs as fit into OrLoMo's time.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.config import Run
-from experiments.paper import tables
+from experiments.paper import scales, tables
 from experiments.paper.search import Rows, Search, cell_of, search
 
 DIGITS = {"test_accuracy": 2, "train_loss": 4}
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
         return float(np.mean([row["curve"]["virtual_time"][-1] for row in self.rows]))
 
 
-def entries(table: int, rows: Rows, scale: tables.Scale, *, empty: bool = False) -> Iterator[Entry]:
+def entries(table: int, rows: Rows, scale: scales.Scale, *, empty: bool = False) -> Iterator[Entry]:
     """Yield each recorded cell of a table once, in the paper's order.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from experiments import records
 from experiments.checks import check
 from experiments.config import Run
-from experiments.paper import tables
+from experiments.paper import scales
 
 Rows = dict[Run, dict[str, Any]]
 
@@ -70,7 +70,7 @@ class Search(NamedTuple):
         return None if self.untried or "finished" not in self.statuses.values() else self.best
 
 
-def search(rows: Rows, run: Run, scale: tables.Scale) -> Search:
+def search(rows: Rows, run: Run, scale: scales.Scale) -> Search:
     """Return the state of a cell's search.
 
     A rate that failed or diverged is worse than any other; among equals the lowest rate wins.
@@ -92,7 +92,7 @@ def search(rows: Rows, run: Run, scale: tables.Scale) -> Search:
 def waves(
     families: Sequence[Sequence[Run]],
     rows: Rows,
-    scale: tables.Scale,
+    scale: scales.Scale,
     seeds: int,
     *,
     breadth_first: bool = False,
@@ -129,7 +129,7 @@ def waves(
             yield new
 
 
-def at_most(families: Sequence[Sequence[Run]], rows: Rows, scale: tables.Scale, seeds: int) -> int:
+def at_most(families: Sequence[Sequence[Run]], rows: Rows, scale: scales.Scale, seeds: int) -> int:
     """Return an upper bound of the number of runs to do."""
     count = 0
     for run in (run for family in families for run in family):
@@ -139,7 +139,7 @@ def at_most(families: Sequence[Sequence[Run]], rows: Rows, scale: tables.Scale, 
     return count
 
 
-def missing(wanted: Sequence[Run], rows: Rows, scale: tables.Scale, seeds: int) -> Iterator[Run]:
+def missing(wanted: Sequence[Run], rows: Rows, scale: scales.Scale, seeds: int) -> Iterator[Run]:
     """Yield the runs to do one by one; the caller must add each to ``rows`` before the next."""
     for wave in waves([[run] for run in wanted], rows, scale, seeds):
         yield from wave

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import records, reproduce
 from experiments.config import Run
-from experiments.paper import choice, search, tables, tasks
+from experiments.paper import choice, scales, search, tasks
 from experiments.paper.tasks import Clock, Task, Way
 
 RUN = Run(
@@ -38,7 +38,7 @@ def in_a_folder(tmp_path, monkeypatch):
 class TestOrder:
     def order(self, way):
         settings = reproduce.Reproduce(scale="paper", budget=1.0)
-        scale, rows = tables.SCALES["paper"], {}
+        scale, rows = scales.SCALES["paper"], {}
         families = {}
         for run in reproduce.wanted_runs(settings, scale):
             families.setdefault(way.family(run), []).append(run)
@@ -164,10 +164,10 @@ class TestCarryOut:
 def small_cells(monkeypatch):
     """Four cells of tiny runs at the scale smoke, two of a shape."""
     scale = replace(
-        tables.SCALES["smoke"],
+        scales.SCALES["smoke"],
         shrink=lambda run: replace(RUN, method=run.method, scenario=run.scenario),
     )
-    monkeypatch.setitem(tables.SCALES, "smoke", scale)
+    monkeypatch.setitem(scales.SCALES, "smoke", scale)
 
 
 class TestCommand:

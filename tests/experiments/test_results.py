@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.paper import agreement, tables
+from experiments.paper import agreement, scales, tables
 from experiments.paper.entries import entries, groups
 from experiments.paper.search import at, recorded
 from experiments.records import RESULTS
@@ -21,14 +21,14 @@ CELLS = ("resnet8", "test_accuracy", "cifar10")
 def test_the_report_is_rebuilt_from_the_rows(name, tmp_path):
     plt.switch_backend("agg")
     rows = recorded(RESULTS / f"{name}.jsonl")
-    report.build(rows, tables.SCALES[name], tmp_path)
+    report.build(rows, scales.SCALES[name], tmp_path)
     committed = RESULTS / name
     assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in committed.iterdir()}
 
 
 class TestDigits:
-    scale = tables.SCALES["digits"]
+    scale = scales.SCALES["digits"]
 
     def losses(self):
         """Training losses by cell and method: the seeds of the chosen learning rate."""
@@ -61,7 +61,7 @@ class TestDigits:
 class TestSmall:
     """Table 2's column K = 16, S = 32 of CIFAR10."""
 
-    scale = tables.SCALES["small"]
+    scale = scales.SCALES["small"]
 
     def cells(self):
         rows = recorded(RESULTS / "small.jsonl")
@@ -96,7 +96,7 @@ class TestSmall:
 class TestSlim:
     """Table 2, CIFAR10, K = 16: as long as in the paper."""
 
-    scale = tables.SCALES["slim"]
+    scale = scales.SCALES["slim"]
 
     def leads(self, other):
         """OrLoMo's leads over another method in every complete cell: place, ours, the paper's."""
@@ -147,7 +147,7 @@ class TestSlim:
                 assert group["prsgdm"].virtual_time() > factor * group["orlomo"].virtual_time()
 
     def test_orlomo_is_ahead_of_prsgdm_for_the_same_time(self):
-        scale = tables.SCALES["same_time"]
+        scale = scales.SCALES["same_time"]
         rows = recorded(RESULTS / "slim.jsonl")
         found = groups(entries(2, rows, scale))[CELLS]
         pairs = {place: agreement.leads(group, "prsgdm", 3) for place, group in found.items()}
@@ -166,7 +166,7 @@ class TestSlim:
 
 class TestFits:
     def test_prsgdm_is_level_with_orlomo_with_16_local_steps(self):
-        scale = tables.SCALES["fits"]
+        scale = scales.SCALES["fits"]
         rows = recorded(RESULTS / "fits.jsonl")
         for table, metric in ((2, "test_accuracy"), (4, "train_loss")):
             found = groups(entries(table, rows, scale))["resnet8", metric, "cifar10"]
