@@ -163,6 +163,13 @@ class TestSlim:
         first, *_, last = sorted(cells, key=lambda x: (x.run.slowdown, x.run.max_delay))
         assert last.mean() >= first.mean() - max(first.std(), last.std())
 
+    def test_table_6_has_a_cell(self):
+        found = groups(entries(6, recorded(RESULTS / "slim.jsonl"), self.scale))
+        cells = found["resnet8", "test_accuracy", "tiny-imagenet"]
+        group = cells["heterogeneous", 16, 16]
+        assert agreement.leads(group, "prsgdm", self.scale.seeds) is not None
+        assert group["prsgdm"].virtual_time() > 4 * group["orlomo"].virtual_time()
+
 
 class TestFits:
     def test_prsgdm_is_level_with_orlomo_with_16_local_steps(self):
