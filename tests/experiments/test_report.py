@@ -8,7 +8,7 @@ from experiments import readme, report
 from experiments.paper import agreement, scales, search, tables
 from experiments.paper.entries import entries
 from orlomo_jax import ArrivalTrace
-from tests.support.paper_rows import SCALE, fill, row_of
+from tests.experiments.paper_rows import SCALE, fill, row_of
 
 
 class TestReport:

@@ -8,7 +8,7 @@ import pytest
 from experiments import records, reproduce
 from experiments.config import Run
 from experiments.paper import scales, search, tables, tasks
-from tests.support.paper_rows import SCALE, fill, row_of
+from tests.experiments.paper_rows import SCALE, fill, row_of
 
 
 class TestPaper:
