@@ -17,7 +17,7 @@ from orlomo_jax import (
     one_slow_worker,
     sample_trace,
 )
-from orlomo_jax.traces import ComputeTimes
+from orlomo_jax.traces import ComputeTimes, StalenessBound
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Run:
     """How many times longer a slow worker's gradient takes (heterogeneous, one_slow)."""
     max_delay: int = 0
     """Delay of the last worker's reports, scaled to the run's length (one_delayed)."""
+    staleness_bound: int = 0
+    """Workers wait so that no report is later than this; K − 1 is a barrier, 0 is no bound."""
     width: float = 1.0
     """Factor on the model's number of channels; slim models have less than 1."""
     pool: int = 1
@@ -97,7 +99,7 @@ class Run:
         for names, valid, wanted in (
             ("workers local_iterations batch_size pool", _is_count, "an integer ≥ 1"),
             (
-                "seed max_delay train_size",
+                "seed max_delay staleness_bound train_size",
                 lambda x: x == 0 or _is_count(x),
                 "an integer in [0, 2³¹)",
             ),
@@ -109,6 +111,13 @@ class Run:
         ):
             for name in names.split():
                 check(name, getattr(self, name), valid, wanted)
+        if self.staleness_bound:
+            check(
+                "staleness_bound",
+                self.staleness_bound,
+                lambda x: x >= self.workers - 1 and self.method != "prsgdm",
+                f"0 or ≥ workers − 1 = {self.workers - 1}, and 0 for prsgdm",
+            )
 
     def num_steps(self, train_size: int) -> int:
         """Return T, the reports in ``epochs``; a multiple of K for the synchronous method."""
@@ -122,6 +131,11 @@ class Run:
             )
         return reports
 
+    @property
+    def policy(self) -> StalenessBound | None:
+        """The policy that ensures ``staleness_bound``."""
+        return StalenessBound(self.staleness_bound) if self.staleness_bound else None
+
     def trace(self, num_steps: int) -> ArrivalTrace:
         """Return the scenario's arrivals."""
         if self.scenario == "one_delayed":
@@ -133,6 +147,7 @@ class Run:
             self.local_iterations,
             self.seed,
             synchronous=self.method == "prsgdm",
+            policy=self.policy,
         )
 
     def compute_times(self) -> ComputeTimes:
@@ -160,6 +175,11 @@ class Run:
             )
         if self.workers == 1:
             raise ValueError("`scenario` must not be one_delayed for workers=1")
+        if self.staleness_bound:
+            raise ValueError(
+                "`staleness_bound` must be 0 for one_delayed, which sets the delay, got "
+                f"staleness_bound={self.staleness_bound}"
+            )
         period = max(1, round(self.max_delay * num_steps / PAPER_STEPS)) + 1
         others = sample_trace(
             homogeneous(), self.workers - 1, num_steps, self.local_iterations, self.seed

@@ -55,6 +55,8 @@ def _assemble(run: Run, data_dir: Path | None, convolution: Any) -> Parts:
         *(run.model, run.width, run.dtype, convolution),
     )
     method = make_method(run.method, run.workers, run.local_iterations, momentum=run.momentum)
+    if run.policy is not None:
+        method = method.with_policy(run.policy)
     loss_fn = source.training_loss(network.loss_fn)
     round_fn = method.local_round(loss_fn, weight_decay=run.weight_decay)
     if run.wire != "float32":

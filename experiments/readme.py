@@ -238,7 +238,7 @@ BLOCKS: dict[str, Callable[[], str]] = (
         f"same-rate-{name}-{table}": functools.partial(
             of_scale, agreement.at_the_same_rate, name, table
         )
-        for name, table in AGREEMENTS
+        for name, table in (*AGREEMENTS, ("barrier", 2), ("barrier", 4))
         if table in (2, 4)
     }
     | {

@@ -29,7 +29,9 @@ from orlomo_jax import ArrivalTrace
 class Report:
     """The report to make."""
 
-    scale: Literal["paper", "small", "slim", "fits", "same_time", "digits", "smoke"] = "digits"
+    scale: Literal["paper", "small", "slim", "fits", "same_time", "barrier", "digits", "smoke"] = (
+        "digits"
+    )
     """The scale of the runs."""
     records: Path | None = None
     """File of the records; by default experiments/results/SCALE.jsonl."""

@@ -50,7 +50,7 @@ class Reproduce:
     figure: Literal[2, 3, 4, 5, 6] | None = None
     """Figure of the paper."""
     scale: Literal[
-        "paper", "small", "slim", "fits", "same_time", "digits", "smoke", "rehearsal"
+        "paper", "small", "slim", "fits", "same_time", "barrier", "digits", "smoke", "rehearsal"
     ] = "digits"
     """Size of the runs."""
     only: str = ""

@@ -33,7 +33,7 @@ def claim(
     Args:
         checkpoint: The run's checkpoints.
         mine: The settings, which JSON can write.
-        older: Settings that folders may not have yet, and their values there.
+        older: The values of settings that a folder of an older version may lack.
     """
     path = checkpoint.directory / "run.json"
     if not path.exists():

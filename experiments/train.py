@@ -147,7 +147,7 @@ def _prepare(settings: Train) -> _Prepared:
     journal = None  # by default next to the checkpoints
     if checkpoint is not None:
         mine = asdict(run) | {"convolution": settings.compute.convolution}
-        claim(checkpoint, mine, older={"convolution": "auto"})
+        claim(checkpoint, mine, older=asdict(config.Run()) | {"convolution": "auto"})
     elif run.runtime != "simulated":  # so that a run that dies can be repeated
         journal = trace_path.with_suffix(".arrivals.jsonl")
         Journal.set_aside(journal)

@@ -95,6 +95,18 @@ def _same_time(run: Run) -> Run:
     return replace(_slim(run), epochs=run.epochs / WAITING[place])
 
 
+def _barrier(run: Run) -> Run:
+    """As slim, but the workers of OrLoMo wait for each other after every round.
+
+    Raises:
+        ValueError: If the run sets the delay of a worker.
+    """
+    if run.scenario == "one_delayed":
+        raise ValueError("the scale barrier needs workers with speeds, got one_delayed")
+    run = _slim(run)
+    return replace(run, staleness_bound=run.workers - 1) if run.method == "orlomo" else run
+
+
 FULL_LENGTH: dict[str, Any] = {
     "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "seeds": 3,
@@ -144,6 +156,13 @@ SCALES = {
             "same_time",
             "as slim, but PRSGDm ends when OrLoMo does: it has fewer epochs, since it waits",
             _same_time,
+            shares="slim",
+            **FULL_LENGTH,
+        ),
+        Scale(
+            "barrier",
+            "as slim, but OrLoMo's workers wait for each other after every round, as PRSGDm's do",
+            _barrier,
             shares="slim",
             **FULL_LENGTH,
         ),

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from experiments import records, reproduce
@@ -51,11 +52,31 @@ def test_prsgdm_ends_with_orlomo_at_the_scale_same_time():
             assert ends[0] == pytest.approx(ends[1], rel=0.02)
 
 
-def test_the_scale_same_time_shares_the_records_of_slim():
-    assert scales.SCALES["same_time"].file == "slim.jsonl"
-    assert {scale.file for scale in scales.SCALES.values() if scale.name != "same_time"} == {
-        f"{name}.jsonl" for name in scales.SCALES if name != "same_time"
+def test_variants_of_slim_share_its_records():
+    variants = ("same_time", "barrier")
+    assert {scales.SCALES[name].file for name in variants} == {"slim.jsonl"}
+    assert {scale.file for scale in scales.SCALES.values() if scale.name not in variants} == {
+        f"{name}.jsonl" for name in scales.SCALES if name not in variants
     }
+
+
+def test_orlomo_waits_as_prsgdm_does_at_the_scale_barrier():
+    for paper in tables.table_runs(2):
+        waiting, free = (scales.SCALES[name].shrink(paper) for name in ("barrier", "slim"))
+        assert (waiting == free) == (paper.method != "orlomo")
+        if paper.method == "orlomo":
+            num_steps = 10 * paper.workers
+            trace, synchronous = (
+                run.trace(num_steps) for run in (waiting, replace(free, method="prsgdm"))
+            )
+            assert trace.dispatched_at.tolist() == synchronous.dispatched_at.tolist()
+            np.testing.assert_allclose(trace.times, synchronous.times, rtol=1e-12)
+
+
+def test_the_scale_barrier_cannot_set_a_delay():
+    late = next(run for run in tables.table_runs(3) if run.scenario == "one_delayed")
+    with pytest.raises(ValueError, match="got one_delayed"):
+        scales.SCALES["barrier"].shrink(late)
 
 
 def test_the_scale_same_time_knows_tables_1_and_2_only():
@@ -256,6 +277,14 @@ class TestCommand:
         path = tmp_path / "rows.jsonl"
         records.append(path, row_of(Run()) | {"replayed": "0f"})
         assert search.recorded(path) == {}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"staleness_bound": 14}, {"staleness_bound": 15, "method": "prsgdm"}]
+)
+def test_a_staleness_bound_that_no_run_can_keep_is_refused(changes):
+    with pytest.raises(ValueError, match=f"`staleness_bound` must .*={changes['staleness_bound']}"):
+        Run(workers=16, **changes)
 
 
 def test_one_delayed_worker_reports_as_late_as_asked():

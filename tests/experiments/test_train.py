@@ -147,6 +147,18 @@ def test_checkpoints_of_nobody_are_refused(tmp_path):
         train.main([*FLAGS, *flags, "--resume"])
 
 
+def test_a_folder_of_an_older_version_lacks_the_newer_settings(tmp_path):
+    flags = ["--checkpoint-dir", str(tmp_path / "c"), "--output", str(tmp_path / "runs.jsonl")]
+    train.main([*FLAGS, *flags, "--checkpoint-every", "50"])
+    claimed = tmp_path / "c" / "run.json"
+    settings = json.loads(claimed.read_text())
+    older = {name: settings[name] for name in settings if name != "staleness_bound"}
+    claimed.write_text(json.dumps(older))
+    with pytest.raises(SystemExit, match=r"another staleness_bound$"):
+        train.main([*FLAGS, *flags, "--resume", "--staleness-bound", "3"])
+    train.main([*FLAGS, *flags, "--resume"])
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"method": "prsg'])
 def test_a_damaged_claim_to_a_folder_is_said(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
@@ -184,6 +196,7 @@ def test_tensorboard_logs(tmp_path):
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
         (["--scenario", "one_delayed", "--method", "prsgdm"], "must not be one_delayed for prsgdm"),
         (["--scenario", "one_delayed", "--runtime", "threads"], "must be one of speeds"),
+        (["--scenario", "one_delayed", "--staleness-bound", "9"], "must be 0 for one_delayed"),
         (["--audit"], "--audit needs --runtime threads or ray"),
         (["--compute.worker-axis", "map", "--runtime", "threads"], "compute each round alone"),
         (["--replay", "/nowhere/trace.json"], "No such file"),
