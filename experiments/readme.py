@@ -19,7 +19,7 @@ from rich.console import Console
 from experiments import quickstart, records, report
 from experiments.benchmarks import chart
 from experiments.language import study, study_report
-from experiments.paper import agreement, scales, tables
+from experiments.paper import against_prsgdm, agreement, scales, tables
 from experiments.paper.entries import Entry, entries
 from experiments.paper.search import Rows, recorded
 from experiments.records import RESULTS
@@ -231,19 +231,25 @@ BLOCKS: dict[str, Callable[[], str]] = (
         for name in ("slim", "fits")
     }
     | {
-        f"time-{name}": functools.partial(of_scale, agreement.at_the_same_time, name, 2)
+        f"time-{name}": functools.partial(of_scale, against_prsgdm.at_the_same_time, name, 2)
         for name in ("small", "slim")
     }
     | {
         f"same-rate-{name}-{table}": functools.partial(
-            of_scale, agreement.at_the_same_rate, name, table
+            of_scale, against_prsgdm.at_the_same_rate, name, table
         )
-        for name, table in (*AGREEMENTS, ("barrier", 2), ("barrier", 4))
+        for name, table in AGREEMENTS
         if table in (2, 4)
     }
     | {
         f"same-time-{table}": functools.partial(
-            of_scale, agreement.planned_for_the_same_time, "same_time", table
+            of_scale, against_prsgdm.planned_for_the_same_time, "same_time", table
+        )
+        for table in (2, 4)
+    }
+    | {
+        f"barrier-{table}": functools.partial(
+            of_scale, against_prsgdm.with_a_barrier, "barrier", table
         )
         for table in (2, 4)
     }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from experiments.paper import scales, tables
-from experiments.paper.entries import DIGITS, Group, entries, groups, time_ratio
+from experiments.paper import scales
+from experiments.paper.entries import Group, entries, groups, time_ratio
 from experiments.paper.figures import LABELS, TITLES
 from experiments.paper.search import Rows, at
 
@@ -101,10 +99,11 @@ def _cell(pair: tuple[Lead, Lead] | None, places: int) -> str:
     ours, paper = pair
     differ = abs(ours.sign() - paper.sign())  # 2 if one is ahead and the other behind
     mark = "*" * differ
-    return f"{mark}{_signed(ours.mean, places)}{mark} ({_signed(paper.mean, min(places, 2))})"
+    return f"{mark}{signed(ours.mean, places)}{mark} ({signed(paper.mean, min(places, 2))})"
 
 
-def _signed(value: float, places: int) -> str:
+def signed(value: float, places: int) -> str:
+    """Return a number with its sign; without one if it is rounded to zero."""
     text = f"{value:+.{places}f}".replace("-", "−")
     return text[1:] if not float(f"{value:.{places}f}") else text
 
@@ -134,117 +133,3 @@ def _tried(row: dict[str, Any] | None, chosen: bool) -> str:
         return row["status"]
     text = f"{row['test_accuracy']:.1f} / {row['train_loss']:.3g}"
     return f"**{text}**" if chosen else text
-
-
-def at_the_same_rate(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
-    """Return Markdown lines: OrLoMo's leads over PRSGDm at equal learning rates.
-
-    A lead is the mean over the seeds that both methods have at that rate. Their number follows in
-    brackets if there are several.
-    """
-    grid = sorted(scale.learning_rates)
-    lines = []
-    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
-        for (scenario, workers, steps), group in members.items():
-            if {"orlomo", "prsgdm"} <= group.keys():
-                cells = [_paired(group, rows, metric, rate, scale.seeds) for rate in grid]
-                place = (dataset, SCENARIOS[scenario], workers, steps)
-                lines.append(f"| {' | '.join(map(str, (*place, *cells)))} |")
-    if not lines:
-        return []
-    return [
-        f"| data | workers | K | S | {' | '.join(f'{rate:g}' for rate in grid)} |",
-        "|---|---|---:|---:|" + "---:|" * len(grid),
-        *lines,
-    ]
-
-
-def _paired(group: Group, rows: Rows, metric: str, rate: float, seeds: int) -> str:
-    """Return OrLoMo's mean lead over PRSGDm at a rate over the seeds that both have finished."""
-    ours, theirs = (
-        {
-            seed: row[metric]
-            for seed in range(seeds)
-            if (row := rows.get(at(group[method].run, rate, seed))) and row["status"] == "finished"
-        }
-        for method in ("orlomo", "prsgdm")
-    )
-    if not (common := sorted(ours.keys() & theirs.keys())):
-        return "–"
-    better = 1 if metric == "test_accuracy" else -1
-    lead = better * float(np.mean([ours[seed] - theirs[seed] for seed in common]))
-    return _signed(lead, LEAD_DIGITS[metric]) + (f" ({len(common)})" if len(common) > 1 else "")
-
-
-def at_the_same_time(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
-    """Return Markdown lines: OrLoMo at its end, PRSGDm at the same virtual time and at its own end.
-
-    PRSGDm's last evaluation that is not later than OrLoMo's end counts. Cells that are evaluated
-    less often than those of the figures are left out.
-    """
-    lines = []
-    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
-        for (scenario, workers, steps), group in members.items():
-            if leads(group, "prsgdm", scale.seeds) is None:
-                continue
-            both = [group[name].rows for name in ("orlomo", "prsgdm")]
-            if min(map(_points, both[0] + both[1])) < tables.FIGURE_POINTS:
-                continue
-            end = group["orlomo"].virtual_time()
-            values = [
-                np.mean([_until(row["curve"], metric, until) for row in found])
-                for found, until in ((both[0], np.inf), (both[1], end), (both[1], np.inf))
-            ]
-            place = (dataset, SCENARIOS[scenario], workers, steps)
-            cells = [f"{value:.{DIGITS[metric]}f}" for value in values]
-            lines.append(f"| {' | '.join(map(str, (*place, *cells, time_ratio(group))))} |")
-    if not lines:
-        return []
-    return [
-        "| data | workers | K | S | OrLoMo at its end | PRSGDm at that time | PRSGDm at its end | "
-        "time |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        *lines,
-    ]
-
-
-def planned_for_the_same_time(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
-    """Return Markdown lines: OrLoMo, and PRSGDm with as many epochs as fit into OrLoMo's time.
-
-    Args:
-        table: 2 for test accuracy, 4 for training loss.
-        rows: The recorded runs.
-        scale: The scale of these runs, at which PRSGDm has fewer epochs.
-    """
-    lines = []
-    for (_, metric, dataset), members in groups(entries(table, rows, scale)).items():
-        for (scenario, workers, steps), group in members.items():
-            if (pair := leads(group, "prsgdm", scale.seeds)) is None:
-                continue
-            ours, theirs = group["orlomo"], group["prsgdm"]
-            places = DIGITS[metric]
-            cells = [f"{entry.mean():.{places}f}{entry.spread()}" for entry in (ours, theirs)]
-            place = (dataset, SCENARIOS[scenario], workers, steps, f"{theirs.run.epochs:.0f}")
-            verdict = {1: "ahead", 0: "level", -1: "behind"}[pair[0].sign()]
-            lead = _signed(pair[0].mean, LEAD_DIGITS[metric])
-            lines.append(
-                f"| {' | '.join(map(str, (*place, *cells, lead, verdict, time_ratio(group))))} |"
-            )
-    if not lines:
-        return []
-    return [
-        "| data | workers | K | S | PRSGDm's epochs | OrLoMo | PRSGDm | lead of OrLoMo | it is | "
-        "time |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
-        *lines,
-    ]
-
-
-def _points(row: dict[str, Any]) -> int:
-    return len(row["curve"]["virtual_time"])
-
-
-def _until(curve: dict[str, Any], metric: str, time: float) -> float:
-    """Return a curve's last value that is not later than ``time``."""
-    before = np.searchsorted(curve["virtual_time"], time, side="right")
-    return curve[metric][before - 1] if before else np.nan

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from experiments import readme, report
-from experiments.paper import agreement, scales, search, tables
+from experiments.paper import against_prsgdm, agreement, scales, search, tables
 from experiments.paper.entries import entries
 from orlomo_jax import ArrivalTrace
 from tests.experiments.paper_rows import SCALE, fill, row_of
@@ -156,7 +156,7 @@ class TestAgreement:
         last = max((run for run in rows if run.method == "orlomo"), key=lambda run: run.seed)
         del rows[last]
         assert agreement.agreement(2, rows, SCALE) == []
-        assert agreement.at_the_same_time(2, rows, SCALE) == []
+        assert against_prsgdm.at_the_same_time(2, rows, SCALE) == []
 
     def test_a_method_without_a_result_is_a_dash(self):
         rows = {run: row for run, row in self.rows().items() if run.method != "al_sgd"}
@@ -176,16 +176,16 @@ class TestAgreement:
 
     def test_equal_rates_are_compared_over_the_common_seeds(self):
         rows = self.rows(orlomo=90, prsgdm=88)
-        (line,) = agreement.at_the_same_rate(2, rows, SCALE)[2:]
+        (line,) = against_prsgdm.at_the_same_rate(2, rows, SCALE)[2:]
         assert line == "| digits | unequal | 16 | 32 | +2.0 (3) | +2.0 | +2.0 | +2.0 | – |"
         for run, row in rows.items():
             row["train_loss"] = 0.1 if run.method == "orlomo" else 0.3 + 0.1 * run.seed
         last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
         rows[last] |= {"status": "diverged", "train_loss": None}
-        (line,) = agreement.at_the_same_rate(4, rows, SCALE)[2:]
+        (line,) = against_prsgdm.at_the_same_rate(4, rows, SCALE)[2:]
         assert "| 32 | +0.2500 (2) | +0.2000 | +0.2000 | +0.2000 | – |" in line
         only = {run: row for run, row in rows.items() if run.method == "orlomo"}
-        assert agreement.at_the_same_rate(2, only, SCALE) == []
+        assert against_prsgdm.at_the_same_rate(2, only, SCALE) == []
 
     def test_prsgdm_is_read_off_at_the_end_of_orlomo(self):
         rows = self.rows()
@@ -194,23 +194,48 @@ class TestAgreement:
             accuracy = [90.0] * 10 + [95.0] * 10
             row["curve"] |= {"virtual_time": [last * (i + 1) / 20 for i in range(20)]}
             row["curve"] |= {"test_accuracy": accuracy}
-        lines = agreement.at_the_same_time(2, rows, SCALE)
+        lines = against_prsgdm.at_the_same_time(2, rows, SCALE)
         assert lines[2:] == ["| digits | unequal | 16 | 32 | 95.00 | 90.00 | 95.00 | 2.00× |"]
-        assert agreement.at_the_same_time(2, self.rows(), SCALE) == []  # too few points
+        assert against_prsgdm.at_the_same_time(2, self.rows(), SCALE) == []  # too few points
         for run, row in rows.items():  # PRSGDm is not evaluated before OrLoMo ends
             row["curve"]["virtual_time"] = [1.0 if run.method == "orlomo" else 2.0] * 20
-        assert "| 95.00 | nan | 95.00 |" in agreement.at_the_same_time(2, rows, SCALE)[2]
+        assert "| 95.00 | nan | 95.00 |" in against_prsgdm.at_the_same_time(2, rows, SCALE)[2]
 
     def test_prsgdm_planned_for_the_time_of_orlomo(self):
         rows = self.rows(orlomo=90, prsgdm=88)
-        (line,) = agreement.planned_for_the_same_time(2, rows, SCALE)[2:]
+        (line,) = against_prsgdm.planned_for_the_same_time(2, rows, SCALE)[2:]
         numbers = "90.10 ± 0.10 | 88.10 ± 0.10 | +2.0 | ahead | 1.00×"
         assert line == f"| digits | unequal | 16 | 32 | 200 | {numbers} |"
-        (line,) = agreement.planned_for_the_same_time(4, rows, SCALE)[2:]
+        (line,) = against_prsgdm.planned_for_the_same_time(4, rows, SCALE)[2:]
         assert line.endswith(" | 0.0110 ± 0.0100 | 0.0110 ± 0.0100 | 0.0000 | level | 1.00× |")
         last = max((run for run in rows if run.method == "prsgdm"), key=lambda run: run.seed)
         del rows[last]
-        assert agreement.planned_for_the_same_time(2, rows, SCALE) == []
+        assert against_prsgdm.planned_for_the_same_time(2, rows, SCALE) == []
+
+    def test_a_barrier_splits_the_difference_between_orlomo_and_prsgdm(self):
+        scale, rows = scales.SCALES["barrier"], {}
+        cells = "workers=16,local_iterations=16,scenario=homogeneous,dataset=cifar10"
+        values = {"orlomo": 60.0, "barrier": 61.0, "prsgdm": 63.0}
+        runs = {x.method: scale.shrink(x) for x in tables.select(tables.table_runs(2), cells)}
+        kinds = {"barrier": runs["orlomo"], "prsgdm": runs["prsgdm"]}
+        kinds["orlomo"] = replace(runs["orlomo"], staleness_bound=0)
+        for kind, run in kinds.items():
+            for rate, seeds in ((0.1, 1), (0.3, 3), (1.0, 2)):
+                for seed in range(seeds + (kind == "prsgdm")):
+                    done = search.at(run, rate, seed)
+                    rows[done] = row_of(done, loss=100 - values[kind] - seed)
+        rows[search.at(runs["prsgdm"], 1.0, 1)] |= {"status": "diverged"}
+        lines = against_prsgdm.with_a_barrier(2, rows, scale)[2:]
+        place = "| cifar10 | equal | 16 | 16 |"
+        assert lines == [
+            f"{place} 0.1 | 1 | 60.00 | 61.00 | 63.00 | +1.00 | +2.00 |",
+            f"{place} 0.3 | 3 | 61.00 | 62.00 | 64.00 | +1.00 | +2.00 |",
+            f"{place} 1 | 1 | 60.00 | 61.00 | 63.00 | +1.00 | +2.00 |",
+        ]
+        first = against_prsgdm.with_a_barrier(4, rows, scale)[2]
+        assert first.endswith(" | 40.0000 | 39.0000 | 37.0000 | +1.0000 | +2.0000 |")
+        only = {run: row for run, row in rows.items() if not run.staleness_bound}
+        assert against_prsgdm.with_a_barrier(2, only, scale) == []
 
     def test_cells_without_runs_can_be_shown_as_empty(self):
         assert report.table_lines(2, {}, scales.SCALES["paper"]) == []
