@@ -1,5 +1,7 @@
 """The committed results: rebuilt from their rows, and what they show."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -129,15 +131,31 @@ class TestSlim:
         """With 16 local steps: PRSGDm is ahead at 0.3, level at 0.1 and behind at 1."""
         rows = recorded(RESULTS / "slim.jsonl")
         group = groups(entries(2, rows, self.scale))[CELLS][scenario, 16, 16]
+        signs = self.signs_at_equal_rates(rows, group["orlomo"].run, group["prsgdm"].run)
+        assert signs == {0.1: 0, 0.3: -1, 1.0: 1}
+
+    def test_the_momentum_decides_and_not_old_parameters(self):
+        """OrLoMo with a barrier is level with OrLoMo, and its order with PRSGDm is OrLoMo's."""
+        rows = recorded(RESULTS / "slim.jsonl")
+        cell = groups(entries(2, rows, self.scale))[CELLS]["homogeneous", 16, 16]
+        free, synchronous = cell["orlomo"].run, cell["prsgdm"].run
+        waiting = replace(free, staleness_bound=15)
+        signs = self.signs_at_equal_rates(rows, waiting, synchronous)
+        assert signs == {0.1: 0, 0.3: -1, 1.0: 1}
+        signs = self.signs_at_equal_rates(rows, waiting, free, rates=((0.1, 3), (0.3, 3)))
+        assert signs == {0.1: 0, 0.3: 0}
+
+    def signs_at_equal_rates(self, rows, run, other, rates=((0.1, 3), (0.3, 3), (1.0, 1))):
+        """Whether a run is ahead of another (1), level (0) or behind (−1), by learning rate."""
         signs = {}
-        for rate, seeds in ((0.1, 3), (0.3, 3), (1.0, 1)):
+        for rate, seeds in rates:
             ours, theirs = (
-                [rows[at(group[m].run, rate, s)]["test_accuracy"] for s in range(seeds)]
-                for m in ("orlomo", "prsgdm")
+                [rows[at(x, rate, seed)]["test_accuracy"] for seed in range(seeds)]
+                for x in (run, other)
             )
             spread = max(np.std(found, ddof=min(1, seeds - 1)) for found in (ours, theirs))
             signs[rate] = agreement.Lead(np.mean(ours) - np.mean(theirs), spread).sign()
-        assert signs == {0.1: 0, 0.3: -1, 1.0: 1}
+        return signs
 
     def test_waiting_for_every_worker_takes_longer(self):
         rows = recorded(RESULTS / "slim.jsonl")
@@ -172,11 +190,48 @@ class TestSlim:
 
 
 class TestFits:
-    def test_prsgdm_is_level_with_orlomo_with_16_local_steps(self):
-        scale = scales.SCALES["fits"]
+    """Table 2, CIFAR10, K = 16: networks that fit their data."""
+
+    scale = scales.SCALES["fits"]
+
+    def signs(self, other, table=4):
+        """Whether OrLoMo is ahead of another method (1), level (0) or behind (−1), by cell."""
+        metric = {2: "test_accuracy", 4: "train_loss"}[table]
         rows = recorded(RESULTS / "fits.jsonl")
-        for table, metric in ((2, "test_accuracy"), (4, "train_loss")):
-            found = groups(entries(table, rows, scale))["resnet8", metric, "cifar10"]
-            for scenario in ("homogeneous", "heterogeneous"):
-                ours, _ = agreement.leads(found[scenario, 16, 16], "prsgdm", scale.seeds)
-                assert ours.sign() == 0
+        cells = groups(entries(table, rows, self.scale))["resnet8", metric, "cifar10"]
+        pairs = {place: agreement.leads(x, other, self.scale.seeds) for place, x in cells.items()}
+        return {place: pair[0].sign() for place, pair in pairs.items() if pair is not None}
+
+    @pytest.mark.parametrize("other", agreement.OTHERS)
+    def test_the_cells_of_the_main_question_are_whole(self, other):
+        kinds = ("homogeneous", "heterogeneous")
+        assert self.signs(other).keys() >= {
+            (kind, 16, steps) for kind in kinds for steps in (8, 32)
+        }
+
+    def test_prsgdm_has_the_lower_loss_in_one_cell_and_the_higher_with_32_local_steps(self):
+        for place, sign in self.signs("prsgdm").items():
+            expected = {8: -1 if place[0] == "homogeneous" else 0, 16: 0, 32: 1}
+            assert sign == expected[place[2]], place
+
+    def test_at_equal_rates_prsgdms_loss_is_not_higher_with_32_local_steps(self):
+        rows = recorded(RESULTS / "fits.jsonl")
+        cells = groups(entries(4, rows, self.scale))["resnet8", "train_loss", "cifar10"]
+        for scenario in ("homogeneous", "heterogeneous"):
+            group = cells[scenario, 16, 32]
+            ours, theirs = (
+                np.mean([rows[at(group[m].run, 0.03, seed)]["train_loss"] for seed in (1, 2)])
+                for m in ("orlomo", "prsgdm")
+            )
+            assert theirs < ours, scenario
+
+    def test_prsgdms_accuracy_is_that_of_orlomo_with_16_local_steps(self):
+        signs = self.signs("prsgdm", table=2)
+        assert [signs[kind, 16, 16] for kind in ("homogeneous", "heterogeneous")] == [0, 0]
+
+    def test_al_sgds_loss_is_higher(self):
+        assert set(self.signs("al_sgd").values()) == {1}
+
+    def test_local_ormo_das_loss_is_higher_with_32_local_steps(self):
+        for place, sign in self.signs("local_ormo_da").items():
+            assert place[2] < 32 or sign == 1, place
