@@ -78,7 +78,7 @@ class Run:
     max_delay: int = 0
     """Delay of the last worker's reports, scaled to the run's length (one_delayed)."""
     staleness_bound: int = 0
-    """Workers wait so that no report is later than this; K − 1 is a barrier, 0 is no bound."""
+    """The largest delay of a report; workers wait to keep it. K − 1 is a barrier, 0 no bound."""
     width: float = 1.0
     """Factor on the model's number of channels; slim models have less than 1."""
     pool: int = 1

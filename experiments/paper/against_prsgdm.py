@@ -140,7 +140,7 @@ def with_a_barrier(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
     """Return Markdown lines: OrLoMo, OrLoMo with a barrier, and PRSGDm at equal learning rates.
 
     The values are means over the seeds that all three have. The last columns split PRSGDm's lead
-    over OrLoMo into two gains: from the barrier, and of PRSGDm over OrLoMo with a barrier.
+    over OrLoMo into the gain from the barrier and the further gain of PRSGDm.
 
     Args:
         table: 2 for test accuracy, 4 for training loss.
@@ -169,7 +169,7 @@ def with_a_barrier(table: int, rows: Rows, scale: scales.Scale) -> list[str]:
         return []
     return [
         "| data | workers | K | S | rate | seeds | OrLoMo | with a barrier | PRSGDm | "
-        "gain from the barrier | PRSGDm's gain over it |",
+        "gain from the barrier | further gain of PRSGDm |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *lines,
     ]

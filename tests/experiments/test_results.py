@@ -134,7 +134,7 @@ class TestSlim:
         signs = self.signs_at_equal_rates(rows, group["orlomo"].run, group["prsgdm"].run)
         assert signs == {0.1: 0, 0.3: -1, 1.0: 1}
 
-    def test_the_momentum_decides_and_not_old_parameters(self):
+    def test_a_barrier_hardly_changes_the_accuracy_of_orlomo(self):
         """OrLoMo with a barrier is level with OrLoMo, and its order with PRSGDm is OrLoMo's."""
         rows = recorded(RESULTS / "slim.jsonl")
         cell = groups(entries(2, rows, self.scale))[CELLS]["homogeneous", 16, 16]
